@@ -1,0 +1,152 @@
+//! What the benchmark guest and the runner in dom0 agree on.
+//!
+//! The guest has one **control page** at a fixed guest-physical address. The runner maps it, writes a
+//! [`Control::workload`] and a [`Control::count`], and then a new [`Control::request`]; the guest does the work, puts one
+//! time-stamp-counter difference per sample into the **sample pages** and sets [`Control::completed`] to the request.
+//! Nothing else passes between the two while a workload runs, so nothing but the breakpoint disturbs it.
+//!
+//! The page under test has the layout of [`TARGET`]: bpbench's page of NOPs that ends in RET, with the breakpoint
+//! on the last NOP and so placed that the eight bytes WL3 reads there are the page's last eight. (bpbench puts the
+//! breakpoint on the RET in the page's last byte; its 8-byte read then reaches into the next page.)
+#![no_std]
+
+/// Bytes in a page.
+pub const PAGE_SIZE: usize = 4096;
+
+/// Guest-physical address of the control page.
+pub const CONTROL_GPA: u64 = 0x20_0000;
+
+/// [`Control::magic`] of a guest that is up: `HBPGUEST`, as a little-endian number.
+pub const MAGIC: u64 = u64::from_le_bytes(*b"HBPGUEST");
+
+/// [`Control::version`] of this layout. A runner refuses any other.
+pub const VERSION: u32 = 1;
+
+/// Samples that fit in the sample pages, and so the most a request may ask for.
+pub const SAMPLES_MAX: u32 = 4096;
+
+/// Offset of the breakpoint in the page under test.
+pub const BREAKPOINT_OFFSET: usize = PAGE_SIZE - 8;
+
+/// The page under test, byte for byte: NOPs, the last one under the breakpoint, RET, and six marked bytes that are
+/// only ever read.
+pub const TARGET: [u8; PAGE_SIZE] = {
+    let mut page = [0x90; PAGE_SIZE];
+    page[BREAKPOINT_OFFSET + 1] = 0xc3;
+    let mut i = 2;
+    while i < 8 {
+        page[BREAKPOINT_OFFSET + i] = 0x11 * (i as u8 - 1);
+        i += 1;
+    }
+    page
+};
+
+/// What the guest is asked to do `count` times. The numbers are the wire format.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(u32)]
+pub enum Workload {
+    /// Take a time stamp twice: what the measurement itself costs.
+    Timer = 1,
+    /// bpbench's WL1: call the breakpointed instruction.
+    ExecBp = 2,
+    /// bpbench's WL2: call the start of the page, and so run all of it and the breakpoint at its end.
+    ExecPage = 3,
+    /// bpbench's WL3: read the eight bytes at the breakpoint.
+    ReadBp = 4,
+    /// bpbench's WL4: read the whole page, eight bytes at a time.
+    ReadPage = 5,
+    /// Execute an INT3 of the guest's own, elsewhere. Its handler counts it in [`Control::own_int3s`].
+    OwnInt3 = 6,
+    /// Write the last of the six marked bytes (with the value it has): a guest write to the page under test.
+    WriteByte = 7,
+    /// Power off.
+    Shutdown = 8,
+}
+
+impl Workload {
+    /// Every workload, in wire order.
+    pub const ALL: [Self; 8] = [
+        Self::Timer,
+        Self::ExecBp,
+        Self::ExecPage,
+        Self::ReadBp,
+        Self::ReadPage,
+        Self::OwnInt3,
+        Self::WriteByte,
+        Self::Shutdown,
+    ];
+
+    /// The workload with this number, if there is one.
+    #[must_use]
+    pub fn from_wire(number: u32) -> Option<Self> {
+        Self::ALL.into_iter().find(|w| *w as u32 == number)
+    }
+}
+
+/// The control page. Fields are little-endian and naturally aligned; both sides access them with volatile or atomic
+/// operations only.
+#[derive(Debug)]
+#[repr(C)]
+pub struct Control {
+    /// [`MAGIC`] once the guest is ready for a request.
+    pub magic: u64,
+    /// [`VERSION`].
+    pub version: u32,
+    /// Virtual CPUs the guest has started.
+    pub vcpus: u32,
+    /// Guest-physical address of the page under test; mapped at the same virtual address.
+    pub target_gpa: u64,
+    /// Guest-physical address of the first sample page: [`SAMPLES_MAX`] numbers of 64 bits.
+    pub samples_gpa: u64,
+
+    /// Runner: number of the request, one more than the last. Written last.
+    pub request: u32,
+    /// Runner: a [`Workload`], as its number.
+    pub workload: u32,
+    /// Runner: how many samples, at most [`SAMPLES_MAX`].
+    pub count: u32,
+    /// Guest: number of the last request that is done.
+    pub completed: u32,
+
+    /// Guest: how often it has executed the breakpointed instruction, since it started.
+    pub executions: u64,
+    /// Guest: how often its own INT3 handler has run, since it started.
+    pub own_int3s: u64,
+    /// Guest: how many reads of the page under test differed from [`TARGET`], since it started.
+    pub mismatches: u64,
+    /// Guest: offset in the page of the first read that differed.
+    pub mismatch_offset: u64,
+    /// Guest: the eight bytes it saw there.
+    pub mismatch_seen: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use core::mem::{align_of, offset_of, size_of};
+
+    #[test]
+    fn the_control_page_has_the_layout_the_guest_was_built_with() {
+        assert!(size_of::<Control>() <= PAGE_SIZE);
+        assert_eq!(align_of::<Control>(), 8);
+        assert_eq!(offset_of!(Control, request), 0x20);
+        assert_eq!(offset_of!(Control, executions), 0x30);
+        assert_eq!(offset_of!(Control, mismatch_seen), 0x50);
+    }
+
+    #[test]
+    fn the_page_under_test_ends_with_the_breakpointed_instruction_and_a_return() {
+        assert_eq!(TARGET[BREAKPOINT_OFFSET..], [0x90, 0xc3, 0x11, 0x22, 0x33, 0x44, 0x55, 0x66]);
+        assert!(TARGET[..BREAKPOINT_OFFSET].iter().all(|byte| *byte == 0x90));
+        assert!(!TARGET.contains(&0xcc));
+    }
+
+    #[test]
+    fn workload_numbers_round_trip() {
+        for workload in Workload::ALL {
+            assert_eq!(Workload::from_wire(workload as u32), Some(workload));
+        }
+        assert_eq!(Workload::from_wire(0), None);
+        assert_eq!(Workload::from_wire(9), None);
+    }
+}

@@ -1,0 +1,96 @@
+//! The parts of the benchmark guest that can be tested on the host: what a request asks for, what the page under test
+//! reads as, how an interrupt gate is encoded, and the memory functions that compiled code calls.
+//!
+//! The rest of the guest is the binary of the same name.
+#![no_std]
+
+mod memory;
+
+use hyperbp_bench_abi::{PAGE_SIZE, SAMPLES_MAX, TARGET, Workload};
+
+/// What the runner asked for, made harmless.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Request {
+    /// What to do.
+    pub workload: Workload,
+    /// How often: at most [`SAMPLES_MAX`].
+    pub count: usize,
+}
+
+impl Request {
+    /// Reads a request as it stands in the control page. An unknown workload is `None`; a count beyond the sample pages
+    /// is cut to what they hold.
+    #[must_use]
+    pub fn from_wire(workload: u32, count: u32) -> Option<Self> {
+        let workload = Workload::from_wire(workload)?;
+        Some(Self { workload, count: count.min(SAMPLES_MAX) as usize })
+    }
+}
+
+/// The page under test as it must read, kept where no breakpoint is ever set.
+static PRISTINE: [u8; PAGE_SIZE] = TARGET;
+
+/// What an eight-byte read at `offset` into the page under test must yield.
+///
+/// # Panics
+/// If fewer than eight bytes of the page lie at `offset`.
+#[must_use]
+pub fn expected_at(offset: usize) -> u64 {
+    let mut bytes = [0; 8];
+    bytes.copy_from_slice(&PRISTINE[offset..offset + 8]);
+    u64::from_le_bytes(bytes)
+}
+
+/// Selector of the 64-bit code segment in the guest's GDT.
+pub const CODE_SELECTOR: u16 = 8;
+
+/// A 64-bit interrupt gate to `handler`, as the two words of an IDT entry (Intel SDM vol. 3, 7.14.1): present, ring 0,
+/// on the current stack, with interrupts disabled.
+#[must_use]
+pub const fn interrupt_gate(handler: u64) -> [u64; 2] {
+    const PRESENT_INTERRUPT_GATE: u64 = 0x8e00 << 32;
+    let low = (handler & 0xffff) | ((CODE_SELECTOR as u64) << 16) | PRESENT_INTERRUPT_GATE;
+    [low | (handler & 0xffff_0000) << 32, handler >> 32]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use hyperbp_bench_abi::BREAKPOINT_OFFSET;
+
+    #[test]
+    fn a_request_within_bounds_is_taken_as_it_is() {
+        for workload in Workload::ALL {
+            assert_eq!(Request::from_wire(workload as u32, 7), Some(Request { workload, count: 7 }));
+        }
+        assert_eq!(Request::from_wire(1, 0).map(|r| r.count), Some(0));
+    }
+
+    #[test]
+    fn a_count_beyond_the_sample_pages_is_cut() {
+        let count = |n| Request::from_wire(1, n).map(|r| r.count);
+        assert_eq!(count(SAMPLES_MAX), Some(SAMPLES_MAX as usize));
+        assert_eq!(count(SAMPLES_MAX + 1), Some(SAMPLES_MAX as usize));
+        assert_eq!(count(u32::MAX), Some(SAMPLES_MAX as usize));
+    }
+
+    #[test]
+    fn an_unknown_workload_is_no_request() {
+        assert_eq!(Request::from_wire(0, 1), None);
+        assert_eq!(Request::from_wire(u32::MAX, 1), None);
+    }
+
+    #[test]
+    fn the_page_reads_as_nops_up_to_the_breakpoint() {
+        assert_eq!(expected_at(0), 0x9090_9090_9090_9090);
+        assert_eq!(expected_at(BREAKPOINT_OFFSET - 8), 0x9090_9090_9090_9090);
+        assert_eq!(expected_at(BREAKPOINT_OFFSET), 0x6655_4433_2211_c390);
+    }
+
+    #[test]
+    fn a_gate_holds_the_whole_address() {
+        let [low, high] = interrupt_gate(0x1122_3344_5566_7788);
+        assert_eq!(low, 0x5566_8e00_0008_7788);
+        assert_eq!(high, 0x1122_3344);
+    }
+}

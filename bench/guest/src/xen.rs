@@ -1,0 +1,138 @@
+//! What the guest needs of Xen: hypercalls, and the debug port.
+
+use core::arch::asm;
+use core::arch::x86_64::{__cpuid, CpuidResult};
+use core::fmt::{self, Write};
+use core::hint;
+use core::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
+use hyperbp_bench_abi::PAGE_SIZE;
+
+use crate::page::{ForeignPage, PageAligned};
+
+/// `__HYPERVISOR_sched_op` (Xen, public/xen.h).
+const SCHED_OP: u64 = 29;
+/// `SCHEDOP_yield` (Xen, public/sched.h).
+const SCHEDOP_YIELD: u64 = 0;
+/// `SCHEDOP_shutdown`.
+const SCHEDOP_SHUTDOWN: u64 = 2;
+/// `SHUTDOWN_poweroff`.
+const POWER_OFF: u32 = 0;
+/// `SHUTDOWN_crash`.
+const CRASH: u32 = 3;
+
+/// Bytes of the hypercall page for each hypercall.
+const STUB_SIZE: u64 = 32;
+
+/// Filled with code by Xen.
+static HYPERCALL_PAGE: PageAligned<ForeignPage> = PageAligned(ForeignPage::new([0; PAGE_SIZE]));
+
+/// Whether [`HYPERCALL_PAGE`] is filled.
+static CONNECTED: AtomicBool = AtomicBool::new(false);
+
+/// There is no Xen under this guest.
+pub(crate) struct NoXen;
+
+/// Asks Xen for the hypercall page (Xen, public/arch-x86/cpuid.h).
+pub(crate) fn connect() -> Result<(), NoXen> {
+    let base = (0x4000_0000..0x4001_0000).step_by(0x100).find(|leaf| is_xen(*leaf)).ok_or(NoXen)?;
+    let msr = cpuid(base + 2).ebx;
+    let page = HYPERCALL_PAGE.0.address();
+    // SAFETY: the MSR makes Xen write the page, which is ours to be written and code to nobody else.
+    unsafe {
+        asm!(
+            "wrmsr",
+            in("ecx") msr,
+            in("eax") page as u32,
+            in("edx") (page >> 32) as u32,
+            options(nostack, preserves_flags),
+        );
+    }
+    CONNECTED.store(true, Relaxed);
+    Ok(())
+}
+
+/// Whether this is the leaf where Xen presents itself.
+fn is_xen(leaf: u32) -> bool {
+    let signature = cpuid(leaf);
+    [signature.ebx, signature.ecx, signature.edx].map(u32::to_le_bytes).as_flattened() == b"XenVMMXenVMM"
+}
+
+fn cpuid(leaf: u32) -> CpuidResult {
+    // Newer versions of Rust have this function safe.
+    #[allow(unused_unsafe)]
+    // SAFETY: every CPU with long mode has CPUID.
+    unsafe {
+        __cpuid(leaf)
+    }
+}
+
+/// A `sched_op` hypercall.
+///
+/// # Safety
+/// [`connect`] must have succeeded, and `argument` must be what `operation` takes.
+unsafe fn sched_op(operation: u64, argument: *const u32) {
+    // SAFETY: the page holds Xen's stubs, which take their arguments in RDI and RSI and follow the C ABI otherwise.
+    unsafe {
+        asm!(
+            "call {stub}",
+            stub = in(reg) HYPERCALL_PAGE.0.address() + SCHED_OP * STUB_SIZE,
+            inlateout("rdi") operation => _,
+            inlateout("rsi") argument => _,
+            clobber_abi("C"),
+        );
+    }
+}
+
+/// Lets another vCPU have this CPU for a while.
+pub(crate) fn yield_cpu() {
+    if CONNECTED.load(Relaxed) {
+        // SAFETY: connected, and a yield takes no argument.
+        unsafe { sched_op(SCHEDOP_YIELD, core::ptr::null()) };
+    }
+    hint::spin_loop();
+}
+
+/// Ends the domain in good order.
+pub(crate) fn power_off() -> ! {
+    shutdown(POWER_OFF)
+}
+
+/// Ends the domain as one that crashed.
+pub(crate) fn crash() -> ! {
+    shutdown(CRASH)
+}
+
+fn shutdown(reason: u32) -> ! {
+    if CONNECTED.load(Relaxed) {
+        // SAFETY: connected; `struct sched_shutdown` is the reason and nothing else.
+        unsafe { sched_op(SCHEDOP_SHUTDOWN, &reason) };
+    }
+    stop()
+}
+
+/// Stops this CPU for good.
+pub(crate) fn stop() -> ! {
+    loop {
+        // SAFETY: interrupts are disabled, and nothing is left to do.
+        unsafe { asm!("hlt", options(nomem, nostack, preserves_flags)) };
+    }
+}
+
+/// Writes to the debug port 0xe9. Xen collects a line and puts it into its log as `(dN) …`, N being the domain.
+pub(crate) fn print(text: fmt::Arguments<'_>) {
+    // The port takes everything: there is no error to handle.
+    let _ = DebugPort.write_fmt(text);
+}
+
+struct DebugPort;
+
+impl Write for DebugPort {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        for byte in text.bytes() {
+            // SAFETY: nothing but Xen's log listens on the port.
+            unsafe { asm!("out 0xe9, al", in("al") byte, options(nomem, nostack, preserves_flags)) };
+        }
+        Ok(())
+    }
+}

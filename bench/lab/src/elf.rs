@@ -1,0 +1,59 @@
+//! Which shared libraries programs need.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use goblin::elf::Elf;
+
+use crate::{Error, Result};
+
+/// Every shared library the `programs` need, directly or not, by the name they ask for: each where it is first found
+/// in `dirs`. The dynamic linker is among them, under its full path.
+///
+/// # Errors
+/// [`Error::Unexpected`] when a library is in none of `dirs` or a file is no ELF.
+pub fn libraries(programs: &[&Path], dirs: &[PathBuf]) -> Result<BTreeMap<String, PathBuf>> {
+    let mut found = BTreeMap::new();
+    let mut left: Vec<PathBuf> = programs.iter().map(|program| (*program).to_owned()).collect();
+    while let Some(path) = left.pop() {
+        let bytes = fs::read(&path).map_err(Error::io("read", &path))?;
+        let unexpected = |problem: String| Error::Unexpected { path: path.clone(), problem };
+        let elf = Elf::parse(&bytes).map_err(|e| unexpected(format!("not a readable ELF: {e}")))?;
+        // glibc's own libraries name the linker as a library too, and find it loaded.
+        let linker = elf.interpreter.map(|linker| (linker.to_owned(), PathBuf::from(linker)));
+        if let Some((name, path)) = linker {
+            found.entry(name).or_insert(path);
+        }
+        for name in elf.libraries.into_iter().filter(|name| !name.starts_with("ld-linux")) {
+            if found.contains_key(name) {
+                continue;
+            }
+            let file = dirs.iter().map(|dir| dir.join(name)).find(|file| file.exists());
+            let file = file.ok_or_else(|| unexpected(format!("needs {name}, which is not in {dirs:?}")))?;
+            left.push(file.clone());
+            found.insert(name.to_owned(), file);
+        }
+    }
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_very_program_needs_libc_and_the_linker() {
+        let this = std::env::current_exe().unwrap();
+        let dirs = [PathBuf::from("/lib/x86_64-linux-gnu"), PathBuf::from("/usr/lib/x86_64-linux-gnu")];
+        let found = libraries(&[&this], &dirs).unwrap();
+        assert!(found.contains_key("libc.so.6"), "{found:?}");
+        assert!(found.contains_key("/lib64/ld-linux-x86-64.so.2"), "{found:?}");
+    }
+
+    #[test]
+    fn a_library_that_is_nowhere_is_named() {
+        let error = libraries(&[&std::env::current_exe().unwrap()], &[]).unwrap_err().to_string();
+        assert!(error.contains(".so"), "{error}");
+    }
+}

@@ -1,0 +1,179 @@
+//! The CD the machine boots: GRUB, Xen, dom0's kernel, and an initramfs with Xen's tools and the job.
+//!
+//! The same inputs give the same bytes, and in the emulator the same bytes give the same run.
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use crate::initramfs::Initramfs;
+use crate::kernel::Kernel;
+use crate::{Error, Host, Inputs, Job, Progress, Result, Stages, elf};
+
+const INIT: &str = include_str!("../dom0/init");
+const GUEST_CFG: &str = include_str!("../dom0/guest.cfg");
+
+/// Xen's programs, in `usr/lib/xen-4.17/bin` of the sysroot and of dom0.
+const XEN_BIN: &str = "usr/lib/xen-4.17/bin";
+const XEN_PROGRAMS: &[&str] = &["libxl-save-helper", "xen-init-dom0", "xenconsoled", "xenstored", "xl"];
+const LIBRARIES: &str = "usr/lib/x86_64-linux-gnu";
+
+/// Xen's command line, without what depends on the number of CPUs.
+///
+/// The console costs nothing once the machine is up: Xen and dom0's kernel are silent then. Frequencies and idle states
+/// are the host's business, mitigations only take instructions, and `apicv=0` keeps to the part of VMX every Xen host
+/// has.
+const XEN: &str = "console=com1 com1=115200,8n1,0x3f8,4 loglvl=warning guest_loglvl=all \
+    altp2m=1 apicv=0 sched=credit dom0_max_vcpus=1 dom0_mem=256M,max:256M \
+    bootscrub=0 edid=no edd=off spec-ctrl=no xpti=0 pv-l1tf=0 mce=0 iommu=0 \
+    cpuidle=0 cpufreq=none watchdog=0 tsc=unstable noreboot=1";
+
+/// dom0's command line. `pci=off` would break ACPI, and without ACPI nothing is missed.
+const LINUX: &str = "console=hvc0 quiet panic=0 rdinit=/init acpi=off nokaslr mitigations=off lpj=500000 tsc=reliable \
+    nowatchdog audit=0 apparmor=0 selinux=0 init_on_alloc=0";
+
+/// GRUB's modules; those they need come with them.
+const GRUB_MODULES: &[&str] = &["biosdisk", "iso9660", "multiboot2"];
+
+/// Builds the image of `job` and returns it.
+///
+/// # Errors
+/// [`Error::Build`] of GRUB's or xorriso's; [`Error::Unexpected`] when a library is missing.
+pub fn build(
+    host: &Host,
+    sysroot: &Path,
+    kernel: &Kernel,
+    e9: &Path,
+    job: &Job,
+    stages: &Stages,
+    progress: &Progress,
+) -> Result<PathBuf> {
+    let initramfs = initramfs(host, sysroot, kernel, e9, job)?
+        .archive()
+        .map_err(Error::io("archive", Path::new("dom0's file system")))?;
+    let xen = sysroot.join("boot/xen-4.17-amd64.gz");
+    let xen_options = xen_options(job.cpus);
+    let grub = format!(
+        "set root=cd\nmultiboot2 /boot/xen xen {xen_options}\nmodule2 /boot/vmlinux linux {LINUX}\n\
+         module2 /boot/initramfs initramfs\nboot\n"
+    );
+    let inputs = Inputs::new()
+        .with("initramfs", &initramfs)
+        .with("grub", &grub)
+        .with_file("xen", &xen)?
+        .with_file("vmlinux", &kernel.vmlinux)?;
+    let dir = stages.build(&format!("image-{}", job.name), &inputs, progress, |dir, log, _| {
+        let boot = dir.join("cd/boot");
+        fs::create_dir_all(&boot).map_err(Error::io("create", &boot))?;
+        let write = |path: &Path, content: &[u8]| fs::write(path, content).map_err(Error::io("write", path));
+        write(&boot.join("initramfs"), &initramfs)?;
+        write(&boot.join("xen"), &gunzip(&xen)?)?;
+        let vmlinux = boot.join("vmlinux");
+        fs::copy(&kernel.vmlinux, &vmlinux).map_err(Error::io("copy to", &vmlinux))?;
+
+        let config = dir.join("grub.cfg");
+        write(&config, grub.as_bytes())?;
+        let mut mkimage = host.command("grub-mkimage");
+        mkimage.args(["--format=i386-pc-eltorito", "--prefix=(cd)/boot", "--compression=none", "--config"]);
+        mkimage.arg(&config).arg("--output").arg(boot.join("grub")).args(GRUB_MODULES);
+        log.run(&mut mkimage)?;
+
+        for entry in walkdir::WalkDir::new(dir.join("cd")).contents_first(true).into_iter().flatten() {
+            let set = File::open(entry.path()).and_then(|file| file.set_modified(SystemTime::UNIX_EPOCH));
+            set.map_err(Error::io("set the time of", entry.path()))?;
+        }
+        let mut xorriso = host.command("xorriso");
+        // Without it, the times of the build would be in the image.
+        xorriso.env("SOURCE_DATE_EPOCH", "0");
+        xorriso.args(["-as", "mkisofs", "-r", "-V", "HYPERBP", "-b", "boot/grub"]);
+        xorriso.args(["-no-emul-boot", "-boot-load-size", "4", "-boot-info-table"]);
+        xorriso.args(["--modification-date=1970010100000000", "-o"]).arg(dir.join("lab.iso")).arg(dir.join("cd"));
+        log.run(&mut xorriso)?;
+        crate::stage::remove(&dir.join("cd"))
+    })?;
+    Ok(dir.join("lab.iso"))
+}
+
+/// With two CPUs, dom0 has the first for itself.
+fn xen_options(cpus: u32) -> String {
+    let pin = if cpus > 1 { " dom0_vcpus_pin" } else { "" };
+    format!("{XEN}{pin}")
+}
+
+/// With two CPUs, the guest has the second for itself.
+fn guest_cfg(cpus: u32) -> String {
+    let pin = if cpus > 1 { "cpus = \"1\"\n" } else { "" };
+    format!("{GUEST_CFG}{pin}")
+}
+
+fn initramfs(host: &Host, sysroot: &Path, kernel: &Kernel, e9: &Path, job: &Job) -> Result<Initramfs> {
+    let mut fs = Initramfs::new();
+    // Where Xen's tools, the kernel and our init expect a directory.
+    for directory in ["dev", "etc/xen", "proc", "run/xen", "run/xenstored", "sys", "tmp"] {
+        fs.directory(directory);
+    }
+    for directory in ["var/lib/xen", "var/lib/xenstored", "var/lock", "var/log/xen"] {
+        fs.directory(directory);
+    }
+    fs.link("var/run", "/run");
+    fs.device("dev/console", 5, 1);
+    fs.device("dev/null", 1, 3);
+    fs.file("etc/passwd", 0o644, "root:x:0:0::/:/bin/sh\n");
+    fs.file("etc/group", 0o644, "root:x:0:\n");
+    fs.file("etc/xen/xl.conf", 0o644, "");
+    fs.file("init", 0o755, INIT);
+    fs.file("job.sh", 0o644, job.shell());
+    fs.file("guest/guest.cfg", 0o644, guest_cfg(job.cpus));
+    fs.copy("guest/guest.elf", 0o644, &job.guest)?;
+    fs.copy("bin/busybox", 0o755, &sysroot.join("bin/busybox"))?;
+
+    let mut order = String::new();
+    for module in &kernel.modules {
+        let name = module.file_name().unwrap_or_default().to_string_lossy();
+        fs.copy(&format!("lib/modules/{name}"), 0o644, module)?;
+        order.extend([&*name, "\n"]);
+    }
+    fs.file("lib/modules/order", 0o644, order);
+
+    let xen: Vec<PathBuf> = XEN_PROGRAMS.iter().map(|name| sysroot.join(XEN_BIN).join(name)).collect();
+    let ours: Vec<&Path> = job.programs.iter().map(PathBuf::as_path).chain([e9]).collect();
+    for (dir, program) in xen.iter().map(|p| (XEN_BIN, p.as_path())).chain(ours.iter().map(|p| ("bin", *p))) {
+        let name = program.file_name().unwrap_or_default().to_string_lossy();
+        fs.copy(&format!("{dir}/{name}"), 0o755, program)?;
+    }
+    // Xen's libraries from the sysroot; libc from the host, for our programs were linked against that one.
+    let dirs = [sysroot.join(LIBRARIES), host.root.join(LIBRARIES), host.root.join("lib/x86_64-linux-gnu")];
+    let programs: Vec<&Path> = xen.iter().map(PathBuf::as_path).chain(ours).collect();
+    let mut libraries = elf::libraries(&programs, &dirs)?;
+    // glibc loads it by name when a thread ends, and xenstored's threads do.
+    let unwinder = "libgcc_s.so.1";
+    libraries.entry(unwinder.to_owned()).or_insert_with(|| dirs[2].join(unwinder));
+    for (name, file) in &libraries {
+        match name.strip_prefix('/') {
+            Some(linker) => fs.copy(linker, 0o755, file)?,
+            None => fs.copy(&format!("lib/x86_64-linux-gnu/{name}"), 0o644, file)?,
+        }
+    }
+    Ok(fs)
+}
+
+fn gunzip(file: &Path) -> Result<Vec<u8>> {
+    let compressed = File::open(file).map_err(Error::io("open", file))?;
+    let mut content = Vec::new();
+    flate2::read::GzDecoder::new(compressed).read_to_end(&mut content).map_err(Error::io("decompress", file))?;
+    Ok(content)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn with_two_cpus_dom0_and_the_guest_have_one_each() {
+        assert!(!xen_options(1).contains("dom0_vcpus_pin"));
+        assert!(xen_options(2).contains("dom0_vcpus_pin"));
+        assert!(!guest_cfg(1).contains("\ncpus = "));
+        assert!(guest_cfg(2).contains("\ncpus = \"1\""));
+    }
+}

@@ -1,0 +1,225 @@
+//! A machine with VMX on any computer: Bochs emulates the CPU, and Debian's unmodified Xen boots on it, with a PV dom0
+//! and the PVH benchmark guest.
+//!
+//! [`Lab::open`] is the start. Everything is built below one directory, in stages: the build [`tools`], Debian's
+//! [`packages`], [`bochs`], dom0's [`kernel`], our own [programs](build), and for each [`Job`] an [`image`] that the
+//! [`machine`] boots. A stage is a directory named after its inputs, so nothing is built twice and nothing stale is
+//! used. [`plan`] spreads a bench over machines.
+#![forbid(unsafe_code)]
+
+use std::fs::{self, File};
+use std::panic::resume_unwind;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+pub mod apt;
+pub mod bochs;
+pub mod build;
+mod command;
+pub mod elf;
+mod error;
+mod host;
+pub mod image;
+pub mod initramfs;
+mod job;
+pub mod kernel;
+pub mod machine;
+pub mod packages;
+pub mod plan;
+pub mod progress;
+pub mod protocol;
+mod stage;
+pub mod tools;
+
+pub use build::Program;
+pub use command::Log;
+pub use error::{Error, Result, Tail};
+pub use host::Host;
+pub use job::Job;
+pub use machine::{Machine, Outcome};
+pub use progress::Progress;
+pub use stage::{Inputs, Stages};
+
+use apt::Apt;
+use kernel::Kernel;
+
+/// Free space the lab asks for before it is built: at its largest, while Bochs is compiled, it takes about half.
+const SPACE: u64 = 1536 << 20;
+
+/// The job scripts that come with the lab.
+const BENCH: &str = include_str!("../dom0/bench.sh");
+const SMOKE: &str = include_str!("../dom0/smoke.sh");
+
+/// The lab's directory, held by this process alone.
+#[derive(Debug)]
+pub struct Lab {
+    host: Host,
+    repo: PathBuf,
+    stages: Stages,
+    /// Locked as long as this lives.
+    _lock: File,
+    /// What the user sees.
+    pub progress: Progress,
+}
+
+impl Lab {
+    /// The lab of the repository in `repo`, built in `target/lab`. Waits until no other process uses it.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn open(repo: &Path, target: &Path, host: Host, progress: Progress) -> Result<Self> {
+        let stages = Stages::new(&target.join("lab"))?;
+        let path = stages.dir().join("lock");
+        let lock = File::create(&path).map_err(Error::io("create", &path))?;
+        use rustix::fs::FlockOperation::{LockExclusive, NonBlockingLockExclusive};
+        if rustix::fs::flock(&lock, NonBlockingLockExclusive).is_err() {
+            progress.note(&format!("Waiting for another run that uses {}.", stages.dir().display()));
+            rustix::fs::flock(&lock, LockExclusive).map_err(|e| Error::io("lock", &path)(e.into()))?;
+        }
+        Ok(Self { host, repo: repo.to_owned(), stages, _lock: lock, progress })
+    }
+
+    /// Installs missing build tools and unpacks Debian's packages; returns the sysroot, with Xen's headers.
+    ///
+    /// # Errors
+    /// Those of [`tools::install`] and [`packages::unpack`]; [`Error::DiskSpace`].
+    pub fn sysroot(&self, update: bool) -> Result<PathBuf> {
+        let apt = self.apt()?;
+        packages::unpack(&self.host, &apt, &self.stages, &self.progress, update)
+    }
+
+    /// The private apt, once there are tools and room.
+    fn apt(&self) -> Result<Apt> {
+        // A complete build is not built again, whatever room is left.
+        if !self.stages.dir().join("complete").exists() {
+            Host::check_space(self.stages.dir(), SPACE)?;
+        }
+        tools::install(&self.host, &self.progress, &self.stages.log("tools")?)?;
+        Apt::new(&self.host, &self.stages.dir().join("apt"))
+    }
+
+    /// Builds everything that does not depend on a job. `update` asks Debian's mirror for newer packages.
+    ///
+    /// # Errors
+    /// Those of each stage.
+    pub fn prepare(&self, update: bool) -> Result<Bench<'_>> {
+        let (host, stages, progress) = (&self.host, &self.stages, &self.progress);
+        let apt = self.apt()?;
+        let sysroot = packages::unpack(host, &apt, stages, progress, update)?;
+        let jobs = thread::available_parallelism().map_or(1, usize::from);
+        let bochs = bochs::build(host, &apt, stages, progress, jobs)?;
+        let kernel = kernel::extract(host, &sysroot, stages, progress)?;
+        let e9 = self.build(Program::E9, None)?;
+        let guest = self.build(Program::Guest, None)?;
+        let complete = stages.dir().join("complete");
+        fs::write(&complete, "").map_err(Error::io("write", &complete))?;
+        let machine = Machine {
+            bochs,
+            bios: sysroot.join("usr/share/bochs/BIOS-bochs-latest"),
+            vga_bios: sysroot.join("usr/share/vgabios/vgabios.bin"),
+            runs: stages.dir().join("run"),
+        };
+        Ok(Bench { lab: self, machine, sysroot, kernel, e9, guest })
+    }
+
+    /// Builds one of our programs, against `sysroot`'s Xen or the system's.
+    ///
+    /// # Errors
+    /// Those of [`build::build`].
+    pub fn build(&self, program: Program, sysroot: Option<&Path>) -> Result<PathBuf> {
+        build::build(program, &self.host, &self.repo, sysroot, &self.stages, &self.progress)
+    }
+}
+
+/// A lab with everything built that jobs have in common.
+#[derive(Debug)]
+pub struct Bench<'a> {
+    lab: &'a Lab,
+    /// The emulator.
+    pub machine: Machine,
+    /// Debian's packages, unpacked.
+    pub sysroot: PathBuf,
+    kernel: Kernel,
+    e9: PathBuf,
+    guest: PathBuf,
+}
+
+impl Bench<'_> {
+    /// A job that shows Xen, its tools and the benchmark guest at work, and measures nothing.
+    #[must_use]
+    pub fn smoke(&self, cpus: u32) -> Job {
+        self.job("smoke".to_owned(), SMOKE, cpus, Duration::from_secs(600))
+    }
+
+    /// A job that runs `selections` one after the other with the `runner`, [`Program::Runner`] built against
+    /// [`Bench::sysroot`]. Each leaves its results in a directory with its number.
+    #[must_use]
+    pub fn bench(&self, name: &str, runner: &Path, selections: &[plan::Selection], cpus: u32) -> Job {
+        let limit = selections.iter().map(plan::Selection::limit).sum();
+        let mut job = self.job(name.to_owned(), BENCH, cpus, limit);
+        let runs: Vec<String> = selections.iter().map(|selection| selection.arguments().join(" ")).collect();
+        job.variables.push(("RUNS".to_owned(), runs.join("\n")));
+        job.programs.push(runner.to_owned());
+        job
+    }
+
+    fn job(&self, name: String, script: &str, cpus: u32, limit: Duration) -> Job {
+        let silence = Duration::from_secs(600);
+        let (variables, programs) = (Vec::new(), Vec::new());
+        Job { name, script: script.to_owned(), variables, programs, guest: self.guest.clone(), cpus, limit, silence }
+    }
+
+    /// Builds the image of `job`, and returns it.
+    ///
+    /// # Errors
+    /// Those of [`image::build`].
+    pub fn image(&self, job: &Job) -> Result<PathBuf> {
+        let lab = self.lab;
+        image::build(&lab.host, &self.sysroot, &self.kernel, &self.e9, job, &lab.stages, &lab.progress)
+    }
+
+    /// Boots each image and runs its job to its end, `parallel` machines at a time. When one fails, the others are
+    /// stopped.
+    ///
+    /// # Errors
+    /// Those of [`Machine::run`]: the first.
+    pub fn run(&self, jobs: &[(Job, PathBuf)], parallel: usize) -> Result<Vec<Outcome>> {
+        let stop = AtomicBool::new(false);
+        let run = |(job, image): &(Job, PathBuf)| {
+            let outcome = self.machine.run(&self.lab.host, image, job, &self.lab.progress, &stop);
+            if outcome.is_err() {
+                stop.store(true, Ordering::Relaxed);
+            }
+            outcome
+        };
+        let mut outcomes = Vec::new();
+        for jobs in jobs.chunks(parallel.max(1)) {
+            outcomes.extend(thread::scope(|scope| {
+                let running: Vec<_> = jobs.iter().map(|job| scope.spawn(|| run(job))).collect();
+                // A panic of ours goes on in this thread.
+                running.into_iter().map(|r| r.join().unwrap_or_else(|p| resume_unwind(p))).collect::<Vec<_>>()
+            }));
+        }
+        // That a machine was stopped is only the consequence of another's failure.
+        outcomes.sort_by_key(|outcome| matches!(outcome, Err(Error::Stopped { .. })));
+        outcomes.into_iter().collect()
+    }
+}
+
+impl Outcome {
+    /// Unpacks the results into `dir`, which is created.
+    ///
+    /// # Errors
+    /// [`Error::Results`] when they are not a tar.gz.
+    pub fn unpack(&self, dir: &Path) -> Result<()> {
+        fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
+        let unpacked = tar::Archive::new(flate2::read::GzDecoder::new(&self.results[..])).unpack(dir);
+        unpacked.map_err(|e| Error::Results {
+            job: dir.display().to_string(),
+            problem: e.to_string(),
+            log: self.log.clone(),
+        })
+    }
+}

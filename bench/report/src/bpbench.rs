@@ -1,0 +1,158 @@
+//! Samples the way bpbench's measurement study keeps them, for its scripts `aggregate.py`, `plot_individual.py` and
+//! `plot_machine.py`.
+//!
+//! The study has a folder for each machine, in it a folder for each variant, in that a file for each workload. A
+//! machine of the study ran one monitor for each variant; here every host and backend counts as a machine of its own.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::Collection;
+use crate::collection::{to_csv, write_file};
+use crate::format::{monitor, unit};
+
+/// Writes the samples as `DIR/results/<machine_label>_<monitor>/result_<date>_<variant>/<workload>.csv`, with a
+/// `readme.txt` for each machine. `repair`, `view-step`, `view-fast-step` and `emulate` get the study's names `repair`,
+/// `ept`, `ept-fast` and `emul`, other mechanisms keep theirs.
+///
+/// Earlier results of the same variants are replaced: the study's scripts want exactly one folder for each.
+///
+/// # Errors
+/// If the label or the date cannot be part of a file name (letters, digits, hyphens, underscores), if two hosts would
+/// share a folder, or if a file cannot be written.
+pub fn write_bpbench(directory: &Path, machine_label: &str, date: &str, collection: &Collection) -> Result<()> {
+    for name in [machine_label, date] {
+        let plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+        ensure!(
+            !name.is_empty() && name.chars().all(plain),
+            "{name:?} cannot be part of a folder's name: use letters, digits, hyphens and underscores"
+        );
+    }
+    let results = directory.join("results");
+    let mut machines = BTreeMap::new();
+    let mut variants = BTreeSet::new();
+    for (run, samples) in collection.runs() {
+        let machine = results.join(format!("{machine_label}_{}", monitor(&run.host, &run.backend)));
+        let host = *machines.entry(machine.clone()).or_insert(&run.host);
+        ensure!(
+            host == &run.host,
+            "the hosts {host} and {} would share the folder {}: write them apart",
+            run.host,
+            machine.display()
+        );
+        let variant = variant(&run.mechanism);
+        if variants.insert((machine.clone(), variant)) {
+            write_file(&machine.join("readme.txt"), &readme(collection, &run.host, &run.backend))?;
+            remove_earlier(&machine, variant)?;
+        }
+        let folder = machine.join(format!("result_{date}_{variant}"));
+        write_file(&folder.join(run.workload.file_name()).with_extension("csv"), &to_csv(samples))?;
+    }
+    Ok(())
+}
+
+/// The study's name of a mechanism, if it has one.
+fn variant(mechanism: &str) -> &str {
+    match mechanism {
+        "view-step" => "ept",
+        "view-fast-step" => "ept-fast",
+        "emulate" => "emul",
+        other => other,
+    }
+}
+
+/// Removes results of this variant, whatever their date.
+fn remove_earlier(machine: &Path, variant: &str) -> Result<()> {
+    let cannot = || format!("cannot clear {}", machine.display());
+    let ending = format!("_{variant}");
+    for entry in fs::read_dir(machine).with_context(cannot)? {
+        let entry = entry.with_context(cannot)?;
+        let name = entry.file_name();
+        let Some(name) = name.to_str() else { continue };
+        if name.starts_with("result_") && name.ends_with(&ending) {
+            fs::remove_dir_all(entry.path()).with_context(cannot)?;
+        }
+    }
+    Ok(())
+}
+
+fn readme(collection: &Collection, host: &str, backend: &str) -> String {
+    let machine = &collection.results().machine;
+    format!(
+        "Breakpoints by the backend {backend} in the host {host}, measured by hyperbp's benchmark.\n\
+         CPU: {} ({} in use)\n\
+         Xen: {}\n\
+         Numbers are not nanoseconds but ticks: {}.\n",
+        machine.cpu,
+        machine.cpus,
+        machine.xen,
+        unit(machine.ticks_are)
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::samples::{bochs, collection, measurement};
+    use crate::{Measurement, Workload};
+
+    fn listing(directory: &Path) -> Vec<String> {
+        let mut names: Vec<_> =
+            fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn the_layout_is_the_studys() {
+        let directory = tempfile::tempdir().unwrap();
+        write_bpbench(directory.path(), "bochs", "2026-01-31", &collection()).unwrap();
+        let results = directory.path().join("results");
+        assert_eq!(listing(&results), ["bochs_floor", "bochs_hyperbp", "bochs_none"]);
+        let hyperbp = results.join("bochs_hyperbp");
+        assert_eq!(listing(&hyperbp), ["readme.txt", "result_2026-01-31_emul", "result_2026-01-31_ept"]);
+        let ept = hyperbp.join("result_2026-01-31_ept");
+        assert_eq!(
+            listing(&ept),
+            ["exec_bp.csv", "exec_page.csv", "read_bp.csv", "read_page.csv", "timing_overhead.csv"]
+        );
+        assert_eq!(fs::read_to_string(ept.join("exec_bp.csv")).unwrap(), "60000\n60002\n60001\n");
+    }
+
+    #[test]
+    fn every_variant_is_there_once_whatever_was_there_before() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut earlier = Collection::new(bochs());
+        for mechanism in ["view-step", "view-fast-step"] {
+            earlier.push(measurement("hyperbp", mechanism, Workload::ExecBp), vec![1]).unwrap();
+        }
+        write_bpbench(directory.path(), "bochs", "2026-01-30", &earlier).unwrap();
+        write_bpbench(directory.path(), "bochs", "2026-01-31", &collection()).unwrap();
+        let hyperbp = directory.path().join("results/bochs_hyperbp");
+        assert_eq!(
+            listing(&hyperbp),
+            ["readme.txt", "result_2026-01-30_ept-fast", "result_2026-01-31_emul", "result_2026-01-31_ept"]
+        );
+    }
+
+    #[test]
+    fn hosts_do_not_share_a_folder() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut collection = collection();
+        let elsewhere = Measurement { host: "floor".to_owned(), ..measurement("floor", "repair", Workload::ExecBp) };
+        collection.push(elsewhere, vec![1]).unwrap();
+        let error = write_bpbench(directory.path(), "bochs", "2026-01-31", &collection).unwrap_err();
+        assert!(error.to_string().contains("bochs_floor"), "{error}");
+    }
+
+    #[test]
+    fn names_stay_in_the_directory() {
+        let directory = tempfile::tempdir().unwrap();
+        let error = write_bpbench(directory.path(), "../bochs", "2026-01-31", &collection()).unwrap_err();
+        assert!(error.to_string().contains("../bochs"), "{error}");
+        assert!(listing(directory.path()).is_empty());
+    }
+}

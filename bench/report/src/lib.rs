@@ -1,0 +1,24 @@
+//! What a benchmark run of hyperbp leaves behind, and how people get to see it.
+//!
+//! - [`Results`] is the summary, one [`Run`] for each host, backend, mechanism and workload; its JSON is the format.
+//! - [`Collection`] is the summary with every sample behind it, as a directory.
+//! - [`table`] and [`svg`] show the summary in a terminal and on a page.
+//! - [`write_bpbench`] writes the samples as bpbench's measurement study keeps them, so that its scripts can plot them.
+
+mod bpbench;
+mod collection;
+mod format;
+mod picture;
+mod schema;
+mod table;
+mod ticks;
+
+pub use bpbench::write_bpbench;
+pub use collection::{Collection, Key};
+pub use picture::svg;
+pub use schema::{Kind, Machine, Measurement, Results, Run, SCHEMA, TicksAre, Workload};
+pub use table::table;
+pub use ticks::Ticks;
+
+#[cfg(test)]
+mod samples;

@@ -1,0 +1,171 @@
+//! The summary in a terminal.
+
+use std::fmt::Write;
+
+use comfy_table::{CellAlignment, ContentArrangement, Table, TableComponent, presets};
+
+use crate::format::{Row, grouped, unit};
+use crate::{Kind, Results, Workload};
+
+/// What stands where nothing was measured.
+const NOTHING: &str = "–";
+
+/// Columns of the longest bar.
+const BAR_WIDTH: u64 = 40;
+
+/// The results as a table of medians, a row for each host, backend and mechanism, and a bar chart of `exec_bp` below.
+///
+/// `vs best` compares `exec_bp` with the cheapest monitor's. `hits reported` sets the events the monitor counted
+/// against the executions the guest counted, over all workloads. `page read as` says whether the guest saw the
+/// breakpoint.
+#[must_use]
+pub fn table(results: &Results) -> String {
+    let machine = &results.machine;
+    let kind = match machine.kind {
+        Kind::Bochs => "emulated by Bochs",
+        Kind::Xen => "hardware",
+    };
+    let plural = if machine.cpus == 1 { "" } else { "s" };
+    let mut text = format!(
+        "{} ({kind}), {} CPU{plural}, Xen {}\nMedian ticks, that is {}\n",
+        machine.cpu,
+        machine.cpus,
+        machine.xen,
+        unit(machine.ticks_are)
+    );
+    let rows = Row::all(&results.runs);
+    text += &medians(&rows);
+    text += &bars(&rows);
+    text
+}
+
+/// The cheapest monitor's `exec_bp`.
+fn cheapest(rows: &[Row<'_>]) -> Option<u64> {
+    rows.iter().filter(|row| !row.is_bare()).filter_map(|row| row.median(Workload::ExecBp)).min()
+}
+
+fn medians(rows: &[Row<'_>]) -> String {
+    const NAMES: [&str; 2] = ["monitor", "mechanism"];
+    let mut table = Table::new();
+    table.load_preset(presets::UTF8_HORIZONTAL_ONLY).set_content_arrangement(ContentArrangement::Disabled);
+    // No lines between rows: only around the table and below its head.
+    table.remove_style(TableComponent::HorizontalLines).remove_style(TableComponent::MiddleIntersections);
+    let workloads = Workload::ALL.map(Workload::name);
+    table.set_header(NAMES.iter().chain(&workloads).chain(&["vs best", "hits reported", "page read as"]));
+    for column in table.column_iter_mut().skip(NAMES.len()) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+
+    let cheapest = cheapest(rows);
+    for row in rows {
+        let ratio = row.median(Workload::ExecBp).filter(|_| !row.is_bare()).zip(cheapest);
+        let mut cells = vec![row.monitor(), row.mechanism.to_owned()];
+        cells.extend(Workload::ALL.map(|workload| row.median(workload).map_or_else(|| NOTHING.to_owned(), grouped)));
+        cells.push(ratio.map_or_else(
+            || NOTHING.to_owned(),
+            |(median, cheapest)| format!("{:.2}×", median as f64 / cheapest.max(1) as f64),
+        ));
+        cells.push(hits(row));
+        cells.push(concealment(row).to_owned());
+        table.add_row(cells);
+    }
+    table.trim_fmt() + "\n"
+}
+
+/// Hits over all workloads; a lost or doubled one makes the cell look different from all others.
+fn hits(row: &Row<'_>) -> String {
+    let guest: u64 = row.runs.iter().map(|run| run.guest_hits).sum();
+    let monitor: u64 = row.runs.iter().map(|run| run.monitor_hits).sum();
+    match (row.is_bare(), guest == monitor) {
+        (true, _) => NOTHING.to_owned(),
+        (false, true) => format!("all {}", grouped(guest)),
+        (false, false) => format!("{} OF {}", grouped(monitor), grouped(guest)),
+    }
+}
+
+fn concealment(row: &Row<'_>) -> &'static str {
+    if row.runs.iter().any(|run| run.guest_saw_breakpoint) {
+        "BREAKPOINT"
+    } else if row.runs.iter().any(|run| matches!(run.workload, Workload::ReadBp | Workload::ReadPage)) {
+        "original"
+    } else {
+        NOTHING
+    }
+}
+
+fn bars(rows: &[Row<'_>]) -> String {
+    let bars: Vec<_> = rows
+        .iter()
+        .filter(|row| !row.is_bare())
+        .filter_map(|row| Some((format!("{} {}", row.monitor(), row.mechanism), row.median(Workload::ExecBp)?)))
+        .collect();
+    let Some(longest) = bars.iter().map(|(_, median)| *median).max() else { return String::new() };
+    let width = bars.iter().map(|(label, _)| label.chars().count()).max().unwrap_or(0);
+
+    let mut text = "\nexec_bp, median ticks\n".to_owned();
+    for (label, median) in bars {
+        let (bar, median) = (bar(median, longest), grouped(median));
+        // Writing into a string cannot fail.
+        let _ = writeln!(text, "{label:<width$} {bar} {median}");
+    }
+    text
+}
+
+/// A bar of up to [`BAR_WIDTH`] columns, to an eighth of a column.
+fn bar(value: u64, longest: u64) -> String {
+    const EIGHTHS: [&str; 8] = ["", "▏", "▎", "▍", "▌", "▋", "▊", "▉"];
+    let eighths = u128::from(value) * u128::from(BAR_WIDTH) * 8 / u128::from(longest.max(1));
+    let (full, part) = ((eighths / 8) as usize, (eighths % 8) as usize);
+    "█".repeat(full) + EIGHTHS[part]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::samples::{bochs, collection, measurement};
+    use crate::{Collection, Measurement};
+
+    /// The cells of the row that begins with these words.
+    fn cells(text: &str, row: &[&str]) -> Vec<String> {
+        let cells =
+            |line: &str| line.split("  ").map(str::trim).filter(|cell| !cell.is_empty()).map(str::to_owned).collect();
+        let mut rows = text.lines().map(cells);
+        rows.find(|cells: &Vec<String>| cells.iter().zip(row).filter(|(cell, name)| cell == name).count() == row.len())
+            .unwrap_or_default()
+    }
+
+    #[test]
+    fn every_row_has_its_figures() {
+        let text = table(collection().results());
+        assert_eq!(
+            cells(&text, &["floor", "view-step"]).join("|"),
+            "floor|view-step|4|55 001|55 001|55 001|55 001|1.83×|all 15|original"
+        );
+        assert_eq!(cells(&text, &["none", "none"]).join("|"), "none|none|4|11|11|11|11|–|–|original");
+    }
+
+    #[test]
+    fn lost_hits_and_a_visible_breakpoint_stand_out() {
+        let mut collection = Collection::new(bochs());
+        let bad = measurement("hyperbp", "repair", Workload::ReadBp);
+        collection.push(Measurement { monitor_hits: 2, guest_saw_breakpoint: true, ..bad }, vec![1]).unwrap();
+        let text = table(collection.results());
+        assert_eq!(cells(&text, &["hyperbp", "repair"]).join("|"), "hyperbp|repair|–|–|–|1|–|–|2 OF 3|BREAKPOINT");
+    }
+
+    #[test]
+    fn nothing_measured_is_an_empty_table_and_no_chart() {
+        let text = table(Collection::new(bochs()).results());
+        assert!(text.contains("mechanism") && !text.contains('█'), "{text}");
+    }
+
+    #[test]
+    fn bars_are_in_proportion() {
+        assert_eq!(bar(10, 10).chars().count() as u64, BAR_WIDTH);
+        assert_eq!(bar(5, 10), "█".repeat(20));
+        assert_eq!(bar(0, 10), "");
+        assert_eq!(bar(0, 0), "");
+        assert_eq!(bar(1, 40 * 8), "▏");
+        assert_eq!(bar(u64::MAX, u64::MAX), "█".repeat(40));
+    }
+}

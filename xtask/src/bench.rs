@@ -1,0 +1,176 @@
+//! `cargo xtask bench`
+
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use clap::builder::PossibleValuesParser;
+use hyperbp_lab::plan::{self, Selection};
+use hyperbp_lab::protocol::{Message, Parser};
+use hyperbp_lab::{Host, Lab, Outcome, Program, Progress};
+use hyperbp_report::Collection;
+
+const MECHANISMS: &[&str] = &["none", "skip", "repair", "view-step", "view-fast-step", "emulate"];
+
+/// What `--quick` measures: enough to see the order of things.
+const QUICK: (u64, u64) = (100, 4);
+
+const EXAMPLES: &str = "\
+Examples:
+  cargo xtask bench
+      Everything, in an emulated machine that is built first. Needs Debian 12, and a network the first time.
+  cargo xtask bench --quick
+      The same with fewer samples.
+  cargo xtask bench --mechanism emulate --mechanism view-fast-step --workload exec_bp
+      Only these.
+  cargo xtask bench --cpus 2
+      dom0 and the guest have a CPU each.
+  cargo xtask bench --domain bench
+      On this machine: run it in dom0 of a Xen with `altp2m=1`, with the benchmark guest running as the domain `bench`.
+
+Results are in target/bench: results.json, samples/, and bpbench/ for the scripts of the bpbench study.
+In the emulator a tick is an instruction; it knows no cost of a VM exit, a cache or a TLB miss.";
+
+/// Measure what a breakpoint hit costs with each mechanism, and print a table
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Bench {
+    /// Take fewer samples
+    #[arg(long, conflicts_with_all = ["samples", "page_samples"])]
+    quick: bool,
+
+    /// Measure only this mechanism; may be repeated
+    #[arg(long = "mechanism", value_name = "M", value_parser = PossibleValuesParser::new(MECHANISMS))]
+    mechanisms: Vec<String>,
+
+    /// Measure only this backend: the crate, or the least a monitor has to do; may be repeated
+    #[arg(long = "backend", value_name = "B", value_parser = PossibleValuesParser::new(plan::BACKENDS))]
+    backends: Vec<String>,
+
+    /// Measure only this workload; may be repeated
+    #[arg(long = "workload", value_name = "W", value_parser = PossibleValuesParser::new(plan::WORKLOADS))]
+    workloads: Vec<String>,
+
+    /// Samples of each workload
+    #[arg(long, value_name = "N")]
+    samples: Option<u64>,
+
+    /// Samples of read_page, which takes 512 hits a sample
+    #[arg(long, value_name = "N")]
+    page_samples: Option<u64>,
+
+    /// CPUs of the emulated machine; with 2, dom0 and the guest have one each
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=2))]
+    cpus: u32,
+
+    /// Emulated machines that run at the same time
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..))]
+    jobs: u8,
+
+    /// Measure this running domain of the Xen this machine runs, instead of emulating one
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["cpus", "jobs"])]
+    domain: Option<String>,
+
+    /// Ask Debian's mirror for newer packages
+    #[arg(long)]
+    update: bool,
+}
+
+impl Bench {
+    pub(crate) fn run(self) -> Result<()> {
+        let lab = Lab::open(&crate::repo(), &crate::target(), Host::this(), Progress::new())?;
+        let out = crate::target().join("bench");
+        let parts = out.join("parts");
+        // Parts of an earlier run must not be taken for this one's.
+        if parts.exists() {
+            std::fs::remove_dir_all(&parts).with_context(|| format!("cannot remove {}", parts.display()))?;
+        }
+        let (collections, label) = match &self.domain {
+            Some(domain) => (self.measure_here(&lab, domain, &parts)?, "xen"),
+            None => (self.measure_in_the_lab(&lab, &parts)?, "bochs"),
+        };
+        present(collections, label, &out)
+    }
+
+    fn selection(&self) -> Selection {
+        let (samples, page_samples) = match self.quick {
+            true => (Some(QUICK.0), Some(QUICK.1)),
+            false => (self.samples, self.page_samples),
+        };
+        Selection {
+            backends: self.backends.clone(),
+            mechanisms: self.mechanisms.clone(),
+            workloads: self.workloads.clone(),
+            samples,
+            page_samples,
+        }
+    }
+
+    /// Returns the directories of the collections that were measured.
+    fn measure_in_the_lab(&self, lab: &Lab, parts: &Path) -> Result<Vec<PathBuf>> {
+        let prepared = lab.prepare(self.update)?;
+        let runner = lab.build(Program::Runner, Some(&prepared.sysroot))?;
+        let machines = plan::machines(&self.selection());
+        let mut jobs = Vec::new();
+        for (n, selections) in (1..).zip(&machines) {
+            let job = prepared.bench(&format!("bench-{n}"), &runner, selections, self.cpus);
+            let image = prepared.image(&job)?;
+            jobs.push((job, image));
+        }
+        let outcomes: Vec<Outcome> = prepared.run(&jobs, self.jobs.into())?;
+        let mut collections = Vec::new();
+        for ((n, outcome), selections) in outcomes.iter().enumerate().zip(&machines) {
+            let dir = parts.join(n.to_string());
+            outcome.unpack(&dir)?;
+            collections.extend((0..selections.len()).map(|run| dir.join(run.to_string())));
+        }
+        Ok(collections)
+    }
+
+    fn measure_here(&self, lab: &Lab, domain: &str, parts: &Path) -> Result<Vec<PathBuf>> {
+        // The system's own Xen is the one that runs; its headers are needed only when they are not installed.
+        let sysroot = match Path::new("/usr/include/xenctrl.h").exists() {
+            true => None,
+            false => Some(lab.sysroot(self.update)?),
+        };
+        let runner = lab.build(Program::Runner, sysroot.as_deref())?;
+        let mut command = Command::new(runner);
+        command.args(["run", "--domain", domain, "--progress", "lines", "--out"]).arg(parts);
+        command.args(self.selection().arguments()).stdout(Stdio::piped());
+        let task = lab.progress.start("bench");
+        let mut child = command.spawn().context("cannot run the runner")?;
+        let mut parser = Parser::new();
+        for line in child.stdout.take().into_iter().flat_map(|out| BufReader::new(out).lines()) {
+            let line = line.context("cannot read what the runner says")?;
+            match parser.line(&line) {
+                Message::Progress { done, total, text } => task.at(done, total, &text),
+                _ => lab.progress.note(&line),
+            }
+        }
+        let status = child.wait()?;
+        if !status.success() {
+            bail!("the runner failed ({status}); it says why above");
+        }
+        Ok(vec![parts.to_owned()])
+    }
+}
+
+/// Merges the collections into one in `out`, and prints it.
+fn present(dirs: Vec<PathBuf>, label: &str, out: &Path) -> Result<()> {
+    let mut collections = dirs.iter().map(|dir| Collection::read(dir));
+    let mut all = collections.next().context("nothing was selected")??;
+    for collection in collections {
+        all.merge(collection?)?;
+    }
+    all.write(out)?;
+    let date = jiff::Timestamp::now().strftime("%Y-%m-%d").to_string();
+    let bpbench = out.join("bpbench");
+    hyperbp_report::write_bpbench(&bpbench, label, &date, &all)?;
+    println!("{}", hyperbp_report::table(all.results()));
+    println!("Results:  {}", out.join("results.json").display());
+    println!("Samples:  {}", out.join("samples").display());
+    println!("bpbench:  {}", bpbench.display());
+    Ok(())
+}
