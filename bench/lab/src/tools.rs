@@ -6,17 +6,18 @@ use crate::{Error, Host, Log, Progress, Result};
 
 /// The packages. The first column of `dpkg-query` must show each as installed.
 pub const TOOLS: &[&str] = &[
-    "g++",          // Bochs
-    "grub-common",  // grub-mkimage
-    "grub-pc-bin",  // GRUB's modules for a PC BIOS
-    "libc6-dev",    // Bochs, the runner
-    "libclang1-14", // bindgen, for Xen's headers
-    "make",         // Bochs
-    "patch",        // Bochs
-    "tar",          // Bochs
-    "util-linux",   // setpriv
-    "xorriso",      // the image
-    "xz-utils",     // Bochs, the kernel
+    "g++",                    // Bochs
+    "grub-common",            // grub-mkimage
+    "grub-pc-bin",            // GRUB's modules for a PC BIOS
+    "libc6-dev",              // Bochs, the runner
+    "libclang-common-14-dev", // bindgen: libclang's own headers
+    "libclang1-14",           // bindgen, for Xen's headers
+    "make",                   // Bochs
+    "patch",                  // Bochs
+    "tar",                    // Bochs
+    "util-linux",             // setpriv
+    "xorriso",                // the image
+    "xz-utils",               // Bochs, the kernel
 ];
 
 /// Installs those of [`TOOLS`] that are missing.

@@ -1,0 +1,615 @@
+//! One Xen domain, through libxenctrl: memory, views and rights, everything undone when it is dropped.
+
+use std::ffi::{CStr, CString, c_int, c_void};
+use std::fs::OpenOptions;
+use std::io::{self, ErrorKind};
+use std::ptr::{self, NonNull};
+use std::rc::Rc;
+
+use hyperbp::{Gfn, Gpa, Hypervisor, PAGE_SIZE, Rights, VcpuId, ViewId};
+use hyperbp_xen_sys as sys;
+
+/// What every hypercall goes through.
+const PRIVCMD: &str = "/dev/xen/privcmd";
+
+/// Guest frames for shadow pages: in the hole below 4 GiB, under the I/O APIC. A PVH guest has nothing there.
+const SHADOW_FIRST: u64 = 0xf_0000;
+const SHADOW_END: u64 = 0xf_c000;
+
+/// More memory than a domain will have, in KiB: no limit while shadow pages exist.
+const NO_LIMIT: u64 = (u32::MAX >> 4) as u64;
+
+/// Xen's `INVALID_GFN`: a view shows the page of the host view again.
+const INVALID_GFN: u64 = u64::MAX;
+
+/// Pages that stay mapped. A benchmark touches two or three.
+const CACHED_PAGES: usize = 32;
+
+/// The breakpoint exception.
+const VECTOR_BP: u32 = 3;
+/// A software exception (INT3, INTO), as the VM-entry interruption type has it.
+const TYPE_SOFTWARE_EXCEPTION: u32 = 6;
+/// The exception pushes no error code.
+const NO_ERROR_CODE: u32 = u32::MAX;
+
+/// A call to one of Xen's libraries failed.
+#[derive(Debug, thiserror::Error)]
+#[error("{call}: {source}")]
+pub struct Error {
+    /// The function.
+    call: &'static str,
+    /// Its `errno`.
+    source: io::Error,
+}
+
+impl Error {
+    /// `call` has just failed and set `errno`.
+    pub(crate) fn last(call: &'static str) -> Self {
+        Self { call, source: io::Error::last_os_error() }
+    }
+
+    fn invalid(call: &'static str, problem: String) -> Self {
+        Self { call, source: io::Error::other(problem) }
+    }
+}
+
+/// `Ok` unless `result` is negative, as libxenctrl says that `call` failed.
+pub(crate) fn check(call: &'static str, result: c_int) -> Result<(), Error> {
+    if result < 0 { Err(Error::last(call)) } else { Ok(()) }
+}
+
+/// Why a domain cannot be benchmarked.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// Hypercalls are not for us.
+    #[error("cannot use {PRIVCMD} ({0}): run this as root in dom0 of a Xen host")]
+    NotADom0(io::Error),
+    /// Nothing has this name or number.
+    #[error("there is no domain `{0}`: `xl list` shows those there are")]
+    NoSuchDomain(String),
+    /// The domain was made without altp2m.
+    #[error("domain `{0}` has no views: put altp2m=\"external\" into its configuration and `altp2m=1` on Xen's command line")]
+    NoAltp2m(String),
+    /// Something else.
+    #[error(transparent)]
+    Other(#[from] Error),
+}
+
+/// A connection to libxenctrl. Shared by all that make calls with it.
+#[derive(Debug)]
+pub(crate) struct Interface(NonNull<sys::xc_interface>);
+
+impl Interface {
+    fn open() -> Result<Self, Error> {
+        // SAFETY: null loggers are documented to mean the default.
+        let handle = unsafe { sys::xc_interface_open(ptr::null_mut(), ptr::null_mut(), 0) };
+        NonNull::new(handle).map(Self).ok_or_else(|| Error::last("xc_interface_open"))
+    }
+
+    pub(crate) fn raw(&self) -> *mut sys::xc_interface {
+        self.0.as_ptr()
+    }
+}
+
+impl Drop for Interface {
+    fn drop(&mut self) {
+        // SAFETY: opened in `open`, and closed nowhere else.
+        unsafe { sys::xc_interface_close(self.raw()) };
+    }
+}
+
+/// A connection to libxenforeignmemory.
+#[derive(Debug)]
+struct ForeignMemory(NonNull<sys::xenforeignmemory_handle>);
+
+impl ForeignMemory {
+    fn open() -> Result<Self, Error> {
+        // SAFETY: a null logger is documented to mean the default.
+        let handle = unsafe { sys::xenforeignmemory_open(ptr::null_mut(), 0) };
+        NonNull::new(handle).map(Self).ok_or_else(|| Error::last("xenforeignmemory_open"))
+    }
+}
+
+impl Drop for ForeignMemory {
+    fn drop(&mut self) {
+        // SAFETY: opened in `open`; every `Page` holds a reference, so none is left.
+        unsafe { sys::xenforeignmemory_close(self.0.as_ptr()) };
+    }
+}
+
+/// A page of a guest, mapped. The guest may change it at any time, so there are no references into it.
+#[derive(Debug)]
+pub struct Page {
+    address: NonNull<u8>,
+    memory: Rc<ForeignMemory>,
+}
+
+impl Page {
+    fn map(memory: &Rc<ForeignMemory>, domain: u32, gfn: Gfn) -> Result<Self, Error> {
+        let mut error = 0;
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: both arrays have the one element the call is told of; the handle is open.
+        let address =
+            unsafe { sys::xenforeignmemory_map(memory.0.as_ptr(), domain, protection, 1, &gfn.0, &mut error) };
+        let address = NonNull::new(address.cast()).ok_or_else(|| Error::last("xenforeignmemory_map"))?;
+        let page = Self { address, memory: Rc::clone(memory) };
+        if error == 0 {
+            Ok(page)
+        } else {
+            Err(Error { call: "xenforeignmemory_map", source: io::Error::from_raw_os_error(error.abs()) })
+        }
+    }
+
+    /// The page's first byte, for volatile or atomic accesses of [`PAGE_SIZE`] bytes while this lives.
+    #[must_use]
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.address.as_ptr()
+    }
+
+    /// Copies bytes out of the page.
+    ///
+    /// # Panics
+    /// If they reach over its end.
+    pub fn read(&self, offset: usize, into: &mut [u8]) {
+        assert!(offset <= PAGE_SIZE && into.len() <= PAGE_SIZE - offset, "a read over the end of a page");
+        for (i, byte) in into.iter_mut().enumerate() {
+            // SAFETY: within the page, by the assertion.
+            let from = unsafe { self.as_ptr().add(offset + i) };
+            // SAFETY: mapped while `self` lives; volatile, for the guest changes it.
+            *byte = unsafe { from.read_volatile() };
+        }
+    }
+
+    /// Copies bytes into the page.
+    ///
+    /// # Panics
+    /// If they reach over its end.
+    pub fn write(&self, offset: usize, bytes: &[u8]) {
+        assert!(offset <= PAGE_SIZE && bytes.len() <= PAGE_SIZE - offset, "a write over the end of a page");
+        for (i, byte) in bytes.iter().enumerate() {
+            // SAFETY: within the page, by the assertion.
+            let to = unsafe { self.as_ptr().add(offset + i) };
+            // SAFETY: mapped writable while `self` lives; volatile, for the guest sees it.
+            unsafe { to.write_volatile(*byte) };
+        }
+    }
+}
+
+impl Drop for Page {
+    fn drop(&mut self) {
+        // SAFETY: mapped in `map` with this handle and length, and unmapped nowhere else.
+        unsafe { sys::xenforeignmemory_unmap(self.memory.0.as_ptr(), self.address.as_ptr().cast(), 1) };
+    }
+}
+
+/// The pages used last, most recent first.
+#[derive(Debug, Default)]
+struct PageCache(Vec<(Gfn, Page)>);
+
+impl PageCache {
+    fn get(
+        &mut self,
+        gfn: Gfn,
+        map: impl FnOnce() -> Result<Page, Error>,
+    ) -> Result<&Page, Error> {
+        if let Some(at) = self.0.iter().position(|(cached, _)| *cached == gfn) {
+            self.0[..=at].rotate_right(1);
+        } else {
+            let page = map()?;
+            self.0.truncate(CACHED_PAGES - 1);
+            self.0.insert(0, (gfn, page));
+        }
+        Ok(&self.0[0].1)
+    }
+
+    fn forget(&mut self, gfn: Gfn) {
+        self.0.retain(|(cached, _)| *cached != gfn);
+    }
+}
+
+/// A domain to set breakpoints in. Dropping it puts every virtual CPU back into the host view, and removes the views,
+/// rights and shadow pages it was given. Let single-steps end first: see [`Hypervisor::stop_step`].
+#[derive(Debug)]
+pub struct Domain {
+    xc: Rc<Interface>,
+    memory: Rc<ForeignMemory>,
+    id: u32,
+    vcpus: u16,
+    /// The limit to put back, in KiB.
+    memory_limit: u64,
+    cache: PageCache,
+    altp2m_on: bool,
+    views: Vec<ViewId>,
+    /// Pages of the host view whose rights are not [`Rights::All`].
+    guarded: Vec<Gfn>,
+    shadows: Vec<Gfn>,
+    /// Where shadow pages begin; set by the first one.
+    shadow_base: Option<u64>,
+    /// Calls of `pause` without their `resume`.
+    pauses: u32,
+}
+
+impl Domain {
+    /// Opens the domain with this name or number. Changes nothing in it.
+    ///
+    /// # Errors
+    /// See [`OpenError`].
+    pub fn open(name_or_id: &str) -> Result<Self, OpenError> {
+        OpenOptions::new().read(true).write(true).open(PRIVCMD).map_err(OpenError::NotADom0)?;
+        let xc = Interface::open()?;
+        let no_such = || OpenError::NoSuchDomain(name_or_id.to_owned());
+        let id = match name_or_id.parse() {
+            Ok(id) => id,
+            Err(_) => id_of(name_or_id)?.ok_or_else(no_such)?,
+        };
+        let info = match info(&xc, id) {
+            Ok(info) => info.ok_or_else(no_such)?,
+            // A domU may have the device, too.
+            Err(Error { source, .. }) if source.kind() == ErrorKind::PermissionDenied => {
+                return Err(OpenError::NotADom0(source));
+            }
+            Err(error) => return Err(error.into()),
+        };
+
+        let mut altp2m = u64::from(sys::XEN_ALTP2M_disabled);
+        if info.hvm() != 0 {
+            // SAFETY: the handle is open and `altp2m` outlives the call.
+            let result = unsafe { sys::xc_hvm_param_get(xc.raw(), id, sys::HVM_PARAM_ALTP2M, &mut altp2m) };
+            check("xc_hvm_param_get", result)?;
+        }
+        if altp2m == u64::from(sys::XEN_ALTP2M_disabled) {
+            return Err(OpenError::NoAltp2m(name_or_id.to_owned()));
+        }
+
+        Ok(Self {
+            xc: Rc::new(xc),
+            memory: Rc::new(ForeignMemory::open()?),
+            id,
+            vcpus: u16::try_from(info.max_vcpu_id + 1).unwrap_or(u16::MAX),
+            memory_limit: info.max_memkb,
+            cache: PageCache::default(),
+            altp2m_on: false,
+            views: Vec::new(),
+            guarded: Vec::new(),
+            shadows: Vec::new(),
+            shadow_base: None,
+            pauses: 0,
+        })
+    }
+
+    /// Its number.
+    #[must_use]
+    pub fn id(&self) -> u32 {
+        self.id
+    }
+
+    pub(crate) fn interface(&self) -> &Rc<Interface> {
+        &self.xc
+    }
+
+    /// Maps a page of the guest for as long as the result lives.
+    ///
+    /// # Errors
+    /// If there is no such page.
+    pub fn map_page(&self, gfn: Gfn) -> Result<Page, Error> {
+        Page::map(&self.memory, self.id, gfn)
+    }
+
+    /// Delivers the guest's own INT3, of `length` bytes, to it when this virtual CPU goes on.
+    ///
+    /// # Errors
+    /// If there is no such virtual CPU, or another exception waits for it already.
+    pub fn inject_int3(&mut self, vcpu: VcpuId, length: u8) -> Result<(), Error> {
+        // SAFETY: the handle is open.
+        let result = unsafe {
+            sys::xc_hvm_inject_trap(
+                self.xc.raw(),
+                self.id,
+                c_int::from(vcpu.0),
+                VECTOR_BP as _,
+                TYPE_SOFTWARE_EXCEPTION as _,
+                NO_ERROR_CODE,
+                length.into(),
+                0,
+            )
+        };
+        check("xc_hvm_inject_trap", result)
+    }
+
+    /// Whether it exists and has neither shut down nor crashed.
+    ///
+    /// # Errors
+    /// If Xen does not answer.
+    pub fn is_running(&self) -> Result<bool, Error> {
+        Ok(info(&self.xc, self.id)?.is_some_and(|info| info.dying() == 0 && info.shutdown() == 0))
+    }
+
+    /// Whether it exists and has crashed.
+    ///
+    /// # Errors
+    /// If Xen does not answer.
+    pub fn has_crashed(&self) -> Result<bool, Error> {
+        Ok(info(&self.xc, self.id)?.is_some_and(|info| info.crashed() != 0))
+    }
+
+    fn page(&mut self, gpa: Gpa, length: usize) -> Result<&Page, Error> {
+        if usize::from(gpa.offset()) + length > PAGE_SIZE {
+            return Err(Error::invalid("guest memory access", format!("{length} bytes at {gpa} are in two pages")));
+        }
+        let Self { cache, memory, id, .. } = self;
+        cache.get(gpa.gfn(), || Page::map(memory, *id, gpa.gfn()))
+    }
+
+    fn set_memory_limit(&self, kib: u64) -> Result<(), Error> {
+        // SAFETY: the handle is open.
+        check("xc_domain_setmaxmem", unsafe { sys::xc_domain_setmaxmem(self.xc.raw(), self.id, kib) })
+    }
+
+    /// The lowest frame number for a shadow page.
+    fn shadow_base(&mut self) -> Result<u64, Error> {
+        if let Some(base) = self.shadow_base {
+            return Ok(base);
+        }
+        let mut last = 0;
+        // SAFETY: the handle is open and `last` outlives the call.
+        check("xc_domain_maximum_gpfn", unsafe { sys::xc_domain_maximum_gpfn(self.xc.raw(), self.id, &mut last) })?;
+        self.set_memory_limit(NO_LIMIT)?;
+        Ok(*self.shadow_base.insert((last + 1).min(SHADOW_FIRST)))
+    }
+
+    fn release(&mut self, gfn: Gfn) -> Result<(), Error> {
+        // A mapping would keep the page with the domain.
+        self.cache.forget(gfn);
+        let mut frame = gfn.0;
+        // SAFETY: the handle is open, and the one extent outlives the call.
+        let result =
+            unsafe { sys::xc_domain_decrease_reservation_exact(self.xc.raw(), self.id, 1, 0, &mut frame) };
+        check("xc_domain_decrease_reservation_exact", result)
+    }
+
+    fn set_altp2m(&mut self, on: bool) -> Result<(), Error> {
+        // SAFETY: the handle is open.
+        let result = unsafe { sys::xc_altp2m_set_domain_state(self.xc.raw(), self.id, on) };
+        check("xc_altp2m_set_domain_state", result)?;
+        self.altp2m_on = on;
+        Ok(())
+    }
+
+    fn destroy(&self, view: ViewId) -> Result<(), Error> {
+        // SAFETY: the handle is open.
+        check("xc_altp2m_destroy_view", unsafe { sys::xc_altp2m_destroy_view(self.xc.raw(), self.id, view.0) })
+    }
+}
+
+impl Hypervisor for Domain {
+    type Error = Error;
+
+    fn vcpus(&self) -> u16 {
+        self.vcpus
+    }
+
+    fn read(&mut self, gpa: Gpa, into: &mut [u8]) -> Result<(), Error> {
+        self.page(gpa, into.len())?.read(gpa.offset().into(), into);
+        Ok(())
+    }
+
+    fn write(&mut self, gpa: Gpa, bytes: &[u8]) -> Result<(), Error> {
+        self.page(gpa, bytes.len())?.write(gpa.offset().into(), bytes);
+        Ok(())
+    }
+
+    fn add_shadow_gfn(&mut self) -> Result<Gfn, Error> {
+        let call = "xc_domain_populate_physmap_exact";
+        let base = self.shadow_base()?;
+        let mut frame = (base..SHADOW_END)
+            .find(|frame| !self.shadows.contains(&Gfn(*frame)))
+            .ok_or_else(|| Error::invalid(call, "no guest frame is left for a shadow page".to_owned()))?;
+        let gfn = Gfn(frame);
+        // SAFETY: the handle is open, and the one extent outlives the call.
+        let result =
+            unsafe { sys::xc_domain_populate_physmap_exact(self.xc.raw(), self.id, 1, 0, 0, &mut frame) };
+        check(call, result)?;
+        self.shadows.push(gfn);
+        Ok(gfn)
+    }
+
+    fn drop_shadow_gfn(&mut self, gfn: Gfn) -> Result<(), Error> {
+        let Some(at) = self.shadows.iter().position(|shadow| *shadow == gfn) else {
+            return Err(Error::invalid("drop_shadow_gfn", format!("{gfn} is no shadow page")));
+        };
+        self.release(gfn)?;
+        self.shadows.swap_remove(at);
+        Ok(())
+    }
+
+    fn create_view(&mut self) -> Result<ViewId, Error> {
+        if !self.altp2m_on {
+            self.set_altp2m(true)?;
+        }
+        let mut view = 0;
+        // Never XENMEM_access_default: its number differs between Xen's versions.
+        let access = sys::XENMEM_access_rwx;
+        // SAFETY: the handle is open and `view` outlives the call.
+        let result = unsafe { sys::xc_altp2m_create_view(self.xc.raw(), self.id, access, &mut view) };
+        check("xc_altp2m_create_view", result)?;
+        self.views.push(ViewId(view));
+        Ok(ViewId(view))
+    }
+
+    fn switch_view(&mut self, view: ViewId) -> Result<(), Error> {
+        if view == ViewId::HOST && !self.altp2m_on {
+            return Ok(()); // There is no other.
+        }
+        // SAFETY: the handle is open.
+        let result = unsafe { sys::xc_altp2m_switch_to_view(self.xc.raw(), self.id, view.0) };
+        check("xc_altp2m_switch_to_view", result)
+    }
+
+    fn drop_view(&mut self, view: ViewId) -> Result<(), Error> {
+        self.destroy(view)?;
+        self.views.retain(|other| *other != view);
+        Ok(())
+    }
+
+    fn remap(&mut self, view: ViewId, gfn: Gfn, to: Option<Gfn>) -> Result<(), Error> {
+        let to = to.map_or(INVALID_GFN, |gfn| gfn.0);
+        // SAFETY: the handle is open.
+        let result = unsafe { sys::xc_altp2m_change_gfn(self.xc.raw(), self.id, view.0, gfn.0, to) };
+        check("xc_altp2m_change_gfn", result)
+    }
+
+    fn set_rights(&mut self, view: ViewId, gfn: Gfn, rights: Rights) -> Result<(), Error> {
+        let access = match rights {
+            Rights::All => sys::XENMEM_access_rwx,
+            Rights::Execute => sys::XENMEM_access_x,
+        };
+        if view != ViewId::HOST {
+            // SAFETY: the handle is open.
+            let result = unsafe { sys::xc_altp2m_set_mem_access(self.xc.raw(), self.id, view.0, gfn.0, access) };
+            return check("xc_altp2m_set_mem_access", result);
+        }
+        // SAFETY: the handle is open.
+        check("xc_set_mem_access", unsafe { sys::xc_set_mem_access(self.xc.raw(), self.id, access, gfn.0, 1) })?;
+        self.guarded.retain(|guarded| *guarded != gfn);
+        if rights != Rights::All {
+            self.guarded.push(gfn);
+        }
+        Ok(())
+    }
+
+    fn stop_step(&mut self, vcpu: VcpuId) -> Result<(), Error> {
+        let off = sys::XEN_DOMCTL_DEBUG_OP_SINGLE_STEP_OFF;
+        // SAFETY: the handle is open.
+        let result = unsafe { sys::xc_domain_debug_control(self.xc.raw(), self.id, off, vcpu.0.into()) };
+        check("xc_domain_debug_control", result)
+    }
+
+    fn pause(&mut self) -> Result<(), Error> {
+        // SAFETY: the handle is open.
+        check("xc_domain_pause", unsafe { sys::xc_domain_pause(self.xc.raw(), self.id) })?;
+        self.pauses += 1;
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), Error> {
+        // SAFETY: the handle is open.
+        check("xc_domain_unpause", unsafe { sys::xc_domain_unpause(self.xc.raw(), self.id) })?;
+        self.pauses = self.pauses.saturating_sub(1);
+        Ok(())
+    }
+}
+
+impl Drop for Domain {
+    fn drop(&mut self) {
+        // The guest may be gone already, and then so is all of this.
+        if !self.is_running().unwrap_or(false) {
+            return;
+        }
+        let mut results = Vec::new();
+        // No virtual CPU may be in a view that goes, nor a view show a page that goes.
+        if self.altp2m_on {
+            results.push(self.switch_view(ViewId::HOST));
+            for view in std::mem::take(&mut self.views) {
+                results.push(self.destroy(view));
+            }
+            results.push(self.set_altp2m(false));
+        }
+        for gfn in std::mem::take(&mut self.guarded) {
+            results.push(self.set_rights(ViewId::HOST, gfn, Rights::All));
+        }
+        for gfn in std::mem::take(&mut self.shadows) {
+            results.push(self.release(gfn));
+        }
+        if self.shadow_base.is_some() {
+            results.push(self.set_memory_limit(self.memory_limit));
+        }
+        while self.pauses > 0 {
+            let result = self.resume();
+            if result.is_err() {
+                self.pauses = 0;
+            }
+            results.push(result);
+        }
+        for error in results.into_iter().filter_map(Result::err) {
+            log::warn!("leaving domain {}: {error}", self.id);
+        }
+    }
+}
+
+/// What Xen says about a domain, if there is one with this number.
+fn info(xc: &Interface, id: u32) -> Result<Option<sys::xc_dominfo_t>, Error> {
+    let mut info = sys::xc_dominfo_t::default();
+    // SAFETY: the handle is open, and there is room for the one domain asked for.
+    let found = unsafe { sys::xc_domain_getinfo(xc.raw(), id, 1, &mut info) };
+    check("xc_domain_getinfo", found)?;
+    // It gives the first domain from that number on.
+    Ok((found == 1 && info.domid == id).then_some(info))
+}
+
+/// The number of the domain with this name, from xenstore.
+fn id_of(name: &str) -> Result<Option<u32>, Error> {
+    let store = Store::open()?;
+    for id in store.directory(c"/local/domain")? {
+        let Ok(path) = CString::new(format!("/local/domain/{id}/name")) else { continue };
+        // A domain may go while we look.
+        if store.read(&path).as_deref() == Some(name.as_bytes()) {
+            return Ok(id.parse().ok());
+        }
+    }
+    Ok(None)
+}
+
+/// A connection to xenstore.
+struct Store(NonNull<sys::xs_handle>);
+
+impl Store {
+    fn open() -> Result<Self, Error> {
+        // SAFETY: takes nothing but flags.
+        NonNull::new(unsafe { sys::xs_open(0) }).map(Self).ok_or_else(|| Error::last("xs_open"))
+    }
+
+    /// The names of a node's children.
+    fn directory(&self, path: &CStr) -> Result<Vec<String>, Error> {
+        let mut count = 0;
+        // SAFETY: the handle is open, the path ends in NUL, and `count` outlives the call.
+        let list = unsafe { sys::xs_directory(self.0.as_ptr(), 0, path.as_ptr(), &mut count) };
+        let list = Allocated::new(list).ok_or_else(|| Error::last("xs_directory"))?;
+        // SAFETY: the call returns an array of `count` pointers, in one allocation with what they point to.
+        let names = unsafe { std::slice::from_raw_parts(list.0.as_ptr(), count as usize) };
+        // SAFETY: each is a string that ends in NUL and lives as long as `list`.
+        Ok(names.iter().map(|name| unsafe { CStr::from_ptr(*name) }.to_string_lossy().into_owned()).collect())
+    }
+
+    /// The value of a node, if there is one.
+    fn read(&self, path: &CStr) -> Option<Vec<u8>> {
+        let mut length = 0;
+        // SAFETY: the handle is open, the path ends in NUL, and `length` outlives the call.
+        let value = unsafe { sys::xs_read(self.0.as_ptr(), 0, path.as_ptr(), &mut length) };
+        let value = Allocated::new(value)?;
+        // SAFETY: the call returns `length` bytes (and a NUL).
+        Some(unsafe { std::slice::from_raw_parts(value.0.as_ptr().cast::<u8>(), length as usize) }.to_vec())
+    }
+}
+
+impl Drop for Store {
+    fn drop(&mut self) {
+        // SAFETY: opened in `open`, and closed nowhere else.
+        unsafe { sys::xs_close(self.0.as_ptr()) };
+    }
+}
+
+/// Memory of the C library, to be freed.
+struct Allocated<T>(NonNull<T>);
+
+impl<T> Allocated<T> {
+    fn new(pointer: *mut T) -> Option<Self> {
+        NonNull::new(pointer).map(Self)
+    }
+}
+
+impl<T> Drop for Allocated<T> {
+    fn drop(&mut self) {
+        // SAFETY: only made of what libxenstore allocated with malloc and leaves to us.
+        unsafe { libc::free(self.0.as_ptr().cast::<c_void>()) };
+    }
+}

@@ -1,0 +1,91 @@
+//! Generates the bindings from Xen's headers, and names the libraries to link.
+
+use std::env;
+use std::path::{Path, PathBuf};
+
+/// Where Xen's development files are, laid out as under `/`. Unset: the system's own.
+const SYSROOT: &str = "HYPERBP_XEN_SYSROOT";
+
+const LIBRARIES: [&str; 4] = ["xenctrl", "xenevtchn", "xenforeignmemory", "xenstore"];
+
+const FUNCTIONS: &[&str] = &[
+    "xc_interface_(open|close)",
+    "xc_domain_(getinfo|pause|unpause|maximum_gpfn|setmaxmem|debug_control)",
+    "xc_domain_(populate_physmap|decrease_reservation)_exact",
+    "xc_hvm_(param_get|inject_trap)",
+    "xc_altp2m_(set_domain_state|create_view|destroy_view|switch_to_view|change_gfn|set_mem_access)",
+    "xc_set_mem_access",
+    "xc_monitor_(enable|disable|software_breakpoint|singlestep)",
+    "xenevtchn_(open|close|fd|bind_interdomain|unbind|notify|pending|unmask)",
+    "xenforeignmemory_(open|close|map|unmap)",
+    "xs_(open|close|read|directory)",
+];
+
+const TYPES: &[&str] = &["vm_event_(request_t|response_t|sring|sring_entry)", "xenmem_access_t"];
+
+const CONSTANTS: &[&str] = &[
+    "VM_EVENT_(INTERFACE_VERSION|FLAG_.*|REASON_.*)",
+    "MEM_ACCESS_.*",
+    "HVM_PARAM_ALTP2M",
+    "XEN_ALTP2M_disabled",
+    "XEN_DOMCTL_DEBUG_OP_SINGLE_STEP_OFF",
+];
+
+fn main() {
+    println!("cargo::rerun-if-changed=wrapper.h");
+    println!("cargo::rerun-if-env-changed={SYSROOT}");
+    let root = env::var_os(SYSROOT).map(PathBuf::from);
+    let usr = root.as_deref().unwrap_or(Path::new("/")).join("usr");
+    let include = usr.join("include");
+    if !include.join("xenctrl.h").is_file() {
+        println!(
+            "cargo::error=no xenctrl.h in {}: run `cargo xtask bench`, which brings Xen's headers, or install libxen-dev",
+            include.display()
+        );
+        return;
+    }
+
+    if root.is_some() {
+        let lib = usr.join("lib/x86_64-linux-gnu");
+        println!("cargo::rustc-link-search=native={}", lib.display());
+        // For packages that link this one: the libraries need others of Xen's, which lie beside them.
+        println!("cargo::metadata=lib={}", lib.display());
+    }
+    for library in LIBRARIES {
+        println!("cargo::rustc-link-lib=dylib={library}");
+    }
+
+    let out = PathBuf::from(env::var_os("OUT_DIR").expect("Cargo sets OUT_DIR for build scripts"));
+    let mut builder = bindgen::Builder::default()
+        .header("wrapper.h")
+        .use_core()
+        .layout_tests(false)
+        .derive_default(true)
+        .generate_comments(false)
+        .prepend_enum_name(false)
+        .merge_extern_blocks(true);
+    if root.is_some() {
+        builder = builder.clang_arg(format!("-I{}", include.display()));
+    }
+    for pattern in FUNCTIONS {
+        builder = builder.allowlist_function(pattern);
+    }
+    for pattern in TYPES {
+        builder = builder.allowlist_type(pattern);
+    }
+    for pattern in CONSTANTS {
+        builder = builder.allowlist_var(pattern);
+    }
+    let written = match builder.generate() {
+        Ok(bindings) => bindings.write_to_file(out.join("bindings.rs")),
+        Err(error) => {
+            // clang's message has many lines, and Cargo's errors have one.
+            eprintln!("{error}");
+            println!("cargo::error=bindgen cannot read Xen's headers: install libclang-common-14-dev and libclang1-14");
+            return;
+        }
+    };
+    if let Err(error) = written {
+        println!("cargo::error=writing bindings.rs: {error}");
+    }
+}

@@ -1,0 +1,52 @@
+//! What can go wrong when a breakpoint is set, and what to do about it.
+
+use crate::Gpa;
+
+/// Why the engine could not do what it was asked to.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The name of a mechanism is not known.
+    #[error(
+        "there is no mechanism {0:?}: use repair, view-step, view-fast-step, emulate, or PLACEMENT+STEP-OVER+CONCEALMENT \
+         of in-place, shadow + repair, view-step, view-fast-step, emulate + view-step, view-fast-step, emulate, data"
+    )]
+    UnknownMechanism(String),
+    /// Three choices that do not fit together.
+    #[error("these do not work together: {0}")]
+    Combination(&'static str),
+    /// There is a breakpoint at this address already.
+    #[error("there is a breakpoint at {0} already: remove it first")]
+    Occupied(Gpa),
+    /// The page has breakpoints with another placement or concealment.
+    #[error("the page of {0} has breakpoints with another placement or concealment: use theirs, or remove them first")]
+    PageConflict(Gpa),
+    /// The instruction is not wholly in the page, so the hypervisor cannot be given its bytes.
+    #[error("the instruction at {0} reaches beyond its page, so it cannot be emulated: use another step-over")]
+    CrossesPage(Gpa),
+    /// There is no such breakpoint, or it has been removed.
+    #[error("there is no such breakpoint: it has been removed, or belongs to another engine")]
+    NoSuchBreakpoint,
+    /// The engine is being taken down.
+    #[error("the engine is leaving the domain, and sets no more breakpoints")]
+    Leaving,
+    /// The hypervisor refused something.
+    #[error("cannot {doing}: {source}")]
+    Hypervisor {
+        /// What was tried.
+        doing: &'static str,
+        /// What the hypervisor said.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+}
+
+/// Says what was tried when the hypervisor refuses.
+pub(crate) trait Doing<T> {
+    fn doing(self, doing: &'static str) -> Result<T, Error>;
+}
+
+impl<T, E: std::error::Error + Send + Sync + 'static> Doing<T> for Result<T, E> {
+    fn doing(self, doing: &'static str) -> Result<T, Error> {
+        self.map_err(|source| Error::Hypervisor { doing, source: Box::new(source) })
+    }
+}

@@ -1,0 +1,98 @@
+//! What a connection to a hypervisor must be able to do.
+
+use crate::{Gfn, Gpa, VcpuId, ViewId};
+
+/// What a view permits on a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Rights {
+    /// Everything: the page is not watched.
+    All,
+    /// Execution alone: reads and writes are events. (EPT knows no read-only-trap, so this is the guard of a page.)
+    Execute,
+}
+
+/// A connection to one domain.
+///
+/// The engine calls it while it handles an event, so that virtual CPU is paused; the others run unless
+/// [`pause`](Self::pause) was called. Memory addresses are guest-physical and go to the guest's own pages (the host
+/// view), whatever view a virtual CPU is in. Single-step monitoring must be on for the whole life of the connection:
+/// without it Xen never ends a fast single-step (`hvm_monitor_debug`, xen/arch/x86/hvm/monitor.c).
+pub trait Hypervisor {
+    /// Why a call failed.
+    type Error: std::error::Error + Send + Sync + 'static;
+
+    /// Virtual CPUs of the domain.
+    fn vcpus(&self) -> u16;
+
+    /// Reads guest memory. The range lies within one page.
+    ///
+    /// # Errors
+    /// If there is no such page.
+    fn read(&mut self, gpa: Gpa, into: &mut [u8]) -> Result<(), Self::Error>;
+
+    /// Writes guest memory, whatever a view permits. The range lies within one page.
+    ///
+    /// # Errors
+    /// If there is no such page, or it cannot be written.
+    fn write(&mut self, gpa: Gpa, bytes: &[u8]) -> Result<(), Self::Error>;
+
+    /// Adds a page of memory to the domain, at a frame number the guest does not use.
+    ///
+    /// # Errors
+    /// If there is no memory or no room left.
+    fn add_shadow_gfn(&mut self) -> Result<Gfn, Self::Error>;
+
+    /// Takes such a page away again.
+    ///
+    /// # Errors
+    /// If it was not one.
+    fn drop_shadow_gfn(&mut self, gfn: Gfn) -> Result<(), Self::Error>;
+
+    /// Makes a view in which everything is as in the host view.
+    ///
+    /// # Errors
+    /// If the domain has no altp2m, or no view is left (Xen has 10, `MAX_ALTP2M`).
+    fn create_view(&mut self) -> Result<ViewId, Self::Error>;
+
+    /// Switches all virtual CPUs to a view.
+    ///
+    /// # Errors
+    /// If there is no such view.
+    fn switch_view(&mut self, view: ViewId) -> Result<(), Self::Error>;
+
+    /// Drops a view that no virtual CPU is in.
+    ///
+    /// # Errors
+    /// If there is no such view, or a virtual CPU is in it.
+    fn drop_view(&mut self, view: ViewId) -> Result<(), Self::Error>;
+
+    /// Lets `gfn` show the page of `to` in a view, or its own again. The rights there are unspecified afterwards.
+    ///
+    /// # Errors
+    /// If the view or a page does not exist.
+    fn remap(&mut self, view: ViewId, gfn: Gfn, to: Option<Gfn>) -> Result<(), Self::Error>;
+
+    /// Sets what a view permits on a page.
+    ///
+    /// # Errors
+    /// If the view or the page does not exist.
+    fn set_rights(&mut self, view: ViewId, gfn: Gfn, rights: Rights) -> Result<(), Self::Error>;
+
+    /// Ends any single-step of a virtual CPU, fast or not, without an event.
+    ///
+    /// # Errors
+    /// If there is no such virtual CPU.
+    fn stop_step(&mut self, vcpu: VcpuId) -> Result<(), Self::Error>;
+
+    /// Pauses the domain. Calls nest.
+    ///
+    /// # Errors
+    /// If the domain is gone.
+    fn pause(&mut self) -> Result<(), Self::Error>;
+
+    /// Undoes one [`pause`](Self::pause).
+    ///
+    /// # Errors
+    /// If the domain is gone.
+    fn resume(&mut self) -> Result<(), Self::Error>;
+}

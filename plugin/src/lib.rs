@@ -1,0 +1,34 @@
+//! Hyper-breakpoints: breakpoints set from outside a virtual machine, that the guest cannot see.
+//!
+//! A breakpoint is three independent choices, a [`Mechanism`]: where its 0xCC lies ([`Placement`]), how the displaced
+//! instruction runs after a hit ([`StepOver`]), and what a read of the page gets ([`Conceal`]).
+//!
+//! The [`Engine`] is sans-I/O. Whoever owns the connection to the hypervisor (DRAKVUF, SmartVMI, the benchmark's runner)
+//! turns what it receives into an [`Event`], calls [`Engine::handle`], and turns the [`Reply`] back. What the engine must
+//! do to the domain besides, it does through the narrow [`Hypervisor`] trait. It never waits.
+
+mod addr;
+mod breakpoint;
+mod conceal;
+mod engine;
+mod error;
+mod event;
+mod hypervisor;
+mod insn;
+mod mechanism;
+mod placement;
+mod registers;
+mod reply;
+mod stats;
+mod step;
+
+pub use addr::{Gfn, Gpa, PAGE_SIZE};
+pub use breakpoint::BreakpointId;
+pub use engine::{Engine, Hit, Verdict};
+pub use error::Error;
+pub use event::{Access, Event, Int3, Reason, VcpuId, ViewId};
+pub use hypervisor::{Hypervisor, Rights};
+pub use mechanism::{Conceal, Mechanism, Placement, StepOver};
+pub use registers::{CodeMode, Registers};
+pub use reply::{Action, INSTRUCTION_BYTES, READ_BYTES, ReadData, Reply, Step};
+pub use stats::Counters;

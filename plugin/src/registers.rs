@@ -1,0 +1,51 @@
+//! A virtual CPU's registers, as far as a breakpoint needs them.
+
+/// How the CPU decodes instructions: the D and L bits of CS, and EFER.LMA (Intel SDM volume 3, section 3.4.5).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum CodeMode {
+    /// 16-bit code: real mode, virtual-8086 mode, or CS.D = 0.
+    Bits16,
+    /// 32-bit code: CS.D = 1, also in compatibility mode.
+    Bits32,
+    /// 64-bit code: EFER.LMA and CS.L.
+    #[default]
+    Bits64,
+}
+
+impl CodeMode {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Bits16, Self::Bits32, Self::Bits64];
+
+    /// 16, 32 or 64.
+    #[must_use]
+    pub const fn bits(self) -> u32 {
+        match self {
+            Self::Bits16 => 16,
+            Self::Bits32 => 32,
+            Self::Bits64 => 64,
+        }
+    }
+}
+
+/// The registers of a virtual CPU at an event.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Registers {
+    /// RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R8 to R15: in the order instructions encode them.
+    pub gpr: [u64; 16],
+    /// Instruction pointer.
+    pub rip: u64,
+    /// Flags.
+    pub rflags: u64,
+    /// Control register 0.
+    pub cr0: u64,
+    /// Control register 3: the page tables' root.
+    pub cr3: u64,
+    /// Control register 4.
+    pub cr4: u64,
+    /// The EFER model-specific register.
+    pub efer: u64,
+    /// Base of CS; 0 in 64-bit code.
+    pub cs_base: u64,
+    /// How instructions are decoded.
+    pub mode: CodeMode,
+}

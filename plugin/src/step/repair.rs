@@ -1,0 +1,11 @@
+//! Write the byte back, single-step, write 0xCC again: two events, and right on one virtual CPU only.
+
+use super::Vcpu;
+use crate::breakpoint::Breakpoint;
+use crate::{Hypervisor, Reply};
+
+pub(super) fn begin<H: Hypervisor>(hv: &mut H, vcpu: &mut Vcpu, breakpoint: &Breakpoint) -> Result<Reply, H::Error> {
+    hv.write(breakpoint.id.gpa(), &[breakpoint.original])?;
+    vcpu.rearm = Some(breakpoint.id);
+    Ok(Reply { step: vcpu.step(), ..Reply::default() })
+}
