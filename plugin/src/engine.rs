@@ -67,12 +67,7 @@ impl Engine {
     /// # Errors
     /// If there is one already, if its page is used in another way, if the mechanism cannot do this instruction, or if the
     /// hypervisor refuses: then nothing has changed in the guest.
-    pub fn insert<H: Hypervisor>(
-        &mut self,
-        hv: &mut H,
-        gpa: Gpa,
-        mechanism: Mechanism,
-    ) -> Result<BreakpointId, Error> {
+    pub fn insert<H: Hypervisor>(&mut self, hv: &mut H, gpa: Gpa, mechanism: Mechanism) -> Result<BreakpointId, Error> {
         if self.leaving {
             return Err(Error::Leaving);
         }

@@ -1,11 +1,79 @@
-//! Runner (provisional).
-#![allow(dead_code)]
+//! Drives the benchmark guest from dom0: `hyperbp-bench --help`.
+
+mod bench;
+mod cli;
+mod core;
 mod floor;
+mod guest;
 mod ring;
 mod xen;
 
-fn main() -> anyhow::Result<()> {
-    let domain = xen::Domain::open(&std::env::args().nth(1).unwrap_or_default())?;
-    println!("{}", domain.is_running()?);
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use bench::{Plan, Subject};
+use cli::{Cli, Command, Progress, Run};
+use hyperbp::Mechanism;
+use xen::{Domain, OpenError};
+
+fn main() -> ExitCode {
+    let Command::Run(run) = Cli::parse().command;
+    match measure(&run) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // On one line, so that whoever reads it through a pipe gets it whole.
+            eprintln!("error: {error:#}");
+            ExitCode::from(exit_code(&error))
+        }
+    }
+}
+
+/// See the help text.
+fn exit_code(error: &anyhow::Error) -> u8 {
+    if error.is::<Usage>() {
+        return 2;
+    }
+    match error.downcast_ref() {
+        Some(OpenError::NoSuchDomain(_)) => 3,
+        Some(OpenError::NoAltp2m(_)) => 4,
+        Some(OpenError::NotADom0(_)) => 5,
+        Some(OpenError::Other(_)) | None => 1,
+    }
+}
+
+/// The arguments make no sense.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Usage(String);
+
+fn measure(run: &Run) -> anyhow::Result<()> {
+    let plan = plan(run)?;
+    let mut domain = Domain::open(&run.domain)?;
+    let collection = bench::measure(&mut domain, &plan, &mut |done, total, text| match run.progress {
+        Progress::Lines => println!("@progress {done} {total} {text}"),
+        Progress::Text => eprintln!("[{done}/{total}] {text}"),
+    })?;
+    collection.write(&run.out)?;
+    if run.progress == Progress::Text {
+        println!("{}", hyperbp_report::table(collection.results()));
+    }
     Ok(())
+}
+
+fn plan(run: &Run) -> anyhow::Result<Plan> {
+    let all = Subject::all();
+    let mut subjects: Vec<_> =
+        all.iter().copied().filter(|s| run.mechanisms.is_empty() || run.mechanisms.contains(&s.mechanism())).collect();
+    for name in &run.mechanisms {
+        if !all.iter().any(|subject| subject.mechanism() == *name) {
+            // One that has no name of its own is spelled out.
+            let mechanism: Mechanism = name.parse().map_err(|error: hyperbp::Error| Usage(error.to_string()))?;
+            subjects.push(Subject::Core(mechanism));
+        }
+    }
+    subjects.retain(|subject| run.backends.is_empty() || run.backends.contains(&subject.backend()));
+    let workloads = hyperbp_report::Workload::ALL;
+    let workloads = workloads.into_iter().filter(|w| run.workloads.is_empty() || run.workloads.contains(w)).collect();
+    Ok(Plan { subjects, workloads, samples: run.samples, page_samples: run.page_samples, kind: run.machine.into() })
 }

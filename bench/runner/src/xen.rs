@@ -26,16 +26,16 @@ const INVALID_GFN: u64 = u64::MAX;
 const CACHED_PAGES: usize = 32;
 
 /// The breakpoint exception.
-const VECTOR_BP: u32 = 3;
+const VECTOR_BP: u8 = 3;
 /// A software exception (INT3, INTO), as the VM-entry interruption type has it.
-const TYPE_SOFTWARE_EXCEPTION: u32 = 6;
+const TYPE_SOFTWARE_EXCEPTION: u8 = 6;
 /// The exception pushes no error code.
 const NO_ERROR_CODE: u32 = u32::MAX;
 
 /// A call to one of Xen's libraries failed.
 #[derive(Debug, thiserror::Error)]
 #[error("{call}: {source}")]
-pub struct Error {
+pub(crate) struct Error {
     /// The function.
     call: &'static str,
     /// Its `errno`.
@@ -60,7 +60,7 @@ pub(crate) fn check(call: &'static str, result: c_int) -> Result<(), Error> {
 
 /// Why a domain cannot be benchmarked.
 #[derive(Debug, thiserror::Error)]
-pub enum OpenError {
+pub(crate) enum OpenError {
     /// Hypercalls are not for us.
     #[error("cannot use {PRIVCMD} ({0}): run this as root in dom0 of a Xen host")]
     NotADom0(io::Error),
@@ -68,7 +68,9 @@ pub enum OpenError {
     #[error("there is no domain `{0}`: `xl list` shows those there are")]
     NoSuchDomain(String),
     /// The domain was made without altp2m.
-    #[error("domain `{0}` has no views: put altp2m=\"external\" into its configuration and `altp2m=1` on Xen's command line")]
+    #[error(
+        "domain `{0}` has no views: put altp2m=\"external\" into its configuration and `altp2m=1` on Xen's command line"
+    )]
     NoAltp2m(String),
     /// Something else.
     #[error(transparent)]
@@ -119,7 +121,7 @@ impl Drop for ForeignMemory {
 
 /// A page of a guest, mapped. The guest may change it at any time, so there are no references into it.
 #[derive(Debug)]
-pub struct Page {
+pub(crate) struct Page {
     address: NonNull<u8>,
     memory: Rc<ForeignMemory>,
 }
@@ -142,7 +144,7 @@ impl Page {
 
     /// The page's first byte, for volatile or atomic accesses of [`PAGE_SIZE`] bytes while this lives.
     #[must_use]
-    pub fn as_ptr(&self) -> *mut u8 {
+    pub(crate) fn as_ptr(&self) -> *mut u8 {
         self.address.as_ptr()
     }
 
@@ -150,7 +152,7 @@ impl Page {
     ///
     /// # Panics
     /// If they reach over its end.
-    pub fn read(&self, offset: usize, into: &mut [u8]) {
+    pub(crate) fn read(&self, offset: usize, into: &mut [u8]) {
         assert!(offset <= PAGE_SIZE && into.len() <= PAGE_SIZE - offset, "a read over the end of a page");
         for (i, byte) in into.iter_mut().enumerate() {
             // SAFETY: within the page, by the assertion.
@@ -164,7 +166,7 @@ impl Page {
     ///
     /// # Panics
     /// If they reach over its end.
-    pub fn write(&self, offset: usize, bytes: &[u8]) {
+    pub(crate) fn write(&self, offset: usize, bytes: &[u8]) {
         assert!(offset <= PAGE_SIZE && bytes.len() <= PAGE_SIZE - offset, "a write over the end of a page");
         for (i, byte) in bytes.iter().enumerate() {
             // SAFETY: within the page, by the assertion.
@@ -187,11 +189,7 @@ impl Drop for Page {
 struct PageCache(Vec<(Gfn, Page)>);
 
 impl PageCache {
-    fn get(
-        &mut self,
-        gfn: Gfn,
-        map: impl FnOnce() -> Result<Page, Error>,
-    ) -> Result<&Page, Error> {
+    fn get(&mut self, gfn: Gfn, map: impl FnOnce() -> Result<Page, Error>) -> Result<&Page, Error> {
         if let Some(at) = self.0.iter().position(|(cached, _)| *cached == gfn) {
             self.0[..=at].rotate_right(1);
         } else {
@@ -210,7 +208,7 @@ impl PageCache {
 /// A domain to set breakpoints in. Dropping it puts every virtual CPU back into the host view, and removes the views,
 /// rights and shadow pages it was given. Let single-steps end first: see [`Hypervisor::stop_step`].
 #[derive(Debug)]
-pub struct Domain {
+pub(crate) struct Domain {
     xc: Rc<Interface>,
     memory: Rc<ForeignMemory>,
     id: u32,
@@ -234,7 +232,7 @@ impl Domain {
     ///
     /// # Errors
     /// See [`OpenError`].
-    pub fn open(name_or_id: &str) -> Result<Self, OpenError> {
+    pub(crate) fn open(name_or_id: &str) -> Result<Self, OpenError> {
         OpenOptions::new().read(true).write(true).open(PRIVCMD).map_err(OpenError::NotADom0)?;
         let xc = Interface::open()?;
         let no_such = || OpenError::NoSuchDomain(name_or_id.to_owned());
@@ -279,7 +277,7 @@ impl Domain {
 
     /// Its number.
     #[must_use]
-    pub fn id(&self) -> u32 {
+    pub(crate) fn id(&self) -> u32 {
         self.id
     }
 
@@ -291,7 +289,7 @@ impl Domain {
     ///
     /// # Errors
     /// If there is no such page.
-    pub fn map_page(&self, gfn: Gfn) -> Result<Page, Error> {
+    pub(crate) fn map_page(&self, gfn: Gfn) -> Result<Page, Error> {
         Page::map(&self.memory, self.id, gfn)
     }
 
@@ -299,28 +297,39 @@ impl Domain {
     ///
     /// # Errors
     /// If there is no such virtual CPU, or another exception waits for it already.
-    pub fn inject_int3(&mut self, vcpu: VcpuId, length: u8) -> Result<(), Error> {
+    pub(crate) fn inject_int3(&mut self, vcpu: VcpuId, length: u8) -> Result<(), Error> {
         // SAFETY: the handle is open.
         let result = unsafe {
             sys::xc_hvm_inject_trap(
                 self.xc.raw(),
                 self.id,
                 c_int::from(vcpu.0),
-                VECTOR_BP as _,
-                TYPE_SOFTWARE_EXCEPTION as _,
+                VECTOR_BP,
+                TYPE_SOFTWARE_EXCEPTION,
                 NO_ERROR_CODE,
-                length.into(),
+                length,
                 0,
             )
         };
         check("xc_hvm_inject_trap", result)
     }
 
+    /// CPUs of the machine Xen runs on.
+    ///
+    /// # Errors
+    /// If Xen does not tell.
+    pub(crate) fn host_cpus(&self) -> Result<u32, Error> {
+        let mut info = sys::xc_physinfo_t::default();
+        // SAFETY: the handle is open and `info` outlives the call.
+        check("xc_physinfo", unsafe { sys::xc_physinfo(self.xc.raw(), &mut info) })?;
+        Ok(info.nr_cpus)
+    }
+
     /// Whether it exists and has neither shut down nor crashed.
     ///
     /// # Errors
     /// If Xen does not answer.
-    pub fn is_running(&self) -> Result<bool, Error> {
+    pub(crate) fn is_running(&self) -> Result<bool, Error> {
         Ok(info(&self.xc, self.id)?.is_some_and(|info| info.dying() == 0 && info.shutdown() == 0))
     }
 
@@ -328,7 +337,7 @@ impl Domain {
     ///
     /// # Errors
     /// If Xen does not answer.
-    pub fn has_crashed(&self) -> Result<bool, Error> {
+    pub(crate) fn has_crashed(&self) -> Result<bool, Error> {
         Ok(info(&self.xc, self.id)?.is_some_and(|info| info.crashed() != 0))
     }
 
@@ -362,8 +371,7 @@ impl Domain {
         self.cache.forget(gfn);
         let mut frame = gfn.0;
         // SAFETY: the handle is open, and the one extent outlives the call.
-        let result =
-            unsafe { sys::xc_domain_decrease_reservation_exact(self.xc.raw(), self.id, 1, 0, &mut frame) };
+        let result = unsafe { sys::xc_domain_decrease_reservation_exact(self.xc.raw(), self.id, 1, 0, &mut frame) };
         check("xc_domain_decrease_reservation_exact", result)
     }
 
@@ -406,8 +414,7 @@ impl Hypervisor for Domain {
             .ok_or_else(|| Error::invalid(call, "no guest frame is left for a shadow page".to_owned()))?;
         let gfn = Gfn(frame);
         // SAFETY: the handle is open, and the one extent outlives the call.
-        let result =
-            unsafe { sys::xc_domain_populate_physmap_exact(self.xc.raw(), self.id, 1, 0, 0, &mut frame) };
+        let result = unsafe { sys::xc_domain_populate_physmap_exact(self.xc.raw(), self.id, 1, 0, 0, &mut frame) };
         check(call, result)?;
         self.shadows.push(gfn);
         Ok(gfn)

@@ -1,0 +1,230 @@
+//! Measures: one attachment for each backend, mechanism and workload.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use hyperbp::Mechanism;
+use hyperbp_bench_abi as abi;
+use hyperbp_report::{Collection, Kind, Machine, Measurement, TicksAre, Workload};
+
+use crate::floor::{self, FloorMechanism};
+use crate::guest::Guest;
+use crate::ring::Monitor;
+use crate::xen::Domain;
+use crate::{cli::Backend, core};
+
+/// No workload's batch takes this long, even in the emulator.
+const STUCK: Duration = Duration::from_secs(300);
+/// Between two looks at whether the domain is alive, in calls.
+const LOOK: u32 = 1024;
+/// Samples of `read_page` between two lines of progress: each is hundreds of hits.
+const PAGE_BATCH: u32 = 10;
+
+/// Who owns the breakpoint, and how it works.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Subject {
+    /// Nobody: no monitor is attached.
+    None,
+    /// The core.
+    Core(Mechanism),
+    /// The bare loop.
+    Floor(FloorMechanism),
+}
+
+impl Subject {
+    /// All there are, in canonical order.
+    pub(crate) fn all() -> Vec<Self> {
+        let core = Mechanism::NAMED.map(|(_, mechanism)| Self::Core(mechanism));
+        let floor = FloorMechanism::ALL.map(Self::Floor);
+        [Self::None].into_iter().chain(core).chain(floor).collect()
+    }
+
+    pub(crate) fn backend(self) -> Backend {
+        match self {
+            Self::None | Self::Core(_) => Backend::Hyperbp,
+            Self::Floor(_) => Backend::Floor,
+        }
+    }
+
+    pub(crate) fn mechanism(self) -> String {
+        match self {
+            Self::None => "none".to_owned(),
+            Self::Core(mechanism) => mechanism.to_string(),
+            Self::Floor(mechanism) => mechanism.name().to_owned(),
+        }
+    }
+
+    /// Whether it can be measured with a workload: `skip` hides nothing from a read.
+    fn does(self, workload: Workload) -> bool {
+        let reads = matches!(workload, Workload::ReadBp | Workload::ReadPage);
+        !(reads && self == Self::Floor(FloorMechanism::Skip))
+    }
+}
+
+/// What to measure.
+#[derive(Clone, Debug)]
+pub(crate) struct Plan {
+    pub(crate) subjects: Vec<Subject>,
+    pub(crate) workloads: Vec<Workload>,
+    /// Of each workload but `read_page`.
+    pub(crate) samples: u32,
+    /// Of `read_page`.
+    pub(crate) page_samples: u32,
+    pub(crate) kind: Kind,
+}
+
+/// Measures everything in the plan. `progress` is told how much is done, of how much, and what comes next.
+///
+/// # Errors
+/// If the guest or Xen does not play along, or if a count is wrong.
+pub(crate) fn measure(
+    domain: &mut Domain,
+    plan: &Plan,
+    progress: &mut dyn FnMut(u64, u64, &str),
+) -> Result<Collection> {
+    let guest = Guest::find(domain)?;
+    let mut collection = Collection::new(machine(domain, plan.kind)?);
+    let cells: Vec<_> = plan
+        .subjects
+        .iter()
+        .flat_map(|subject| plan.workloads.iter().map(|workload| (*subject, *workload)))
+        .filter(|(subject, workload)| subject.does(*workload))
+        .collect();
+    let samples = |workload| if workload == Workload::ReadPage { plan.page_samples } else { plan.samples };
+    let total = cells.iter().map(|(_, workload)| u64::from(samples(*workload).div_ceil(batch(*workload)))).sum();
+    let mut done = 0;
+    for (subject, workload) in cells {
+        let text = format!("{} {} {}", subject.backend(), subject.mechanism(), workload.name());
+        let (measurement, ticks) = cell(domain, &guest, subject, workload, samples(workload), &mut || {
+            progress(done, total, &text);
+            done += 1;
+        })
+        .with_context(|| format!("while measuring {text}"))?;
+        collection.push(measurement, ticks)?;
+    }
+    progress(total, total, "done");
+    Ok(collection)
+}
+
+fn batch(workload: Workload) -> u32 {
+    if workload == Workload::ReadPage { PAGE_BATCH } else { abi::SAMPLES_MAX }
+}
+
+/// Measures one workload. `next` is called before each batch.
+fn cell(
+    domain: &mut Domain,
+    guest: &Guest,
+    subject: Subject,
+    workload: Workload,
+    samples: u32,
+    next: &mut dyn FnMut(),
+) -> Result<(Measurement, Vec<u64>)> {
+    let before = guest.counts();
+    let mut ticks = Vec::with_capacity(samples as usize);
+    let mut batches =
+        Batches { guest, workload, left: samples, asked: 0, since: Instant::now(), calls: 0, stuck: false };
+    let mut idle = || batches.go_on(&mut ticks, next);
+    let hits = match subject {
+        Subject::None => {
+            while idle() {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            0
+        }
+        Subject::Core(mechanism) => {
+            let mut monitor = Monitor::attach(domain).context("cannot monitor the domain")?;
+            core::run(domain, &mut monitor, mechanism, guest.breakpoint(), &mut idle)?
+        }
+        Subject::Floor(mechanism) => {
+            let mut monitor = Monitor::attach(domain).context("cannot monitor the domain")?;
+            floor::run(domain, &mut monitor, mechanism, guest.breakpoint().0, &mut idle)?.hits
+        }
+    };
+    if batches.stuck {
+        if domain.has_crashed()? {
+            bail!("the domain has crashed: `xl dmesg` shows what its last words were");
+        }
+        bail!("the guest does not come back: is the domain paused?");
+    }
+    guest.check(domain)?;
+    let after = guest.counts();
+    let executions = after.executions - before.executions;
+    let expected = if matches!(workload, Workload::ExecBp | Workload::ExecPage) { samples.into() } else { 0 };
+    ensure!(executions == expected, "the guest executed the instruction {executions} times, not {expected}");
+    let measurement = Measurement {
+        host: if subject.backend() == Backend::Floor { "floor" } else { "runner" }.to_owned(),
+        backend: subject.backend().to_string(),
+        mechanism: subject.mechanism(),
+        workload,
+        vcpus: guest.vcpus(),
+        // Without a breakpoint there is nothing to hit.
+        guest_hits: if subject == Subject::None { 0 } else { executions },
+        monitor_hits: hits,
+        guest_saw_breakpoint: after.mismatches != before.mismatches,
+    };
+    Ok((measurement, ticks))
+}
+
+/// The requests that make up a workload.
+struct Batches<'a> {
+    guest: &'a Guest,
+    workload: Workload,
+    left: u32,
+    /// Samples of the request the guest works on; 0 if it has none.
+    asked: u32,
+    since: Instant,
+    calls: u32,
+    stuck: bool,
+}
+
+impl Batches<'_> {
+    /// Looks after the guest. False when there is nothing more to wait for.
+    fn go_on(&mut self, ticks: &mut Vec<u64>, next: &mut dyn FnMut()) -> bool {
+        if !self.guest.is_done() {
+            self.calls += 1;
+            self.stuck = self.calls.is_multiple_of(LOOK) && self.since.elapsed() > STUCK;
+            return !self.stuck;
+        }
+        self.guest.samples(self.asked, ticks);
+        self.asked = self.left.min(batch(self.workload));
+        if self.asked == 0 {
+            return false;
+        }
+        self.left -= self.asked;
+        next();
+        self.since = Instant::now();
+        self.guest.request(wire(self.workload), self.asked);
+        true
+    }
+}
+
+fn wire(workload: Workload) -> abi::Workload {
+    match workload {
+        Workload::Timer => abi::Workload::Timer,
+        Workload::ExecBp => abi::Workload::ExecBp,
+        Workload::ExecPage => abi::Workload::ExecPage,
+        Workload::ReadBp => abi::Workload::ReadBp,
+        Workload::ReadPage => abi::Workload::ReadPage,
+    }
+}
+
+/// This machine. Xen tells its version through sysfs.
+fn machine(domain: &Domain, kind: Kind) -> Result<Machine> {
+    let part = |name: &str| {
+        let file = format!("/sys/hypervisor/version/{name}");
+        std::fs::read_to_string(&file).with_context(|| format!("cannot read {file}"))
+    };
+    let (major, minor, extra) = (part("major")?, part("minor")?, part("extra")?);
+    let info = std::fs::read_to_string("/proc/cpuinfo").context("cannot read /proc/cpuinfo")?;
+    let model = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": ").map(|(_, name)| name));
+    Ok(Machine {
+        kind,
+        cpu: model.unwrap_or("unknown").to_owned(),
+        xen: format!("{}.{}{}", major.trim(), minor.trim(), extra.trim()),
+        cpus: domain.host_cpus()?,
+        ticks_are: match kind {
+            Kind::Bochs => TicksAre::Instructions,
+            Kind::Xen => TicksAre::Tsc,
+        },
+    })
+}

@@ -1,0 +1,118 @@
+//! The command line.
+
+use std::fmt;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use hyperbp_report::{Kind, Workload};
+
+const EXAMPLES: &str = "\
+Examples:
+  hyperbp-bench run --domain bench --out results
+      Everything, in the domain `bench`: it must run the benchmark guest (bench/guest).
+  hyperbp-bench run --domain 3 --out results --mechanism emulate --workload exec_bp --samples 10000
+      Only this, in domain number 3.
+
+Exit codes: 0 fine, 2 bad arguments, 3 no such domain, 4 a domain without altp2m, 5 no permission or not in dom0,
+1 anything else. Unless it is 0 nothing is left behind in the domain.";
+
+/// Measures what a breakpoint hit costs, from inside a guest: bpbench's workloads with every mechanism of hyperbp.
+#[derive(Debug, Parser)]
+#[command(version, after_help = EXAMPLES)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Measure in a domain that runs the benchmark guest
+    Run(Run),
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Run {
+    /// Name or number of the domain
+    #[arg(long, value_name = "NAME")]
+    pub(crate) domain: String,
+
+    /// Directory for results.json and the samples
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: PathBuf,
+
+    /// What this machine is: with `bochs`, a tick is an instruction
+    #[arg(long, value_enum, default_value = "xen")]
+    pub(crate) machine: MachineKind,
+
+    /// Measure only this backend; may be repeated
+    #[arg(long = "backend", value_name = "B", value_enum)]
+    pub(crate) backends: Vec<Backend>,
+
+    /// Measure only this mechanism: none, skip, repair, view-step, view-fast-step, emulate; may be repeated
+    #[arg(long = "mechanism", value_name = "M")]
+    pub(crate) mechanisms: Vec<String>,
+
+    /// Measure only this workload: timer, exec_bp, exec_page, read_bp, read_page; may be repeated
+    #[arg(long = "workload", value_name = "W", value_parser = workload)]
+    pub(crate) workloads: Vec<Workload>,
+
+    /// Samples of each workload
+    #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub(crate) samples: u32,
+
+    /// Samples of read_page, which takes 512 hits a sample
+    #[arg(long, value_name = "N", default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub(crate) page_samples: u32,
+
+    /// How to show progress
+    #[arg(long, value_enum, default_value = "text")]
+    pub(crate) progress: Progress,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum MachineKind {
+    Xen,
+    Bochs,
+}
+
+impl From<MachineKind> for Kind {
+    fn from(kind: MachineKind) -> Self {
+        match kind {
+            MachineKind::Xen => Self::Xen,
+            MachineKind::Bochs => Self::Bochs,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Backend {
+    /// The crate
+    Hyperbp,
+    /// The least a monitor has to do
+    Floor,
+}
+
+impl fmt::Display for Backend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Hyperbp => "hyperbp",
+            Self::Floor => "floor",
+        })
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Progress {
+    /// For people, on stderr
+    Text,
+    /// `@progress DONE TOTAL TEXT` lines on stdout, for programs
+    Lines,
+}
+
+fn workload(name: &str) -> Result<Workload, String> {
+    Workload::ALL.into_iter().find(|workload| workload.name() == name).ok_or_else(|| {
+        let known: Vec<_> = Workload::ALL.iter().map(|workload| workload.name()).collect();
+        format!("use one of {}", known.join(", "))
+    })
+}

@@ -1,0 +1,145 @@
+//! The benchmark guest, through its control page.
+
+use std::mem::offset_of;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use anyhow::{Context, Result, ensure};
+use hyperbp::{Gfn, Gpa, PAGE_SIZE};
+use hyperbp_bench_abi::{BREAKPOINT_OFFSET, CONTROL_GPA, Control, MAGIC, SAMPLES_MAX, TARGET, VERSION, Workload};
+
+use crate::xen::{Domain, Page};
+
+/// What the guest counts, since it started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Counts {
+    /// See [`Control::executions`].
+    pub(crate) executions: u64,
+    /// See [`Control::own_int3s`].
+    pub(crate) own_int3s: u64,
+    /// See [`Control::mismatches`].
+    pub(crate) mismatches: u64,
+}
+
+/// The benchmark guest in a domain.
+#[derive(Debug)]
+pub(crate) struct Guest {
+    control: Page,
+    samples: Vec<Page>,
+    target: Gfn,
+    vcpus: u32,
+}
+
+impl Guest {
+    /// Finds the guest in a domain.
+    ///
+    /// # Errors
+    /// If the domain runs something else.
+    pub(crate) fn find(domain: &Domain) -> Result<Self> {
+        let what = "start the benchmark guest in it (bench/guest, with bench/lab/dom0/guest.cfg)";
+        let control = domain.map_page(Gpa(CONTROL_GPA).gfn()).with_context(|| format!("no benchmark guest: {what}"))?;
+        let mut guest = Self { control, samples: Vec::new(), target: Gfn(0), vcpus: 0 };
+        // The domain may have been created only just now.
+        for _ in 0..100 {
+            if guest.number(offset_of!(Control, magic)) == MAGIC {
+                break;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+        ensure!(
+            guest.number(offset_of!(Control, magic)) == MAGIC,
+            "the domain does not run the benchmark guest: {what}"
+        );
+        let version = guest.word(offset_of!(Control, version)).load(Ordering::Relaxed);
+        ensure!(version == VERSION, "the benchmark guest has version {version} of the control page, not {VERSION}");
+        guest.vcpus = guest.word(offset_of!(Control, vcpus)).load(Ordering::Relaxed);
+        guest.target = Gpa(guest.number(offset_of!(Control, target_gpa))).gfn();
+        let first = Gpa(guest.number(offset_of!(Control, samples_gpa))).gfn();
+        let pages = (SAMPLES_MAX as usize * size_of::<u64>()).div_ceil(PAGE_SIZE) as u64;
+        guest.samples = (0..pages)
+            .map(|n| domain.map_page(Gfn(first.0.wrapping_add(n))))
+            .collect::<Result<_, _>>()
+            .context("the guest's sample pages are not in its memory")?;
+        guest.check(domain)?;
+        Ok(guest)
+    }
+
+    fn word(&self, offset: usize) -> &AtomicU32 {
+        debug_assert!(offset.is_multiple_of(4) && offset < size_of::<Control>());
+        // SAFETY: the offset is that of a field of the control page, which is in the mapped page.
+        let field = unsafe { self.control.as_ptr().add(offset) };
+        // SAFETY: aligned, mapped while `self` lives, and only ever accessed atomically from here.
+        unsafe { AtomicU32::from_ptr(field.cast()) }
+    }
+
+    fn number(&self, offset: usize) -> u64 {
+        debug_assert!(offset.is_multiple_of(8) && offset < size_of::<Control>());
+        // SAFETY: the offset is that of a field of the control page, which is in the mapped page.
+        let field = unsafe { self.control.as_ptr().add(offset) };
+        // SAFETY: aligned, mapped while `self` lives, and only ever accessed atomically from here.
+        unsafe { AtomicU64::from_ptr(field.cast()) }.load(Ordering::Acquire)
+    }
+
+    /// Where the breakpoint goes.
+    #[must_use]
+    pub(crate) fn breakpoint(&self) -> Gpa {
+        self.target.at(BREAKPOINT_OFFSET as u16)
+    }
+
+    /// Virtual CPUs the guest has started.
+    #[must_use]
+    pub(crate) fn vcpus(&self) -> u32 {
+        self.vcpus
+    }
+
+    /// What the guest has counted so far.
+    #[must_use]
+    pub(crate) fn counts(&self) -> Counts {
+        Counts {
+            executions: self.number(offset_of!(Control, executions)),
+            own_int3s: self.number(offset_of!(Control, own_int3s)),
+            mismatches: self.number(offset_of!(Control, mismatches)),
+        }
+    }
+
+    /// Asks for a workload.
+    pub(crate) fn request(&self, workload: Workload, count: u32) {
+        self.word(offset_of!(Control, workload)).store(workload as u32, Ordering::Relaxed);
+        self.word(offset_of!(Control, count)).store(count, Ordering::Relaxed);
+        let request = self.word(offset_of!(Control, request));
+        request.store(request.load(Ordering::Relaxed).wrapping_add(1), Ordering::Release);
+    }
+
+    /// Whether the last request is done.
+    #[must_use]
+    pub(crate) fn is_done(&self) -> bool {
+        let request = self.word(offset_of!(Control, request)).load(Ordering::Relaxed);
+        self.word(offset_of!(Control, completed)).load(Ordering::Acquire) == request
+    }
+
+    /// The samples of the last request, which had this count.
+    pub(crate) fn samples(&self, count: u32, into: &mut Vec<u64>) {
+        for sample in 0..count.min(SAMPLES_MAX) as usize {
+            let at = sample * size_of::<u64>();
+            let mut bytes = [0; size_of::<u64>()];
+            self.samples[at / PAGE_SIZE].read(at % PAGE_SIZE, &mut bytes);
+            into.push(u64::from_le_bytes(bytes));
+        }
+    }
+
+    /// Looks whether the page under test is, in guest memory, what the guest put there.
+    ///
+    /// # Errors
+    /// If it is not: a monitor has left something behind.
+    pub(crate) fn check(&self, domain: &Domain) -> Result<()> {
+        let mut bytes = [0; PAGE_SIZE];
+        domain.map_page(self.target)?.read(0, &mut bytes);
+        if let Some(offset) = (0..PAGE_SIZE).find(|&at| bytes[at] != TARGET[at]) {
+            let (is, was) = (bytes[offset], TARGET[offset]);
+            anyhow::bail!(
+                "byte {offset:#x} of the page under test is {is:#04x}, not {was:#04x}: a monitor left it there; \
+                 destroy the domain and create it again"
+            );
+        }
+        Ok(())
+    }
+}
