@@ -50,6 +50,7 @@ const SPACE: u64 = 1536 << 20;
 
 /// The job scripts that come with the lab.
 const BENCH: &str = include_str!("../dom0/bench.sh");
+const CHECKS: &str = include_str!("../dom0/checks.sh");
 const SMOKE: &str = include_str!("../dom0/smoke.sh");
 
 /// The lab's directory, held by this process alone.
@@ -151,6 +152,15 @@ impl Bench<'_> {
     #[must_use]
     pub fn smoke(&self, cpus: u32) -> Job {
         self.job("smoke".to_owned(), SMOKE, cpus, Duration::from_secs(600))
+    }
+
+    /// A job that checks every mechanism on a live guest, and what the `runner` does with bad input. It leaves a file
+    /// `checks` with a line for each, which begins with `ok: ` or `FAILED: `.
+    #[must_use]
+    pub fn checks(&self, runner: &Path, cpus: u32) -> Job {
+        let mut job = self.job(format!("checks-{cpus}"), CHECKS, cpus, Duration::from_secs(900));
+        job.programs.push(runner.to_owned());
+        job
     }
 
     /// A job that runs `selections` one after the other with the `runner`, [`Program::Runner`] built against

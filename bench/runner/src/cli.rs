@@ -28,6 +28,15 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Measure in a domain that runs the benchmark guest
     Run(Run),
+    /// Check every combination of placement, step-over and concealment in such a domain
+    Check(Check),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Check {
+    /// Name or number of the domain
+    #[arg(long, value_name = "NAME")]
+    pub(crate) domain: String,
 }
 
 #[derive(Debug, Args)]

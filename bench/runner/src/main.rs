@@ -1,6 +1,7 @@
 //! Drives the benchmark guest from dom0: `hyperbp-bench --help`.
 
 mod bench;
+mod check;
 mod cli;
 mod core;
 mod floor;
@@ -18,8 +19,11 @@ use hyperbp::Mechanism;
 use xen::{Domain, OpenError};
 
 fn main() -> ExitCode {
-    let Command::Run(run) = Cli::parse().command;
-    match measure(&run) {
+    let result = match Cli::parse().command {
+        Command::Run(run) => measure(&run),
+        Command::Check(check) => self::check(&check),
+    };
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // On one line, so that whoever reads it through a pipe gets it whole.
@@ -58,6 +62,12 @@ fn measure(run: &Run) -> anyhow::Result<()> {
     if run.progress == Progress::Text {
         println!("{}", hyperbp_report::table(collection.results()));
     }
+    Ok(())
+}
+
+fn check(arguments: &cli::Check) -> anyhow::Result<()> {
+    let failed = check::all(&mut Domain::open(&arguments.domain)?)?;
+    anyhow::ensure!(failed == 0, "{failed} checks failed");
     Ok(())
 }
 
