@@ -30,7 +30,7 @@ Examples:
   cargo xtask bench --domain bench
       On this machine: run it in dom0 of a Xen with `altp2m=1`, with the benchmark guest running as the domain `bench`.
 
-Results are in target/bench: results.json, samples/, and bpbench/ for the scripts of the bpbench study.
+Results are in target/bench: results.json, results.svg, samples/, and bpbench/ for the scripts of the bpbench study.
 In the emulator a tick is an instruction; it knows no cost of a VM exit, a cache or a TLB miss.";
 
 /// Measure what a breakpoint hit costs with each mechanism, and print a table
@@ -168,8 +168,12 @@ fn present(dirs: Vec<PathBuf>, label: &str, out: &Path) -> Result<()> {
     let date = jiff::Timestamp::now().strftime("%Y-%m-%d").to_string();
     let bpbench = out.join("bpbench");
     hyperbp_report::write_bpbench(&bpbench, label, &date, &all)?;
+    let picture = out.join("results.svg");
+    std::fs::write(&picture, hyperbp_report::svg(all.results()))
+        .with_context(|| format!("cannot write {}", picture.display()))?;
     println!("{}", hyperbp_report::table(all.results()));
     println!("Results:  {}", out.join("results.json").display());
+    println!("Picture:  {}", picture.display());
     println!("Samples:  {}", out.join("samples").display());
     println!("bpbench:  {}", bpbench.display());
     Ok(())
