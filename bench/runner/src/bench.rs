@@ -1,5 +1,7 @@
 //! Measures: one attachment for each backend, mechanism and workload.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -83,6 +85,11 @@ pub(crate) fn measure(
     progress: &mut dyn FnMut(u64, u64, &str),
 ) -> Result<Collection> {
     let guest = Guest::find(domain)?;
+    // Someone who wants to stop is to leave a guest without breakpoints.
+    let interrupted = Arc::new(AtomicBool::new(false));
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM, signal_hook::consts::SIGHUP] {
+        signal_hook::flag::register(signal, Arc::clone(&interrupted)).context("cannot handle signals")?;
+    }
     let mut collection = Collection::new(machine(domain, plan.kind)?);
     let cells: Vec<_> = plan
         .subjects
@@ -95,11 +102,12 @@ pub(crate) fn measure(
     let mut done = 0;
     for (subject, workload) in cells {
         let text = format!("{} {} {}", subject.backend(), subject.mechanism(), workload.name());
-        let (measurement, ticks) = cell(domain, &guest, subject, workload, samples(workload), &mut || {
-            progress(done, total, &text);
-            done += 1;
-        })
-        .with_context(|| format!("while measuring {text}"))?;
+        let (measurement, ticks) =
+            cell(domain, &guest, &interrupted, subject, workload, samples(workload), &mut || {
+                progress(done, total, &text);
+                done += 1;
+            })
+            .with_context(|| format!("while measuring {text}"))?;
         collection.push(measurement, ticks)?;
     }
     progress(total, total, "done");
@@ -114,15 +122,25 @@ fn batch(workload: Workload) -> u32 {
 fn cell(
     domain: &mut Domain,
     guest: &Guest,
+    interrupted: &AtomicBool,
     subject: Subject,
     workload: Workload,
     samples: u32,
     next: &mut dyn FnMut(),
 ) -> Result<(Measurement, Vec<u64>)> {
+    guest.wait_until_done(STUCK)?;
     let before = guest.counts();
     let mut ticks = Vec::with_capacity(samples as usize);
-    let mut batches =
-        Batches { guest, workload, left: samples, asked: 0, since: Instant::now(), calls: 0, stuck: false };
+    let mut batches = Batches {
+        guest,
+        interrupted,
+        workload,
+        left: samples,
+        asked: 0,
+        since: Instant::now(),
+        calls: 0,
+        stuck: false,
+    };
     let mut idle = || batches.go_on(&mut ticks, next);
     let hits = match subject {
         Subject::None => {
@@ -140,6 +158,9 @@ fn cell(
             floor::run(domain, &mut monitor, mechanism, guest.breakpoint().0, &mut idle)?.hits
         }
     };
+    if interrupted.load(Ordering::Relaxed) {
+        bail!("interrupted; the breakpoint is removed");
+    }
     if batches.stuck {
         if domain.has_crashed()? {
             bail!("the domain has crashed: `xl dmesg` shows what its last words were");
@@ -168,6 +189,7 @@ fn cell(
 /// The requests that make up a workload.
 struct Batches<'a> {
     guest: &'a Guest,
+    interrupted: &'a AtomicBool,
     workload: Workload,
     left: u32,
     /// Samples of the request the guest works on; 0 if it has none.
@@ -180,6 +202,9 @@ struct Batches<'a> {
 impl Batches<'_> {
     /// Looks after the guest. False when there is nothing more to wait for.
     fn go_on(&mut self, ticks: &mut Vec<u64>, next: &mut dyn FnMut()) -> bool {
+        if self.interrupted.load(Ordering::Relaxed) {
+            return false;
+        }
         if !self.guest.is_done() {
             self.calls += 1;
             self.stuck = self.calls.is_multiple_of(LOOK) && self.since.elapsed() > STUCK;

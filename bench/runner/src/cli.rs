@@ -14,7 +14,7 @@ Examples:
       Only this, in domain number 3.
 
 Exit codes: 0 fine, 2 bad arguments, 3 no such domain, 4 a domain without altp2m, 5 no permission or not in dom0,
-1 anything else. Unless it is 0 nothing is left behind in the domain.";
+1 anything else. Whatever it is, and also after Ctrl-C, no breakpoint is left behind in the domain.";
 
 /// Measures what a breakpoint hit costs, from inside a guest: bpbench's workloads with every mechanism of hyperbp.
 #[derive(Debug, Parser)]

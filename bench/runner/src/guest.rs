@@ -2,6 +2,7 @@
 
 use std::mem::offset_of;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use hyperbp::{Gfn, Gpa, PAGE_SIZE};
@@ -43,7 +44,7 @@ impl Guest {
             if guest.number(offset_of!(Control, magic)) == MAGIC {
                 break;
             }
-            std::thread::sleep(std::time::Duration::from_millis(10));
+            std::thread::sleep(Duration::from_millis(10));
         }
         ensure!(
             guest.number(offset_of!(Control, magic)) == MAGIC,
@@ -114,6 +115,19 @@ impl Guest {
     pub(crate) fn is_done(&self) -> bool {
         let request = self.word(offset_of!(Control, request)).load(Ordering::Relaxed);
         self.word(offset_of!(Control, completed)).load(Ordering::Acquire) == request
+    }
+
+    /// Waits for a request that somebody else has left behind.
+    ///
+    /// # Errors
+    /// If it is not done in this time.
+    pub(crate) fn wait_until_done(&self, limit: Duration) -> Result<()> {
+        let start = Instant::now();
+        while !self.is_done() {
+            ensure!(start.elapsed() < limit, "the guest does not finish an earlier request: create the domain again");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Ok(())
     }
 
     /// The samples of the last request, which had this count.

@@ -19,6 +19,7 @@ use hyperbp::Mechanism;
 use xen::{Domain, OpenError};
 
 fn main() -> ExitCode {
+    env_logger::Builder::new().filter_level(log::LevelFilter::Warn).parse_default_env().init();
     let result = match Cli::parse().command {
         Command::Run(run) => measure(&run),
         Command::Check(check) => self::check(&check),
