@@ -28,10 +28,26 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // On one line, so that whoever reads it through a pipe gets it whole.
-            eprintln!("error: {error:#}");
+            eprintln!("error: {}", one_line(&error));
             ExitCode::from(exit_code(&error))
         }
     }
+}
+
+/// The error and its causes, without those that the one before tells already.
+fn one_line(error: &anyhow::Error) -> String {
+    let mut line = String::new();
+    let mut last = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if last.is_empty() {
+            line.push_str(&cause);
+        } else if !last.contains(&cause) {
+            line.push_str(": ");
+            line.push_str(&cause);
+        }
+        last = cause;
+    }
+    line
 }
 
 /// See the help text.

@@ -548,7 +548,11 @@ fn info(xc: &Interface, id: u32) -> Result<Option<sys::xc_dominfo_t>, Error> {
     let mut info = sys::xc_dominfo_t::default();
     // SAFETY: the handle is open, and there is room for the one domain asked for.
     let found = unsafe { sys::xc_domain_getinfo(xc.raw(), id, 1, &mut info) };
-    check("xc_domain_getinfo", found)?;
+    match check("xc_domain_getinfo", found) {
+        // There is none from that number on.
+        Err(error) if error.source.raw_os_error() == Some(libc::ESRCH) => return Ok(None),
+        result => result?,
+    }
     // It gives the first domain from that number on.
     Ok((found == 1 && info.domid == id).then_some(info))
 }
