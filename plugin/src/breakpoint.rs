@@ -73,8 +73,8 @@ impl Registry {
         self.pages.get_mut(&gfn)
     }
 
-    pub(crate) fn at(&mut self, gpa: Gpa) -> Option<(&Page, &Breakpoint)> {
-        let page = self.pages.get_mut(&gpa.gfn())?;
+    pub(crate) fn at(&self, gpa: Gpa) -> Option<(&Page, &Breakpoint)> {
+        let page = self.pages.get(&gpa.gfn())?;
         let index = page.index(gpa.offset()).ok()?;
         Some((page, &page.breakpoints[index]))
     }

@@ -7,8 +7,8 @@ use crate::error::Doing;
 use crate::placement::{self, INT3};
 use crate::step::{self, Vcpu};
 use crate::{
-    Access, Action, Counters, Error, Event, Gpa, Hypervisor, Int3, Mechanism, PAGE_SIZE, Placement, Reason, Registers,
-    Reply, Rights, Step, StepOver, VcpuId, ViewId, conceal,
+    Access, Action, Counters, Error, Event, Gpa, Hypervisor, INSTRUCTION_BYTES, Int3, Mechanism, PAGE_SIZE, Placement,
+    Reason, Registers, Reply, Rights, Step, StepOver, VcpuId, ViewId, conceal,
 };
 
 /// A breakpoint was hit; its instruction has not run yet.
@@ -114,8 +114,7 @@ impl Engine {
     }
 
     /// The guest's own byte and instruction at an address, without the breakpoints around it.
-    #[allow(clippy::type_complexity)] // a byte and an instruction
-    fn displaced<H: Hypervisor>(&self, hv: &mut H, gpa: Gpa) -> Result<(u8, Option<[u8; 16]>), Error> {
+    fn displaced<H: Hypervisor>(&self, hv: &mut H, gpa: Gpa) -> Result<(u8, Option<[u8; INSTRUCTION_BYTES]>), Error> {
         let mut bytes = [0; PAGE_SIZE];
         hv.read(gpa.gfn().at(0), &mut bytes).doing("read the page")?;
         if let Some(page) = self.registry.page(gpa.gfn()).filter(|p| p.placement == Placement::InPlace && p.lifted == 0)

@@ -102,6 +102,17 @@ impl Mechanism {
         Err(Error::Combination(reason))
     }
 
+    /// Every combination that works.
+    pub fn all() -> impl Iterator<Item = Self> {
+        let choices = PLACEMENTS.into_iter().flat_map(|placement| {
+            STEP_OVERS
+                .into_iter()
+                .flat_map(move |step| CONCEALS.into_iter().map(move |conceal| (placement, step, conceal)))
+        });
+        choices
+            .filter_map(|((_, placement), (_, step_over), (_, conceal))| Self::new(placement, step_over, conceal).ok())
+    }
+
     /// Where the 0xCC lies.
     #[must_use]
     pub const fn placement(self) -> Placement {
@@ -202,6 +213,7 @@ mod tests {
             }
         }
         assert_eq!(valid, 2 + 12);
+        assert_eq!(Mechanism::all().count(), valid);
     }
 
     #[test]

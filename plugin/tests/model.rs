@@ -7,8 +7,8 @@ use std::collections::HashMap;
 use std::convert::Infallible;
 
 use hyperbp::{
-    Access, Action, CodeMode, Conceal, Engine, Event, Gfn, Gpa, Hypervisor, Int3, Mechanism, PAGE_SIZE, Placement,
-    Reason, Registers, Reply, Rights, Step, StepOver, VcpuId, Verdict, ViewId,
+    Access, Action, CodeMode, Engine, Event, Gfn, Gpa, Hypervisor, Int3, Mechanism, PAGE_SIZE, Placement, Reason,
+    Registers, Reply, Rights, Step, VcpuId, Verdict, ViewId,
 };
 use proptest::prelude::*;
 
@@ -284,18 +284,6 @@ impl World {
     }
 }
 
-fn combinations() -> Vec<Mechanism> {
-    let mut all = Vec::new();
-    for placement in [Placement::InPlace, Placement::Shadow] {
-        for step_over in [StepOver::Repair, StepOver::ViewStep, StepOver::ViewFastStep, StepOver::Emulate] {
-            for conceal in [Conceal::ViewStep, Conceal::ViewFastStep, Conceal::Emulate, Conceal::Data] {
-                all.extend(Mechanism::new(placement, step_over, conceal));
-            }
-        }
-    }
-    all
-}
-
 /// Offsets close together, so that breakpoints, reads and writes meet.
 fn offset() -> impl Strategy<Value = u16> {
     0xff0_u16..0x1000
@@ -314,7 +302,7 @@ proptest! {
     /// and after leaving the page and the views are as they were.
     #[test]
     fn one_virtual_cpu_never_notices(
-        mechanism in proptest::sample::select(combinations()),
+        mechanism in proptest::sample::select(Mechanism::all().collect::<Vec<_>>()),
         breakpoints in proptest::collection::btree_set(offset(), 1..4),
         ops in proptest::collection::vec(op(), 1..60),
     ) {
@@ -342,7 +330,7 @@ proptest! {
     #[test]
     fn no_hit_is_lost_on_several_virtual_cpus(
         mechanism in proptest::sample::select(
-            combinations().into_iter().filter(|m| m.placement() == Placement::Shadow).collect::<Vec<_>>()),
+            Mechanism::all().filter(|m| m.placement() == Placement::Shadow).collect::<Vec<_>>()),
         script in proptest::collection::vec((0_usize..3, offset(), any::<bool>()), 1..80),
     ) {
         let mut world = World::new(3);

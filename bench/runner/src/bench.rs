@@ -11,7 +11,7 @@ use hyperbp_report::{Collection, Kind, Machine, Measurement, TicksAre, Workload}
 
 use crate::floor::{self, FloorMechanism};
 use crate::guest::Guest;
-use crate::ring::Monitor;
+use crate::ring::{Monitor, PATIENCE};
 use crate::xen::Domain;
 use crate::{cli::Backend, core};
 
@@ -53,6 +53,30 @@ impl Subject {
             Self::None => "none".to_owned(),
             Self::Core(mechanism) => mechanism.to_string(),
             Self::Floor(mechanism) => mechanism.name().to_owned(),
+        }
+    }
+
+    /// Serves the guest's breakpoint until `idle` returns false, and leaves nothing behind. Returns how often it was hit.
+    ///
+    /// # Errors
+    /// If the domain cannot be monitored, or those of [`core::run`] and [`floor::run`].
+    pub(crate) fn serve(self, domain: &mut Domain, guest: &Guest, idle: &mut dyn FnMut() -> bool) -> Result<u64> {
+        let attach = |domain: &Domain| Monitor::attach(domain).context("cannot monitor the domain");
+        match self {
+            Self::None => {
+                while idle() {
+                    std::thread::sleep(PATIENCE);
+                }
+                Ok(0)
+            }
+            Self::Core(mechanism) => {
+                let mut monitor = attach(domain)?;
+                core::run(domain, &mut monitor, mechanism, guest.breakpoint(), idle)
+            }
+            Self::Floor(mechanism) => {
+                let mut monitor = attach(domain)?;
+                Ok(floor::run(domain, &mut monitor, mechanism, guest.breakpoint().0, idle)?.hits)
+            }
         }
     }
 
@@ -142,22 +166,7 @@ fn cell(
         stuck: false,
     };
     let mut idle = || batches.go_on(&mut ticks, next);
-    let hits = match subject {
-        Subject::None => {
-            while idle() {
-                std::thread::sleep(Duration::from_millis(20));
-            }
-            0
-        }
-        Subject::Core(mechanism) => {
-            let mut monitor = Monitor::attach(domain).context("cannot monitor the domain")?;
-            core::run(domain, &mut monitor, mechanism, guest.breakpoint(), &mut idle)?
-        }
-        Subject::Floor(mechanism) => {
-            let mut monitor = Monitor::attach(domain).context("cannot monitor the domain")?;
-            floor::run(domain, &mut monitor, mechanism, guest.breakpoint().0, &mut idle)?.hits
-        }
-    };
+    let hits = subject.serve(domain, guest, &mut idle)?;
     if interrupted.load(Ordering::Relaxed) {
         bail!("interrupted; the breakpoint is removed");
     }

@@ -4,13 +4,12 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
-use hyperbp::{Conceal, Mechanism, Placement, StepOver};
+use anyhow::{Result, ensure};
+use hyperbp::Mechanism;
 use hyperbp_bench_abi::Workload;
 
-use crate::core;
+use crate::bench::Subject;
 use crate::guest::Guest;
-use crate::ring::Monitor;
 use crate::xen::Domain;
 
 /// What the guest does under each mechanism. Execution comes after reads and writes too: these lift the breakpoint.
@@ -29,19 +28,6 @@ const PROGRAM: [(Workload, u32); 9] = [
 /// The guest is given up after this.
 const STUCK: Duration = Duration::from_secs(60);
 
-/// Every combination that is not refused.
-fn combinations() -> Vec<Mechanism> {
-    let mut all = Vec::new();
-    for placement in [Placement::InPlace, Placement::Shadow] {
-        for step_over in [StepOver::Repair, StepOver::ViewStep, StepOver::ViewFastStep, StepOver::Emulate] {
-            for conceal in [Conceal::ViewStep, Conceal::ViewFastStep, Conceal::Emulate, Conceal::Data] {
-                all.extend(Mechanism::new(placement, step_over, conceal));
-            }
-        }
-    }
-    all
-}
-
 /// Checks them all, and prints a line for each. Returns how many failed.
 ///
 /// # Errors
@@ -56,15 +42,15 @@ pub(crate) fn all(domain: &mut Domain) -> Result<usize> {
             println!("FAILED: {what}: {error:#}");
         }
     };
-    for mechanism in combinations() {
-        let result = one(domain, &guest, Some(mechanism));
+    for mechanism in Mechanism::all() {
+        let result = one(domain, &guest, Subject::Core(mechanism));
         report(&format!("{mechanism} counts every hit, hides, and leaves nothing"), result);
     }
-    report("the guest runs on without a monitor", one(domain, &guest, None));
+    report("the guest runs on without a monitor", one(domain, &guest, Subject::None));
     Ok(failed)
 }
 
-fn one(domain: &mut Domain, guest: &Guest, mechanism: Option<Mechanism>) -> Result<()> {
+fn one(domain: &mut Domain, guest: &Guest, subject: Subject) -> Result<()> {
     let before = guest.counts();
     let mut program = VecDeque::from(PROGRAM);
     let start = Instant::now();
@@ -80,25 +66,14 @@ fn one(domain: &mut Domain, guest: &Guest, mechanism: Option<Mechanism>) -> Resu
         }
         true
     };
-    let hits = match mechanism {
-        Some(mechanism) => {
-            let mut monitor = Monitor::attach(domain).context("cannot monitor the domain")?;
-            Some(core::run(domain, &mut monitor, mechanism, guest.breakpoint(), &mut idle)?)
-        }
-        None => {
-            while idle() {
-                std::thread::sleep(Duration::from_millis(20));
-            }
-            None
-        }
-    };
+    let hits = subject.serve(domain, guest, &mut idle)?;
     ensure!(!stuck, "the guest does not come back");
     let after = guest.counts();
     let sum =
         |of: &[Workload]| -> u64 { PROGRAM.iter().filter(|(w, _)| of.contains(w)).map(|(_, n)| u64::from(*n)).sum() };
     let executions = sum(&[Workload::ExecBp, Workload::ExecPage]);
     ensure!(after.executions - before.executions == executions, "the guest lost executions");
-    if let Some(hits) = hits {
+    if subject != Subject::None {
         ensure!(hits == executions, "{executions} executions, {hits} hits");
     }
     let int3s = after.own_int3s - before.own_int3s;

@@ -1,15 +1,10 @@
 //! The backend `hyperbp`: the core, driven by the ring.
 
-use std::time::Duration;
-
 use anyhow::{Context, Result, ensure};
-use hyperbp::{Engine, Gpa, Mechanism, Reason, Reply, Verdict};
+use hyperbp::{Engine, Gpa, Mechanism, Reason, Verdict};
 
-use crate::ring::{self, Monitor};
+use crate::ring::{self, Monitor, PATIENCE};
 use crate::xen::{Domain, Error};
-
-/// How often `idle` is asked while no event comes.
-const PATIENCE: Duration = Duration::from_millis(20);
 
 /// Sets a breakpoint at `gpa`, serves it until `idle` returns false, and removes it. `idle` is asked after each batch
 /// of events, and from time to time while there are none. Returns how often the breakpoint was hit.
@@ -43,18 +38,16 @@ fn serve(domain: &mut Domain, monitor: &mut Monitor, engine: &mut Engine, hits: 
     let mut any = false;
     while let Some(request) = monitor.next() {
         any = true;
-        let mut response = ring::plain_response(&request);
         let Some(event) = ring::event_of(&request) else {
-            monitor.respond(&response);
+            monitor.respond(&ring::plain_response(&request));
             continue;
         };
-        let reply: Reply = engine.handle(domain, &event, &mut |_| {
+        let reply = engine.handle(domain, &event, &mut |_| {
             *hits += 1;
             Verdict::Keep
         });
-        if ring::response_to(&request, &reply, &mut response)
-            && let Reason::Int3(int3) = event.reason
-        {
+        let (response, inject) = ring::response_to(&request, &reply);
+        if inject && let Reason::Int3(int3) = event.reason {
             domain.inject_int3(event.vcpu, int3.length)?;
         }
         monitor.respond(&response);

@@ -3,19 +3,14 @@
 //! The engine is measured against this. It does not serve several breakpoints, and keeps no guest writes to the page
 //! apart from the original bytes; the workloads need neither.
 
-use std::time::Duration;
-
 use hyperbp::{Gfn, Gpa, Hypervisor, PAGE_SIZE, Rights, VcpuId, ViewId};
 use hyperbp_xen_sys as sys;
 
-use crate::ring::{self, Monitor, Request, Response};
+use crate::ring::{self, Monitor, PATIENCE, Request, Response};
 use crate::xen::{Domain, Error, Page};
 
 /// INT3.
 const INT3: u8 = 0xcc;
-
-/// How often `idle` is asked while no event comes.
-const PATIENCE: Duration = Duration::from_millis(20);
 
 /// How the loop steps over the displaced instruction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -13,6 +13,9 @@ pub(crate) use hyperbp_xen_sys::{vm_event_request_t as Request, vm_event_respons
 
 use crate::xen::{Domain, Error, Interface, check};
 
+/// How long a loop waits for an event before it looks after other things.
+pub(crate) const PATIENCE: Duration = Duration::from_millis(20);
+
 /// EFER.LMA: long mode is active.
 const EFER_LMA: u64 = 1 << 10;
 /// CS.L and CS.D in the 12 bits of `vm_event_x86_selector_reg::ar`, which leave out the unused ones of a descriptor.
@@ -362,14 +365,14 @@ pub(crate) fn plain_response(request: &Request) -> Response {
     response
 }
 
-/// Fills in the response that carries out `reply`. If it returns true, the guest's own INT3 is to be injected besides,
-/// before the response goes out.
+/// The response that carries out `reply`, and whether the guest's own INT3 is to be injected besides, before it goes out.
 ///
 /// A fast step and the details of an access share a field of the response: a reply to an access never has both a
 /// [`Step::Fast`] and an action that emulates.
 #[must_use]
-pub(crate) fn response_to(request: &Request, reply: &Reply, response: &mut Response) -> bool {
-    *response = plain_response(request);
+pub(crate) fn response_to(request: &Request, reply: &Reply) -> (Response, bool) {
+    let mut response = plain_response(request);
+    let mut inject = false;
     if let Some(view) = reply.view {
         response.flags |= sys::VM_EVENT_FLAG_ALTERNATE_P2M;
         response.altp2m_idx = view.0;
@@ -386,15 +389,15 @@ pub(crate) fn response_to(request: &Request, reply: &Reply, response: &mut Respo
     match reply.action {
         Action::Resume => {}
         Action::Emulate => response.flags |= sys::VM_EVENT_FLAG_EMULATE,
-        Action::EmulateRead(data) => emulate_read(response, data.as_slice()),
+        Action::EmulateRead(data) => emulate_read(&mut response, data.as_slice()),
         Action::EmulateInstruction(bytes) => {
             response.flags |= sys::VM_EVENT_FLAG_EMULATE | sys::VM_EVENT_FLAG_SET_EMUL_INSN_DATA;
             response.data.emul.insn.data = bytes;
         }
-        Action::SetRegisters(registers) => set_registers(request, &registers, response),
-        Action::Reinject => return true,
+        Action::SetRegisters(registers) => set_registers(request, &registers, &mut response),
+        Action::Reinject => inject = true,
     }
-    false
+    (response, inject)
 }
 
 /// Lets Xen emulate the instruction, and read these bytes. At most as many as the response holds count.
@@ -457,9 +460,7 @@ mod tests {
     }
 
     fn respond(request: &Request, reply: Reply) -> (Response, bool) {
-        let mut response = Response::default();
-        let inject = response_to(request, &reply, &mut response);
-        (response, inject)
+        response_to(request, &reply)
     }
 
     #[test]

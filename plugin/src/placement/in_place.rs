@@ -1,6 +1,6 @@
 //! 0xCC in the guest's own page. Every view shows it, so every view guards the page.
 
-use super::{INT3, displaced};
+use super::{INT3, adopt};
 use crate::breakpoint::Page;
 use crate::{Gfn, Hypervisor, PAGE_SIZE, Rights, ViewId};
 
@@ -32,9 +32,7 @@ pub(super) fn lower<H: Hypervisor>(hv: &mut H, exec: Option<ViewId>, page: &mut 
     guard(hv, exec, page.gfn)?;
     let mut bytes = [0; PAGE_SIZE];
     hv.read(page.gfn.at(0), &mut bytes)?;
-    for breakpoint in &mut page.breakpoints {
-        (breakpoint.original, breakpoint.instruction) = displaced(&bytes, breakpoint.offset());
-    }
+    adopt(&bytes, &mut page.breakpoints);
     for breakpoint in &page.breakpoints {
         hv.write(breakpoint.id.gpa(), &[INT3])?;
     }

@@ -66,12 +66,9 @@ pub(crate) fn displaced(bytes: &[u8; PAGE_SIZE], offset: u16) -> (u8, Option<[u8
     (rest[0], insn::is_whole(&rest[..length]).then_some(instruction))
 }
 
-/// Takes over what the guest has in `bytes`, and puts 0xCC in there.
-fn rearm(bytes: &mut [u8; PAGE_SIZE], breakpoints: &mut [Breakpoint]) {
-    for breakpoint in &mut *breakpoints {
-        (breakpoint.original, breakpoint.instruction) = displaced(bytes, breakpoint.offset());
-    }
+/// Takes over what the guest now has under its breakpoints.
+fn adopt(bytes: &[u8; PAGE_SIZE], breakpoints: &mut [Breakpoint]) {
     for breakpoint in breakpoints {
-        bytes[usize::from(breakpoint.offset())] = INT3;
+        (breakpoint.original, breakpoint.instruction) = displaced(bytes, breakpoint.offset());
     }
 }

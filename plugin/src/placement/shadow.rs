@@ -1,6 +1,6 @@
 //! 0xCC in a copy of the page, which the execute view shows in its place. The host view keeps the guest's own.
 
-use super::rearm;
+use super::{INT3, adopt};
 use crate::breakpoint::Page;
 use crate::{Gfn, Hypervisor, PAGE_SIZE, Rights, ViewId};
 
@@ -39,6 +39,9 @@ pub(super) fn close<H: Hypervisor>(hv: &mut H, exec: ViewId, gfn: Gfn, shadow: G
 pub(super) fn refresh<H: Hypervisor>(hv: &mut H, page: &mut Page, shadow: Gfn) -> Result<(), H::Error> {
     let mut bytes = [0; PAGE_SIZE];
     hv.read(page.gfn.at(0), &mut bytes)?;
-    rearm(&mut bytes, &mut page.breakpoints);
+    adopt(&bytes, &mut page.breakpoints);
+    for breakpoint in &page.breakpoints {
+        bytes[usize::from(breakpoint.offset())] = INT3;
+    }
     hv.write(shadow.at(0), &bytes)
 }
