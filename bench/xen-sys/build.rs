@@ -16,7 +16,7 @@ const FUNCTIONS: &[&str] = &[
     "xc_physinfo",
     "xc_altp2m_(set_domain_state|create_view|destroy_view|switch_to_view|change_gfn|set_mem_access)",
     "xc_set_mem_access",
-    "xc_monitor_(enable|disable|software_breakpoint|singlestep)",
+    "xc_monitor_(enable|disable|software_breakpoint|singlestep|emul_unimplemented)",
     "xenevtchn_(open|close|fd|bind_interdomain|unbind|notify|pending|unmask)",
     "xenforeignmemory_(open|close|map|unmap)",
     "xs_(open|close|read|directory)",

@@ -2,9 +2,11 @@
 
 use std::collections::HashMap;
 
-use crate::{Conceal, Error, Gfn, Gpa, INSTRUCTION_BYTES, Placement, StepOver};
+use crate::insn::Displaced;
+use crate::stats::Figures;
+use crate::{Conceal, Error, Gfn, Gpa, Placement, StepOver};
 
-/// The name of a breakpoint.
+/// The name of a breakpoint: one subscriber's interest in one instruction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct BreakpointId {
     gpa: Gpa,
@@ -19,21 +21,29 @@ impl BreakpointId {
     }
 }
 
-/// A breakpoint.
+/// A 0xCC, and everybody who wants to hear of it.
 #[derive(Clone, Debug)]
 pub(crate) struct Breakpoint {
-    pub(crate) id: BreakpointId,
+    pub(crate) gpa: Gpa,
     pub(crate) step_over: StepOver,
-    /// The byte that 0xCC displaces.
-    pub(crate) original: u8,
-    /// The instruction as the guest wrote it, if it ends within the page.
-    pub(crate) instruction: Option<[u8; INSTRUCTION_BYTES]>,
-    pub(crate) hits: u64,
+    /// What the guest has there.
+    pub(crate) displaced: Displaced,
+    /// Xen's emulator has said that it cannot do this instruction.
+    pub(crate) not_emulable: bool,
+    pub(crate) figures: Figures,
+    /// Serial numbers, ascending: in the order they came.
+    subscribers: Vec<u64>,
 }
 
 impl Breakpoint {
     pub(crate) const fn offset(&self) -> u16 {
-        self.id.gpa.offset()
+        self.gpa.offset()
+    }
+
+    /// The first subscriber that came after this one, but no later than `last`.
+    fn subscriber_after(&self, serial: u64, last: u64) -> Option<BreakpointId> {
+        let next = self.subscribers.iter().find(|next| **next > serial).filter(|next| **next <= last)?;
+        Some(BreakpointId { gpa: self.gpa, serial: *next })
     }
 }
 
@@ -55,12 +65,18 @@ impl Page {
     pub(crate) fn index(&self, offset: u16) -> Result<usize, usize> {
         self.breakpoints.binary_search_by_key(&offset, Breakpoint::offset)
     }
+
+    pub(crate) fn at(&self, offset: u16) -> Option<&Breakpoint> {
+        self.index(offset).ok().map(|index| &self.breakpoints[index])
+    }
 }
 
 /// All pages with breakpoints.
 #[derive(Debug, Default)]
 pub(crate) struct Registry {
     pages: HashMap<Gfn, Page>,
+    /// How many of them have their breakpoints in place.
+    in_place: usize,
     serial: u64,
 }
 
@@ -73,49 +89,96 @@ impl Registry {
         self.pages.get_mut(&gfn)
     }
 
+    pub(crate) fn pages(&self) -> impl Iterator<Item = &Page> {
+        self.pages.values()
+    }
+
     pub(crate) fn at(&self, gpa: Gpa) -> Option<(&Page, &Breakpoint)> {
         let page = self.pages.get(&gpa.gfn())?;
-        let index = page.index(gpa.offset()).ok()?;
-        Some((page, &page.breakpoints[index]))
+        Some((page, page.at(gpa.offset())?))
     }
 
-    /// Counts a hit at an address, and tells which breakpoint it is of.
-    pub(crate) fn hit(&mut self, gpa: Gpa) -> Option<BreakpointId> {
+    pub(crate) fn at_mut(&mut self, gpa: Gpa) -> Option<&mut Breakpoint> {
         let page = self.pages.get_mut(&gpa.gfn())?;
         let index = page.index(gpa.offset()).ok()?;
-        let breakpoint = &mut page.breakpoints[index];
-        breakpoint.hits += 1;
-        Some(breakpoint.id)
+        page.breakpoints.get_mut(index)
     }
 
-    pub(crate) fn get(&self, id: BreakpointId) -> Result<&Breakpoint, Error> {
-        let page = self.pages.get(&id.gpa.gfn()).ok_or(Error::NoSuchBreakpoint)?;
-        let index = page.index(id.gpa.offset()).map_err(|_| Error::NoSuchBreakpoint)?;
-        Some(&page.breakpoints[index]).filter(|breakpoint| breakpoint.id == id).ok_or(Error::NoSuchBreakpoint)
+    /// The breakpoint a subscriber has subscribed to.
+    pub(crate) fn get(&self, id: BreakpointId) -> Result<(&Page, &Breakpoint), Error> {
+        let found = self.at(id.gpa).filter(|(_, breakpoint)| breakpoint.subscribers.contains(&id.serial));
+        found.ok_or(Error::NoSuchBreakpoint)
     }
 
-    pub(crate) fn next_id(&mut self, gpa: Gpa) -> BreakpointId {
-        self.serial += 1;
-        BreakpointId { gpa, serial: self.serial }
+    /// The subscribers at `gpa`, one after another: the first that came after `last`, but before [`now`](Self::now) was
+    /// `until`. Between two calls anything may be inserted and removed.
+    pub(crate) fn next_subscriber(&self, gpa: Gpa, last: Option<BreakpointId>, until: u64) -> Option<BreakpointId> {
+        self.at(gpa)?.1.subscriber_after(last.map_or(0, |id| id.serial), until)
+    }
+
+    /// The serial number of the newest subscriber.
+    pub(crate) fn now(&self) -> u64 {
+        self.serial
     }
 
     pub(crate) fn add_page(&mut self, page: Page) {
+        self.in_place += usize::from(page.placement == Placement::InPlace);
         self.pages.insert(page.gfn, page);
     }
 
-    /// Takes a breakpoint out, and its page too if it was the last.
-    pub(crate) fn remove(&mut self, id: BreakpointId) -> Result<(Breakpoint, Option<Page>), Error> {
-        self.get(id)?;
-        let page = self.pages.get_mut(&id.gpa.gfn()).ok_or(Error::NoSuchBreakpoint)?;
-        let index = page.index(id.gpa.offset()).map_err(|_| Error::NoSuchBreakpoint)?;
-        let breakpoint = page.breakpoints.remove(index);
-        let empty = page.breakpoints.is_empty();
-        Ok((breakpoint, empty.then(|| self.pages.remove(&id.gpa.gfn())).flatten()))
+    /// Adds a subscriber at `gpa`, whose page there must be, with what the guest has there if it is the first one.
+    pub(crate) fn subscribe(&mut self, gpa: Gpa, step_over: StepOver, displaced: Displaced) -> Option<BreakpointId> {
+        let page = self.pages.get_mut(&gpa.gfn())?;
+        self.serial += 1;
+        let index = page.index(gpa.offset()).unwrap_or_else(|at| {
+            let (figures, subscribers) = (Figures::default(), Vec::new());
+            let new = Breakpoint { gpa, step_over, displaced, not_emulable: false, figures, subscribers };
+            page.breakpoints.insert(at, new);
+            at
+        });
+        page.breakpoints[index].subscribers.push(self.serial);
+        Some(BreakpointId { gpa, serial: self.serial })
+    }
+
+    /// Takes a subscriber out, its breakpoint if it was the last one there, and the page if it was the last in that.
+    /// Returns the page in that case.
+    pub(crate) fn unsubscribe(&mut self, id: BreakpointId) -> Option<Page> {
+        let gfn = id.gpa.gfn();
+        let page = self.pages.get_mut(&gfn)?;
+        let index = page.index(id.gpa.offset()).ok()?;
+        page.breakpoints[index].subscribers.retain(|serial| *serial != id.serial);
+        if page.breakpoints[index].subscribers.is_empty() {
+            page.breakpoints.remove(index);
+        }
+        match page.breakpoints.is_empty() {
+            true => self.remove_page(gfn),
+            false => None,
+        }
+    }
+
+    pub(crate) fn remove_page(&mut self, gfn: Gfn) -> Option<Page> {
+        let page = self.pages.remove(&gfn)?;
+        self.in_place -= usize::from(page.placement == Placement::InPlace);
+        Some(page)
+    }
+
+    /// Whether a page has breakpoints in place, where everything that does not know of them sees them.
+    pub(crate) fn has_in_place(&self) -> bool {
+        self.in_place > 0
+    }
+
+    /// Whether a subscriber is the only one at its address.
+    pub(crate) fn is_last(&self, id: BreakpointId) -> bool {
+        self.at(id.gpa).is_some_and(|(_, breakpoint)| breakpoint.subscribers == [id.serial])
     }
 
     pub(crate) fn ids(&self) -> Vec<BreakpointId> {
-        let mut ids: Vec<_> = self.pages.values().flat_map(|p| p.breakpoints.iter().map(|b| b.id)).collect();
-        ids.sort_by_key(|id| id.gpa);
+        let of = |breakpoint: &Breakpoint| -> Vec<_> {
+            let gpa = breakpoint.gpa;
+            breakpoint.subscribers.iter().map(|&serial| BreakpointId { gpa, serial }).collect()
+        };
+        let mut ids: Vec<_> = self.pages.values().flat_map(|page| page.breakpoints.iter().flat_map(of)).collect();
+        ids.sort_by_key(|id| (id.gpa, id.serial));
         ids
     }
 }

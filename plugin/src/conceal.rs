@@ -1,7 +1,7 @@
 //! What an access to a page with breakpoints gets.
 //!
 //! A read is answered as the page's [`Conceal`] says. A write, and every read that this cannot be right for, runs as a
-//! monitored step on the guest's own bytes: in the host view, or, with breakpoints in place, while these are lifted.
+//! monitored step on the guest's own bytes: in the own view, or, with breakpoints in place, while these are lifted.
 //!
 //! [`Conceal::Data`] is right only for an instruction that makes one read that lies wholly in the page: Xen gives *every*
 //! read of the instruction the same bytes, and zeros where they end (`set_context_data`, xen/arch/x86/hvm/emulate.c). So
@@ -10,64 +10,72 @@
 use iced_x86::InstructionInfoFactory;
 
 use crate::breakpoint::Page;
-use crate::step::{self, Vcpu};
+use crate::insn::paging;
+use crate::step::{self, Emulating, Vcpu};
+use crate::views::Views;
 use crate::{
-    Access, Action, Conceal, Event, Hypervisor, PAGE_SIZE, Placement, READ_BYTES, ReadData, Reply, ViewId, insn,
+    Access, Action, Conceal, Event, Hypervisor, PAGE_SIZE, Placement, READ_BYTES, ReadData, Registers, Reply, insn,
     placement,
 };
 
-/// Answers an access that the guard of `page` denied.
+/// Answers an access that the guard of `page` denied. `others_in_place`: the same instruction might read a page with
+/// breakpoints in place, too, and Xen's emulator would see them.
 pub(crate) fn begin<H: Hypervisor>(
     hv: &mut H,
-    exec: Option<ViewId>,
+    views: Option<&Views>,
     vcpu: &mut Vcpu,
     factory: &mut InstructionInfoFactory,
     page: &mut Page,
+    others_in_place: bool,
     event: &Event,
     access: &Access,
 ) -> Result<Reply, H::Error> {
-    if access.write || access.page_walk || vcpu.stepping {
-        return on_own_bytes(hv, exec, vcpu, page, access.write);
-    }
-    match (page.conceal, exec) {
-        (Conceal::ViewFastStep, Some(exec)) => {
-            return Ok(step::fast_step_in_host_view(vcpu, exec, event.registers.rip));
-        }
-        (Conceal::Emulate, Some(_)) => return Ok(Reply { action: Action::Emulate, ..Reply::default() }),
-        (Conceal::Data, _) => {
-            if let Some(data) = data(hv, factory, page, event, access)? {
-                return Ok(Reply { action: Action::EmulateRead(data), ..Reply::default() });
+    let emulated = |vcpu: &mut Vcpu, action| {
+        vcpu.emulating = Some(Emulating::Access(access.gpa.gfn()));
+        Ok(Reply { action, ..Reply::default() })
+    };
+    if !(access.write || access.page_walk || vcpu.stepping) {
+        match (page.conceal, views) {
+            (Conceal::ViewFastStep, Some(views)) => {
+                return Ok(step::fast_step_in_own_view(vcpu, views, event.registers.rip));
             }
+            (Conceal::Emulate, Some(_)) if !others_in_place => return emulated(vcpu, Action::Emulate),
+            (Conceal::Data, _) => {
+                if let Some(data) = data(hv, factory, page, event, access)? {
+                    return emulated(vcpu, Action::EmulateRead(data));
+                }
+            }
+            _ => {}
         }
-        _ => {}
     }
-    on_own_bytes(hv, exec, vcpu, page, false)
+    on_own_bytes(hv, views, vcpu, page, &event.registers, access.write)
 }
 
-/// The access runs on the guest's own bytes, as a monitored step.
+/// The instruction at RIP runs on the guest's own bytes, as a monitored step. If it writes to the page, what it writes is
+/// taken over after that.
 pub(crate) fn on_own_bytes<H: Hypervisor>(
     hv: &mut H,
-    exec: Option<ViewId>,
+    views: Option<&Views>,
     vcpu: &mut Vcpu,
     page: &mut Page,
+    registers: &Registers,
     write: bool,
 ) -> Result<Reply, H::Error> {
-    match page.placement {
-        Placement::Shadow => {
-            if write && vcpu.owe(page.gfn).is_none() {
+    match (page.placement, views) {
+        (Placement::Shadow, Some(views)) if !write || vcpu.owe(page.gfn) => Ok(step::step_in_own_view(vcpu, views)),
+        (Placement::InPlace, _) => {
+            let lift = !vcpu.owes(page.gfn) || page.lifted == 0;
+            if !vcpu.owe(page.gfn) {
                 return Ok(Reply { action: Action::Emulate, ..Reply::default() });
             }
-            Ok(step::step_in_host_view(vcpu))
-        }
-        Placement::InPlace => match vcpu.owe(page.gfn) {
-            None => Ok(Reply { action: Action::Emulate, ..Reply::default() }),
-            Some(new) => {
-                if new {
-                    placement::lift(hv, exec, page)?;
-                }
-                Ok(Reply { step: vcpu.step(), ..Reply::default() })
+            if lift {
+                let linear = registers.cs_base.wrapping_add(registers.rip);
+                let within = paging::translate(hv, registers, linear).is_none_or(|gpa| gpa.gfn() == page.gfn);
+                placement::lift(hv, views, page, within)?;
             }
-        },
+            Ok(Reply { step: vcpu.step(), ..Reply::default() })
+        }
+        (Placement::Shadow, _) => Ok(Reply { action: Action::Emulate, ..Reply::default() }),
     }
 }
 
@@ -95,7 +103,7 @@ fn data<H: Hypervisor>(
         let first = page.index(start).unwrap_or_else(|index| index);
         let hidden = page.breakpoints[first..].iter().take_while(|b| usize::from(b.offset()) < end);
         for breakpoint in hidden {
-            bytes[usize::from(breakpoint.offset() - start)] = breakpoint.original;
+            bytes[usize::from(breakpoint.offset() - start)] = breakpoint.displaced.byte();
         }
     }
     Ok(Some(ReadData::new(bytes, size)))

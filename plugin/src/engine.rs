@@ -1,13 +1,17 @@
 //! Routes events to breakpoints, and knows what each virtual CPU is in the middle of.
 
+use hdrhistogram::Histogram;
 use iced_x86::InstructionInfoFactory;
 
-use crate::breakpoint::{Breakpoint, BreakpointId, Page, Registry};
+use crate::breakpoint::{BreakpointId, Page, Registry};
 use crate::error::Doing;
+use crate::insn::Displaced;
 use crate::placement::{self, INT3};
-use crate::step::{self, Vcpu};
+use crate::stats::HandlingTime;
+use crate::step::{self, Emulating, Vcpu};
+use crate::views::Views;
 use crate::{
-    Access, Action, Counters, Error, Event, Gpa, Hypervisor, INSTRUCTION_BYTES, Int3, Mechanism, PAGE_SIZE, Placement,
+    Access, Action, Counters, Error, Event, Figures, Gfn, Gpa, Hypervisor, Int3, Mechanism, PAGE_SIZE, Placement,
     Reason, Registers, Reply, Rights, Step, StepOver, VcpuId, ViewId, conceal,
 };
 
@@ -36,16 +40,23 @@ pub enum Verdict {
 ///
 /// The engine owns no connection: each call is given it. All calls must be given the same.
 ///
+/// - A breakpoint is at a guest-physical address, and stays there: if the guest writes a new instruction to it, it is set
+///   on that one ([`Figures::rewritten`] counts), and if the guest frees the page and uses it for something else, it is a
+///   breakpoint in that. If it gives the page back to the hypervisor (ballooning), the breakpoint is gone without notice.
+/// - Several may subscribe to the same instruction. Each is told of every hit, in the order they came.
+/// - An instruction that faults and is run again by the guest (a page fault, say) is a hit each time.
+///
 /// To leave a domain: [`leave`](Self::leave), go on handling the events that are still queued until
 /// [`is_idle`](Self::is_idle), then [`finish`](Self::finish).
 #[derive(Debug)]
 pub struct Engine {
     registry: Registry,
     vcpus: Vec<Vcpu>,
-    /// The view that shows the shadows. Made with the first of them.
-    exec: Option<ViewId>,
+    /// Made with the first shadow.
+    views: Option<Views>,
     factory: InstructionInfoFactory,
     counters: Counters,
+    handling: HandlingTime,
     leaving: bool,
 }
 
@@ -55,120 +66,141 @@ impl Engine {
         Self {
             registry: Registry::default(),
             vcpus: vec![Vcpu::default(); usize::from(hv.vcpus())],
-            exec: None,
+            views: None,
             factory: InstructionInfoFactory::new(),
             counters: Counters::default(),
+            handling: HandlingTime::new(),
             leaving: false,
         }
     }
 
-    /// Sets a breakpoint on the instruction at a guest-physical address.
+    /// Sets a breakpoint on the instruction at a guest-physical address, or subscribes to the one that is there.
     ///
     /// # Errors
-    /// If there is one already, if its page is used in another way, if the mechanism cannot do this instruction, or if the
-    /// hypervisor refuses: then nothing has changed in the guest.
+    /// If its page, or the breakpoint there, is used in another way, or if the hypervisor refuses: then nothing has changed
+    /// in the guest.
     pub fn insert<H: Hypervisor>(&mut self, hv: &mut H, gpa: Gpa, mechanism: Mechanism) -> Result<BreakpointId, Error> {
         if self.leaving {
             return Err(Error::Leaving);
         }
-        if let Some(page) = self.registry.page(gpa.gfn()) {
-            if page.placement != mechanism.placement() || page.conceal != mechanism.conceal() {
-                return Err(Error::PageConflict(gpa));
+        let page = self.registry.page(gpa.gfn());
+        if page.is_some_and(|p| p.placement != mechanism.placement() || p.conceal != mechanism.conceal()) {
+            return Err(Error::PageConflict(gpa));
+        }
+        if let Some(breakpoint) = page.and_then(|page| page.at(gpa.offset())) {
+            if breakpoint.step_over != mechanism.step_over() {
+                return Err(Error::StepOverConflict(gpa));
             }
-            if page.index(gpa.offset()).is_ok() {
-                return Err(Error::Occupied(gpa));
-            }
+            let displaced = breakpoint.displaced;
+            return self.registry.subscribe(gpa, mechanism.step_over(), displaced).ok_or(Error::NoSuchBreakpoint);
         }
-        let (original, instruction) = self.displaced(hv, gpa)?;
-        if mechanism.step_over() == StepOver::Emulate && instruction.is_none() {
-            return Err(Error::CrossesPage(gpa));
-        }
-        if mechanism.placement() == Placement::Shadow {
-            self.ensure_view(hv)?;
-        }
-        let new = self.registry.page(gpa.gfn()).is_none();
+        let new = page.is_none();
         if new {
-            let shadow = placement::open(hv, self.exec, gpa.gfn(), mechanism.placement()).doing("prepare the page")?;
-            self.registry.add_page(Page {
-                gfn: gpa.gfn(),
-                placement: mechanism.placement(),
-                conceal: mechanism.conceal(),
-                shadow,
-                breakpoints: Vec::new(),
-                lifted: 0,
-            });
+            self.open(hv, gpa.gfn(), mechanism)?;
         }
-        let id = self.registry.next_id(gpa);
-        let breakpoint = Breakpoint { id, step_over: mechanism.step_over(), original, instruction, hits: 0 };
-        if let Some(page) = self.registry.page_mut(gpa.gfn()) {
-            // While the page is lifted for another virtual CPU, its settling will arm this breakpoint too.
-            let armed = if page.lifted == 0 { placement::put(hv, page, gpa.offset(), INT3) } else { Ok(()) };
-            let at = page.index(gpa.offset()).unwrap_or_else(|at| at);
-            page.breakpoints.insert(at, breakpoint);
-            if let Err(error) = armed {
-                self.remove(hv, id)?;
-                return Err(error).doing("write the breakpoint");
+        let armed = self.arm(hv, gpa, mechanism.step_over());
+        if armed.is_err()
+            && new
+            && let Some(page) = self.registry.remove_page(gpa.gfn())
+        {
+            // What failed is what the caller is to hear about, not that undoing it failed too.
+            let _ = placement::close(hv, self.views.as_mut(), &page);
+        }
+        armed
+    }
+
+    /// Prepares a page for breakpoints.
+    fn open<H: Hypervisor>(&mut self, hv: &mut H, gfn: Gfn, mechanism: Mechanism) -> Result<(), Error> {
+        let placement = mechanism.placement();
+        // Nobody is to write to the page while we look at it, nor to run between two of the steps.
+        let shadow = paused(hv, |hv| {
+            if placement == Placement::Shadow {
+                self.ensure_views(hv)?;
             }
+            placement::open(hv, self.views.as_mut(), gfn, placement).doing("prepare the page")
+        })?;
+        let conceal = mechanism.conceal();
+        self.registry.add_page(Page { gfn, placement, conceal, shadow, breakpoints: Vec::new(), lifted: 0 });
+        Ok(())
+    }
+
+    fn ensure_views<H: Hypervisor>(&mut self, hv: &mut H) -> Result<(), Error> {
+        if self.views.is_some() {
+            return Ok(());
+        }
+        let views = Views::create(hv).doing("create the views")?;
+        let mut in_place = self.registry.pages().filter(|page| page.placement == Placement::InPlace);
+        let entered = in_place
+            .try_for_each(|page| {
+                hv.set_rights(views.exec, page.gfn, Rights::Execute)?;
+                hv.set_rights(views.own, page.gfn, Rights::Execute)
+            })
+            .and_then(|()| hv.switch_view(views.exec));
+        if let Err(error) = entered {
+            let _ = views.destroy(hv);
+            return Err(error).doing("enter the view");
+        }
+        self.views = Some(views);
+        Ok(())
+    }
+
+    /// Sets a breakpoint in a page that is prepared.
+    fn arm<H: Hypervisor>(&mut self, hv: &mut H, gpa: Gpa, step_over: StepOver) -> Result<BreakpointId, Error> {
+        let displaced = self.displaced(hv, gpa)?;
+        let id = self.registry.subscribe(gpa, step_over, displaced).ok_or(Error::NoSuchBreakpoint)?;
+        // While the page is lifted for a virtual CPU, its settling will arm this breakpoint too.
+        if let Some(page) = self.registry.page(gpa.gfn()).filter(|page| page.lifted == 0)
+            && let Err(error) = placement::arm(hv, page, gpa, displaced.byte())
+        {
+            if page.breakpoints.len() > 1 {
+                self.registry.unsubscribe(id);
+            }
+            return Err(error).doing("write the breakpoint");
         }
         Ok(id)
     }
 
-    /// The guest's own byte and instruction at an address, without the breakpoints around it.
-    fn displaced<H: Hypervisor>(&self, hv: &mut H, gpa: Gpa) -> Result<(u8, Option<[u8; INSTRUCTION_BYTES]>), Error> {
+    /// The guest's own instruction at an address, without the breakpoints around it.
+    fn displaced<H: Hypervisor>(&self, hv: &mut H, gpa: Gpa) -> Result<Displaced, Error> {
         let mut bytes = [0; PAGE_SIZE];
         hv.read(gpa.gfn().at(0), &mut bytes).doing("read the page")?;
         if let Some(page) = self.registry.page(gpa.gfn()).filter(|p| p.placement == Placement::InPlace && p.lifted == 0)
         {
             for breakpoint in &page.breakpoints {
-                bytes[usize::from(breakpoint.offset())] = breakpoint.original;
+                bytes[usize::from(breakpoint.offset())] = breakpoint.displaced.byte();
             }
         }
-        Ok(placement::displaced(&bytes, gpa.offset()))
+        Ok(Displaced::of(&bytes, gpa.offset()))
     }
 
-    fn ensure_view<H: Hypervisor>(&mut self, hv: &mut H) -> Result<(), Error> {
-        if self.exec.is_some() {
-            return Ok(());
-        }
-        let view = hv.create_view().doing("create a view")?;
-        let entered = (|| {
-            for id in self.registry.ids() {
-                hv.set_rights(view, id.gpa().gfn(), Rights::Execute)?;
-            }
-            hv.switch_view(view)
-        })();
-        if let Err(error) = entered {
-            // What failed is what the caller is to hear about, not that undoing it failed too.
-            let _ = hv.drop_view(view);
-            return Err(error).doing("enter the view");
-        }
-        self.exec = Some(view);
-        Ok(())
-    }
-
-    /// Removes a breakpoint. The guest's own byte is back when this returns.
+    /// Removes a breakpoint. If nobody else has subscribed to it, the guest's own byte is back when this returns.
     ///
     /// # Errors
     /// If there is no such breakpoint, or if the hypervisor refuses.
     pub fn remove<H: Hypervisor>(&mut self, hv: &mut H, id: BreakpointId) -> Result<(), Error> {
-        let breakpoint = self.registry.get(id)?;
-        let (original, offset) = (breakpoint.original, breakpoint.offset());
-        if let Some(page) = self.registry.page(id.gpa().gfn()).filter(|page| page.lifted == 0) {
-            placement::put(hv, page, offset, original).doing("write the original byte back")?;
+        let (page, breakpoint) = self.registry.get(id)?;
+        if page.lifted == 0 && self.registry.is_last(id) {
+            let disarmed = placement::disarm(hv, page, breakpoint.gpa, breakpoint.displaced.byte());
+            disarmed.doing("write the original byte back")?;
         }
-        let (_, closed) = self.registry.remove(id)?;
-        if let Some(page) = closed {
-            placement::close(hv, self.exec, &page).doing("give the page back")?;
+        if let Some(page) = self.registry.unsubscribe(id) {
+            placement::close(hv, self.views.as_mut(), &page).doing("give the page back")?;
         }
         Ok(())
     }
 
-    /// How often a breakpoint was hit.
+    /// All breakpoints, by address.
+    #[must_use]
+    pub fn breakpoints(&self) -> Vec<BreakpointId> {
+        self.registry.ids()
+    }
+
+    /// What a breakpoint has done. Those who share it share its figures.
     ///
     /// # Errors
     /// If there is no such breakpoint.
-    pub fn hits(&self, id: BreakpointId) -> Result<u64, Error> {
-        Ok(self.registry.get(id)?.hits)
+    pub fn figures(&self, id: BreakpointId) -> Result<Figures, Error> {
+        Ok(self.registry.get(id)?.1.figures)
     }
 
     /// What happened so far.
@@ -177,7 +209,14 @@ impl Engine {
         self.counters
     }
 
-    /// Answers an event. `on_hit` is called for every hit, before the instruction runs.
+    /// How long handling a hit took so far, `on_hit` included, in units of [`Hypervisor::now`].
+    #[must_use]
+    pub fn handling_time(&self) -> &Histogram<u64> {
+        self.handling.histogram()
+    }
+
+    /// Answers an event. `on_hit` is called for every hit, once for each subscriber, before the instruction runs. It is
+    /// given the engine and the connection, and may insert and remove what it likes.
     ///
     /// Nothing the guest does makes this fail or panic; where the hypervisor refuses something, it is counted, logged
     /// once, and the guest goes on.
@@ -185,13 +224,14 @@ impl Engine {
         &mut self,
         hv: &mut H,
         event: &Event,
-        on_hit: &mut impl FnMut(&Hit<'_>) -> Verdict,
+        on_hit: &mut impl FnMut(&mut Self, &mut H, &Hit<'_>) -> Verdict,
     ) -> Reply {
         let Some(index) = self.begin(hv, event) else { return Reply::default() };
         let reply = match &event.reason {
             Reason::Int3(int3) => self.on_int3(hv, index, event, int3, on_hit),
             Reason::Step => Ok(self.on_step(hv, index)),
             Reason::Access(access) => self.on_access(hv, index, event, access),
+            Reason::EmulationFailed => self.on_emulation_failed(hv, index, event),
         };
         reply.unwrap_or_else(|error| self.give_way(event, &error))
     }
@@ -203,10 +243,15 @@ impl Engine {
             self.counters.unexplained += 1;
             return None;
         };
-        if let Some(rip) = vcpu.fast.take() {
-            // Still at the instruction, still in the host view: the instruction itself raised this event before it was
-            // through. From here on it is a monitored step.
-            if rip == event.registers.rip && event.view == ViewId::HOST && event.reason != Reason::Step {
+        if event.reason != Reason::EmulationFailed {
+            vcpu.emulating = None;
+        }
+        if let Some(rip) = vcpu.fast.take()
+            && let Some(views) = &self.views
+        {
+            // Still at the instruction, still on the guest's own pages: the instruction itself raised this event before it
+            // was through. From here on it is a monitored step.
+            if rip == event.registers.rip && event.view == views.own && event.reason != Reason::Step {
                 if let Err(error) = hv.stop_step(event.vcpu) {
                     log::warn!("cannot stop the fast step of virtual CPU {index}: {error}");
                     self.counters.failures += 1;
@@ -223,7 +268,7 @@ impl Engine {
         index: usize,
         event: &Event,
         int3: &Int3,
-        on_hit: &mut impl FnMut(&Hit<'_>) -> Verdict,
+        on_hit: &mut impl FnMut(&mut Self, &mut H, &Hit<'_>) -> Verdict,
     ) -> Result<Reply, H::Error> {
         // With prefixes, the 0xCC is the last byte. It cannot be in the next page and ours: that would have been found by
         // nobody, for the frame there is not known here.
@@ -233,39 +278,109 @@ impl Engine {
             return Ok(reinject());
         }
         let at = int3.gpa.gfn().at(offset);
-        let ours = self.registry.at(at).is_some_and(|(page, _)| page.shadow.is_none() || Some(event.view) == self.exec);
-        if !ours {
+        let exec = self.views.as_ref().map(|views| views.exec);
+        if !self.registry.at(at).is_some_and(|(page, _)| page.shadow.is_none() || Some(event.view) == exec) {
             return self.on_foreign_int3(hv, at);
         }
-        if offset == int3.gpa.offset()
-            && let Some(breakpoint) = self.registry.hit(at)
-        {
-            self.counters.hits += 1;
-            let verdict = on_hit(&Hit { breakpoint, vcpu: event.vcpu, registers: &event.registers });
-            if verdict == Verdict::Remove {
-                if let Err(error) = self.remove(hv, breakpoint) {
-                    log::warn!("a breakpoint at {at} could not be removed: {error}");
-                    self.counters.failures += 1;
-                } else {
-                    return Ok(Reply::default());
-                }
-            }
-        }
-        let (vcpu, exec) = (&mut self.vcpus[index], self.exec);
-        match self.registry.at(at) {
-            None => Ok(Reply::default()),
-            Some((_, breakpoint)) if breakpoint.original == INT3 => {
-                self.counters.reinjected += 1;
-                Ok(reinject())
-            }
-            Some((page, breakpoint)) if offset == int3.gpa.offset() => {
-                step::begin(hv, exec, vcpu, page.placement, breakpoint, event.registers.rip)
-            }
+        let vcpu = &mut self.vcpus[index];
+        if offset != int3.gpa.offset() {
             // The guest jumped to a prefix before the breakpoint: that is another instruction, and no hit.
-            Some(_) => match self.registry.page_mut(at.gfn()) {
-                Some(page) => conceal::on_own_bytes(hv, exec, vcpu, page, false),
+            return self.run_prefixed(hv, index, event, at);
+        }
+        if vcpu.stepping && vcpu.over == Some(at) {
+            // Another virtual CPU has set the breakpoint again before this one was over it: still the same hit.
+            return match self.registry.at(at) {
+                Some((page, breakpoint)) => {
+                    let views = self.views.as_ref();
+                    step::step(hv, views, vcpu, breakpoint, page.placement, event.registers.rip).map(|(reply, _)| reply)
+                }
                 None => Ok(Reply::default()),
-            },
+            };
+        }
+        let start = hv.now();
+        let reply = self.on_hit(hv, index, event, at, on_hit);
+        self.handling.record(hv.now().saturating_sub(start));
+        reply
+    }
+
+    fn on_hit<H: Hypervisor>(
+        &mut self,
+        hv: &mut H,
+        index: usize,
+        event: &Event,
+        at: Gpa,
+        on_hit: &mut impl FnMut(&mut Self, &mut H, &Hit<'_>) -> Verdict,
+    ) -> Result<Reply, H::Error> {
+        self.counters.hits += 1;
+        if let Some(breakpoint) = self.registry.at_mut(at) {
+            breakpoint.figures.hits += 1;
+        }
+        let (mut last, until) = (None, self.registry.now());
+        while let Some(breakpoint) = self.registry.next_subscriber(at, last, until) {
+            let verdict = on_hit(self, hv, &Hit { breakpoint, vcpu: event.vcpu, registers: &event.registers });
+            if verdict == Verdict::Remove
+                && let Err(error @ Error::Hypervisor { .. }) = self.remove(hv, breakpoint)
+            {
+                log::warn!("a breakpoint at {at} could not be removed: {error}");
+                self.counters.failures += 1;
+            }
+            last = Some(breakpoint);
+        }
+        self.step_over(hv, index, event, at)
+    }
+
+    /// Lets the instruction under the breakpoint at `at` run, if there still is one.
+    fn step_over<H: Hypervisor>(
+        &mut self,
+        hv: &mut H,
+        index: usize,
+        event: &Event,
+        at: Gpa,
+    ) -> Result<Reply, H::Error> {
+        let (vcpu, views) = (&mut self.vcpus[index], self.views.as_ref());
+        let Some((page, breakpoint)) = self.registry.at(at) else { return Ok(Reply::default()) };
+        if breakpoint.displaced.byte() == INT3 {
+            self.counters.reinjected += 1;
+            return Ok(reinject());
+        }
+        let (placement, registers) = (page.placement, &event.registers);
+        let lifted = placement == Placement::InPlace && page.lifted > 0;
+        let (reply, served) = match step::at_once(hv, views, vcpu, &self.registry, breakpoint, placement, registers) {
+            Some(served) => served,
+            None if lifted => {
+                // Its byte is not there now, and nobody may execute the page: this virtual CPU joins the one that
+                // the page is lifted for.
+                vcpu.over = Some(at);
+                let Some(page) = self.registry.page_mut(at.gfn()) else { return Ok(Reply::default()) };
+                let reply = conceal::on_own_bytes(hv, views, vcpu, page, registers, false)?;
+                (reply, StepOver::Repair)
+            }
+            None => step::step(hv, views, vcpu, breakpoint, placement, registers.rip)?,
+        };
+        if let Some(breakpoint) = self.registry.at_mut(at) {
+            let fallback = step::is_fallback(breakpoint, registers, served);
+            breakpoint.figures.served.count(served);
+            breakpoint.figures.fallbacks += u64::from(fallback);
+        }
+        Ok(reply)
+    }
+
+    /// Runs an instruction that ends in the breakpoint at `at`, on the guest's own bytes.
+    fn run_prefixed<H: Hypervisor>(
+        &mut self,
+        hv: &mut H,
+        index: usize,
+        event: &Event,
+        at: Gpa,
+    ) -> Result<Reply, H::Error> {
+        if self.registry.at(at).is_some_and(|(_, breakpoint)| breakpoint.displaced.byte() == INT3) {
+            self.counters.reinjected += 1;
+            return Ok(reinject());
+        }
+        let (vcpu, views) = (&mut self.vcpus[index], self.views.as_ref());
+        match self.registry.page_mut(at.gfn()) {
+            Some(page) => conceal::on_own_bytes(hv, views, vcpu, page, &event.registers, false),
+            None => Ok(Reply::default()),
         }
     }
 
@@ -286,23 +401,26 @@ impl Engine {
             self.counters.unexplained += 1;
         }
         for gfn in vcpu.pages.into_iter().flatten() {
-            if let Some(page) = self.registry.page_mut(gfn)
-                && let Err(error) = placement::settle(hv, self.exec, page)
-            {
+            let settled = match (self.registry.page_mut(gfn), &self.views) {
+                (Some(page), views) => placement::settle(hv, views.as_ref(), page),
+                (None, Some(views)) if views.hides(gfn) => views.seal(hv, gfn),
+                (None, _) => Ok(()),
+            };
+            if let Err(error) = settled {
                 log::warn!("the breakpoints of {gfn} could not be set again: {error}");
                 self.counters.failures += 1;
             }
         }
-        if let Some(id) = vcpu.rearm
-            && self.registry.get(id).is_ok()
-            && let Some(page) = self.registry.page(id.gpa().gfn()).filter(|page| page.lifted == 0)
-            && let Err(error) = placement::put(hv, page, id.gpa().offset(), INT3)
+        if let Some(gpa) = vcpu.over
+            && let Some((page, breakpoint)) = self.registry.at(gpa)
+            && page.lifted == 0
+            && let Err(error) = placement::arm(hv, page, gpa, breakpoint.displaced.byte())
         {
-            log::warn!("the breakpoint at {} could not be set again: {error}", id.gpa());
+            log::warn!("the breakpoint at {gpa} could not be set again: {error}");
             self.counters.failures += 1;
         }
-        let view = if vcpu.home && !self.leaving { self.exec } else { None };
-        Reply { view, step: Step::Off, action: Action::Resume }
+        let home = self.views.as_ref().filter(|_| vcpu.home && !self.leaving).map(|views| views.exec);
+        Reply { view: home, step: Step::Off, action: Action::Resume }
     }
 
     fn on_access<H: Hypervisor>(
@@ -312,17 +430,69 @@ impl Engine {
         event: &Event,
         access: &Access,
     ) -> Result<Reply, H::Error> {
-        let guarded = |page: &&mut Page| page.shadow.is_none() || Some(event.view) == self.exec;
-        let Some(page) = self.registry.page_mut(access.gpa.gfn()).filter(guarded) else {
+        let (vcpu, views, gfn) = (&mut self.vcpus[index], self.views.as_ref(), access.gpa.gfn());
+        let in_place = self.registry.has_in_place();
+        let guarded = |page: &&mut Page| page.shadow.is_none() || views.is_some_and(|views| event.view == views.exec);
+        let Some(page) = self.registry.page_mut(gfn).filter(guarded) else {
+            if let Some(views) = views.filter(|views| access.write && views.hides(gfn))
+                && vcpu.owe(gfn)
+            {
+                self.counters.discarded += 1;
+                views.unseal(hv, gfn)?;
+                return Ok(step::step_in_own_view(vcpu, views));
+            }
             // Not ours, or not any more. Xen emulates only if the access is still denied, so the guest goes on.
             self.counters.unexplained += 1;
             return Ok(Reply { action: Action::Emulate, ..Reply::default() });
         };
+        if access.execute && !access.write && !access.read {
+            // The page is lifted, or was a moment ago. Whoever it is not lifted for tries again until it is over.
+            match vcpu.owes(gfn) {
+                true => placement::uncover(hv, views, gfn)?,
+                false => self.counters.held += 1,
+            }
+            return Ok(Reply::default());
+        }
         match access.write {
             true => self.counters.writes += 1,
             false => self.counters.reads += 1,
         }
-        conceal::begin(hv, self.exec, &mut self.vcpus[index], &mut self.factory, page, event, access)
+        conceal::begin(hv, views, vcpu, &mut self.factory, page, in_place, event, access)
+    }
+
+    /// Nothing has happened yet; it is done in another way, and the emulator is not asked again.
+    fn on_emulation_failed<H: Hypervisor>(
+        &mut self,
+        hv: &mut H,
+        index: usize,
+        event: &Event,
+    ) -> Result<Reply, H::Error> {
+        match self.vcpus[index].emulating.take() {
+            Some(Emulating::Displaced(gpa)) => {
+                if let Some(breakpoint) = self.registry.at_mut(gpa) {
+                    if breakpoint.displaced.byte() == INT3 {
+                        // Another virtual CPU has just written it: it will be met again.
+                        return Ok(Reply::default());
+                    }
+                    log::info!("Xen cannot emulate the instruction at {gpa}: it is stepped from now on");
+                    breakpoint.not_emulable = true;
+                    let emulated = &mut breakpoint.figures.served.emulate;
+                    *emulated = emulated.saturating_sub(1);
+                }
+                self.step_over(hv, index, event, gpa)
+            }
+            Some(Emulating::Access(gfn)) => {
+                let (vcpu, views) = (&mut self.vcpus[index], self.views.as_ref());
+                match self.registry.page_mut(gfn) {
+                    Some(page) => conceal::on_own_bytes(hv, views, vcpu, page, &event.registers, false),
+                    None => Ok(Reply::default()),
+                }
+            }
+            None => {
+                self.counters.unexplained += 1;
+                Ok(Reply::default())
+            }
+        }
     }
 
     /// The hypervisor refused something in the middle of a hit: the guest goes on without it.
@@ -332,13 +502,13 @@ impl Engine {
         }
         self.counters.failures += 1;
         let instruction = match &event.reason {
-            Reason::Int3(int3) => self.registry.at(int3.gpa).and_then(|(_, breakpoint)| breakpoint.instruction),
-            Reason::Step | Reason::Access(_) => None,
+            Reason::Int3(int3) => self.registry.at(int3.gpa).map(|(_, breakpoint)| breakpoint.displaced.bytes()),
+            Reason::Step | Reason::Access(_) | Reason::EmulationFailed => None,
         };
         Reply { action: instruction.map_or(Action::Emulate, Action::EmulateInstruction), ..Reply::default() }
     }
 
-    /// Removes every breakpoint, and takes all virtual CPUs out of the execute view. Events may still be queued.
+    /// Removes every breakpoint, and takes all virtual CPUs out of our views. Events may still be queued.
     ///
     /// # Errors
     /// If the hypervisor refuses; the rest has been undone nevertheless, and it may be called again.
@@ -348,7 +518,7 @@ impl Engine {
         for id in self.registry.ids() {
             result = result.and(self.remove(hv, id));
         }
-        match self.exec {
+        match self.views {
             Some(_) => result.and(hv.switch_view(ViewId::HOST).doing("leave the view")),
             None => result,
         }
@@ -360,27 +530,32 @@ impl Engine {
         self.vcpus.iter().all(|vcpu| !vcpu.stepping)
     }
 
-    /// After [`leave`](Self::leave), when the engine [is idle](Self::is_idle) and no event is queued: ends fast steps and
-    /// drops the view. Nothing of the engine is left in the domain.
+    /// After [`leave`](Self::leave), when the engine [is idle](Self::is_idle) and no event is queued: ends fast steps,
+    /// drops the views and gives the shadows' memory back. Nothing of the engine is left in the domain.
     ///
     /// # Errors
     /// If the hypervisor refuses; it may be called again.
     pub fn finish<H: Hypervisor>(&mut self, hv: &mut H) -> Result<(), Error> {
-        let Some(exec) = self.exec else { return Ok(()) };
-        hv.pause().doing("pause the domain")?;
-        let finished = (|| {
+        let Some(views) = &self.views else { return Ok(()) };
+        paused(hv, |hv| {
             for vcpu in 0..hv.vcpus() {
-                hv.stop_step(VcpuId(vcpu))?;
+                hv.stop_step(VcpuId(vcpu)).doing("end the single-steps")?;
             }
             // A fast step that has ended since `leave` went back to the execute view.
-            hv.switch_view(ViewId::HOST)?;
-            hv.drop_view(exec)
-        })();
-        hv.resume().doing("resume the domain")?;
-        finished.doing("drop the view")?;
-        self.exec = None;
+            hv.switch_view(ViewId::HOST).doing("leave the view")?;
+            views.destroy(hv).doing("drop the views")
+        })?;
+        self.views = None;
         Ok(())
     }
+}
+
+/// Does something while the domain is paused.
+fn paused<H: Hypervisor, T>(hv: &mut H, work: impl FnOnce(&mut H) -> Result<T, Error>) -> Result<T, Error> {
+    hv.pause().doing("pause the domain")?;
+    let done = work(hv);
+    hv.resume().doing("resume the domain")?;
+    done
 }
 
 fn reinject() -> Reply {

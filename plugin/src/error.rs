@@ -8,22 +8,20 @@ use crate::Gpa;
 pub enum Error {
     /// The name of a mechanism is not known.
     #[error(
-        "there is no mechanism {0:?}: use repair, view-step, view-fast-step, emulate, or PLACEMENT+STEP-OVER+CONCEALMENT \
-         of in-place, shadow + repair, view-step, view-fast-step, emulate + view-step, view-fast-step, emulate, data"
+        "there is no mechanism {0:?}: use auto, repair, view-step, view-fast-step, emulate, interpret, or \
+         PLACEMENT+STEP-OVER+CONCEALMENT of in-place, shadow + auto, repair, view-step, view-fast-step, emulate, interpret + \
+         view-step, view-fast-step, emulate, data"
     )]
     UnknownMechanism(String),
     /// Three choices that do not fit together.
     #[error("these do not work together: {0}")]
     Combination(&'static str),
-    /// There is a breakpoint at this address already.
-    #[error("there is a breakpoint at {0} already: remove it first")]
-    Occupied(Gpa),
+    /// The breakpoint at this address has another step-over.
+    #[error("the breakpoint at {0} has another step-over: use its, or remove it first")]
+    StepOverConflict(Gpa),
     /// The page has breakpoints with another placement or concealment.
     #[error("the page of {0} has breakpoints with another placement or concealment: use theirs, or remove them first")]
     PageConflict(Gpa),
-    /// The instruction is not wholly in the page, so the hypervisor cannot be given its bytes.
-    #[error("the instruction at {0} reaches beyond its page, so it cannot be emulated: use another step-over")]
-    CrossesPage(Gpa),
     /// There is no such breakpoint, or it has been removed.
     #[error("there is no such breakpoint: it has been removed, or belongs to another engine")]
     NoSuchBreakpoint,

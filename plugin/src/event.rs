@@ -37,6 +37,8 @@ pub enum Reason {
     Step,
     /// An access that the view does not permit; it has not happened yet.
     Access(Access),
+    /// The hypervisor was told to emulate an instruction and cannot. It has not run; RIP is still there.
+    EmulationFailed,
 }
 
 /// An INT3.

@@ -9,6 +9,12 @@ pub enum Rights {
     All,
     /// Execution alone: reads and writes are events. (EPT knows no read-only-trap, so this is the guard of a page.)
     Execute,
+    /// Reads and writes alone.
+    ReadWrite,
+    /// Everything but writes.
+    ReadExecute,
+    /// Nothing.
+    None,
 }
 
 /// A connection to one domain.
@@ -35,6 +41,33 @@ pub trait Hypervisor {
     /// # Errors
     /// If there is no such page, or it cannot be written.
     fn write(&mut self, gpa: Gpa, bytes: &[u8]) -> Result<(), Self::Error>;
+
+    /// Writes 0xCC over a byte of the guest's own page, `original` being what the guest has there. Whoever can should
+    /// note it where it outlives this process first, so that the guest can be repaired if this process is killed.
+    ///
+    /// # Errors
+    /// Those of [`write`](Self::write).
+    fn displace(&mut self, gpa: Gpa, original: u8) -> Result<(), Self::Error> {
+        let _ = original;
+        self.write(gpa, &[0xcc])
+    }
+
+    /// Undoes a [`displace`](Self::displace).
+    ///
+    /// # Errors
+    /// Those of [`write`](Self::write).
+    fn replace(&mut self, gpa: Gpa, original: u8) -> Result<(), Self::Error> {
+        self.write(gpa, &[original])
+    }
+
+    /// Whether somebody else wants to see the guest's accesses to a page, so that it must be the guest that makes them.
+    fn watches(&self, gfn: Gfn) -> bool {
+        let _ = gfn;
+        false
+    }
+
+    /// The time, from any start and in any unit, for figures of how long handling takes.
+    fn now(&self) -> u64;
 
     /// Adds a page of memory to the domain, at a frame number the guest does not use.
     ///

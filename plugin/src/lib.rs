@@ -21,6 +21,7 @@ mod registers;
 mod reply;
 mod stats;
 mod step;
+mod views;
 
 pub use addr::{Gfn, Gpa, PAGE_SIZE};
 pub use breakpoint::BreakpointId;
@@ -31,4 +32,4 @@ pub use hypervisor::{Hypervisor, Rights};
 pub use mechanism::{Conceal, Mechanism, Placement, StepOver};
 pub use registers::{CodeMode, Registers};
 pub use reply::{Action, INSTRUCTION_BYTES, READ_BYTES, ReadData, Reply, Step};
-pub use stats::Counters;
+pub use stats::{Counters, Figures, Served};

@@ -19,22 +19,28 @@ pub enum Placement {
 pub enum StepOver {
     /// Write the byte back, single-step, write 0xCC again. Other virtual CPUs run through meanwhile, unnoticed.
     Repair,
-    /// Switch this virtual CPU to the host view, single-step, switch back.
+    /// Switch this virtual CPU to a view with the guest's own pages, single-step, switch back.
     ViewStep,
     /// The same with one event instead of two: the hypervisor switches back by itself (fast single-step).
     ViewFastStep,
-    /// Let the hypervisor emulate the instruction.
+    /// Let the hypervisor emulate the instruction. One that it cannot emulate, or not rightly, is stepped.
     Emulate,
+    /// Compute what the instruction does, and answer with registers: no step and no emulator. One that is not certain to
+    /// be done exactly is stepped.
+    Interpret,
+    /// The cheapest of the others that is certainly right for the instruction at hand: interpret, else emulate, else
+    /// step.
+    Auto,
 }
 
 /// What a read of a page with breakpoints gets. One choice for all breakpoints of a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Conceal {
-    /// The instruction that reads is single-stepped in the host view.
+    /// The instruction that reads is single-stepped in a view with the guest's own pages.
     ViewStep,
     /// The same with one event instead of two.
     ViewFastStep,
-    /// The hypervisor emulates the instruction that reads, through the host view.
+    /// The hypervisor emulates the instruction that reads, on the guest's own pages.
     Emulate,
     /// The hypervisor emulates it, with data of ours. Where that cannot be right (see the `conceal` module), the
     /// instruction is stepped instead.
@@ -69,12 +75,19 @@ impl Mechanism {
     /// The papers' "instruction emulation", with the cheapest concealment: shadow, emulate, view-fast-step.
     pub const EMULATE: Self = Self::of(Placement::Shadow, StepOver::Emulate, Conceal::ViewFastStep);
 
+    /// Shadow, interpret, view-fast-step.
+    pub const INTERPRET: Self = Self::of(Placement::Shadow, StepOver::Interpret, Conceal::ViewFastStep);
+    /// Shadow, auto, view-fast-step: what to use unless there is a reason not to.
+    pub const AUTO: Self = Self::of(Placement::Shadow, StepOver::Auto, Conceal::ViewFastStep);
+
     /// The combinations that have a name of their own, and their names.
-    pub const NAMED: [(&'static str, Self); 4] = [
+    pub const NAMED: [(&'static str, Self); 6] = [
+        ("auto", Self::AUTO),
         ("repair", Self::REPAIR),
         ("view-step", Self::VIEW_STEP),
         ("view-fast-step", Self::VIEW_FAST_STEP),
         ("emulate", Self::EMULATE),
+        ("interpret", Self::INTERPRET),
     ];
 
     const fn of(placement: Placement, step_over: StepOver, conceal: Conceal) -> Self {
@@ -95,7 +108,7 @@ impl Mechanism {
                 "an in-place breakpoint is in every view, so a read sees it there: use the concealment data"
             }
             (Placement::Shadow, StepOver::Repair, _) => {
-                "with a shadow page there is no need to repair the guest's own: use view-step, view-fast-step or emulate"
+                "with a shadow page there is no need to repair the guest's own: use another step-over"
             }
             _ => return Ok(Self::of(placement, step_over, conceal)),
         };
@@ -111,6 +124,14 @@ impl Mechanism {
         });
         choices
             .filter_map(|((_, placement), (_, step_over), (_, conceal))| Self::new(placement, step_over, conceal).ok())
+    }
+
+    /// Whether it counts every hit when several virtual CPUs execute the same code. With [`StepOver::Repair`] the others
+    /// run through while the byte is back. That is also how an in-place breakpoint of another kind steps over an
+    /// instruction that it can neither interpret nor have emulated: for such an instruction, use [`Placement::Shadow`].
+    #[must_use]
+    pub const fn counts_on_several_vcpus(self) -> bool {
+        !matches!(self.step_over, StepOver::Repair)
     }
 
     /// Where the 0xCC lies.
@@ -129,6 +150,13 @@ impl Mechanism {
     #[must_use]
     pub const fn conceal(self) -> Conceal {
         self.conceal
+    }
+}
+
+/// [`AUTO`](Mechanism::AUTO).
+impl Default for Mechanism {
+    fn default() -> Self {
+        Self::AUTO
     }
 }
 
@@ -170,11 +198,13 @@ impl FromStr for Mechanism {
 
 const PLACEMENTS: [(&str, Placement); 2] = [("in-place", Placement::InPlace), ("shadow", Placement::Shadow)];
 
-const STEP_OVERS: [(&str, StepOver); 4] = [
+const STEP_OVERS: [(&str, StepOver); 6] = [
     ("repair", StepOver::Repair),
     ("view-step", StepOver::ViewStep),
     ("view-fast-step", StepOver::ViewFastStep),
     ("emulate", StepOver::Emulate),
+    ("interpret", StepOver::Interpret),
+    ("auto", StepOver::Auto),
 ];
 
 const CONCEALS: [(&str, Conceal); 4] = [
@@ -212,7 +242,7 @@ mod tests {
                 }
             }
         }
-        assert_eq!(valid, 2 + 12);
+        assert_eq!(valid, 4 + 20);
         assert_eq!(Mechanism::all().count(), valid);
     }
 

@@ -44,8 +44,14 @@ pub struct Registers {
     pub cr4: u64,
     /// The EFER model-specific register.
     pub efer: u64,
+    /// Debug register 7: which of the guest's own breakpoints are on.
+    pub dr7: u64,
     /// Base of CS; 0 in 64-bit code.
     pub cs_base: u64,
+    /// Current privilege level, 0 to 3: the DPL of SS.
+    pub cpl: u8,
+    /// Outside 64-bit code: CS, SS, DS and ES are the flat 4-GiB segments. In 64-bit code of no importance.
+    pub flat: bool,
     /// How instructions are decoded.
     pub mode: CodeMode,
 }

@@ -33,8 +33,8 @@ pub enum Step {
     Fast(ViewId),
 }
 
-/// How the interrupted instruction goes on. One of these at most fits in a response: Xen keeps the data of all but the
-/// first two in one union.
+/// How the interrupted instruction goes on. One of these at most fits in a response: Xen keeps the data of those that
+/// have any in one union.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Action {
     /// It runs again.

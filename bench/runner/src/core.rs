@@ -42,7 +42,7 @@ fn serve(domain: &mut Domain, monitor: &mut Monitor, engine: &mut Engine, hits: 
             monitor.respond(&ring::plain_response(&request));
             continue;
         };
-        let reply = engine.handle(domain, &event, &mut |_| {
+        let reply = engine.handle(domain, &event, &mut |_, _, _| {
             *hits += 1;
             Verdict::Keep
         });

@@ -21,9 +21,15 @@ const EFER_LMA: u64 = 1 << 10;
 /// CS.L and CS.D in the 12 bits of `vm_event_x86_selector_reg::ar`, which leave out the unused ones of a descriptor.
 const AR_L: u32 = 1 << 9;
 const AR_D: u32 = 1 << 10;
+/// Granularity 4 KiB, D or B, present, and a code or data segment.
+const AR_FLAT: u32 = 1 << 11 | AR_D | 1 << 7 | 1 << 4;
+/// The type of a data segment: writable, and it does not grow downwards.
+const AR_CODE: u32 = 1 << 3;
+const AR_DOWN: u32 = 1 << 2;
+const AR_WRITABLE: u32 = 1 << 1;
 
-/// Requests of one domain. While it lives, INT3s and single-steps of the domain are reported, and so are accesses its
-/// views deny. When it is dropped, virtual CPUs whose requests wait in the ring go on as if it had answered with
+/// Requests of one domain. While it lives, INT3s, single-steps and failed emulations of the domain are reported, and so
+/// are accesses its views deny. When it is dropped, virtual CPUs whose requests wait in the ring go on as if it had answered with
 /// nothing: drain the ring, and let steps end, before.
 #[derive(Debug)]
 pub(crate) struct Monitor {
@@ -31,6 +37,7 @@ pub(crate) struct Monitor {
     // Dropped in this order.
     _int3s: Monitoring,
     _steps: Monitoring,
+    _unimplemented: Monitoring,
     channel: Channel,
     _page: RingPage,
 }
@@ -50,6 +57,12 @@ impl Monitor {
             // First: without it Xen never ends a fast single-step.
             _steps: Monitoring::start("xc_monitor_singlestep", sys::xc_monitor_singlestep, domain)?,
             _int3s: Monitoring::start("xc_monitor_software_breakpoint", sys::xc_monitor_software_breakpoint, domain)?,
+            // Without it, an instruction that Xen cannot emulate ends in a #UD for the guest.
+            _unimplemented: Monitoring::start(
+                "xc_monitor_emul_unimplemented",
+                sys::xc_monitor_emul_unimplemented,
+                domain,
+            )?,
             channel,
             _page: page,
         })
@@ -294,6 +307,7 @@ pub(crate) fn event_of(request: &Request) -> Option<Event> {
     let reason = match request.reason {
         sys::VM_EVENT_REASON_SOFTWARE_BREAKPOINT => Reason::Int3(int3_of(request)),
         sys::VM_EVENT_REASON_SINGLESTEP => Reason::Step,
+        sys::VM_EVENT_REASON_EMUL_UNIMPLEMENTED => Reason::EmulationFailed,
         sys::VM_EVENT_REASON_MEM_ACCESS => {
             // SAFETY: plain numbers: any bits are valid.
             let access = unsafe { request.u.mem_access };
@@ -342,9 +356,24 @@ fn registers_of(x86: &sys::vm_event_regs_x86) -> Registers {
         cr3: x86.cr3,
         cr4: x86.cr4,
         efer: x86.msr_efer,
+        dr7: x86.dr7,
         cs_base: if mode == CodeMode::Bits64 { 0 } else { x86.cs_base.into() },
+        cpl: (x86.ss.ar() >> 5 & 3) as u8,
+        flat: is_flat(x86),
         mode,
     }
+}
+
+/// Whether CS, SS, DS and ES are the flat 4-GiB segments.
+fn is_flat(x86: &sys::vm_event_regs_x86) -> bool {
+    let flat = |base: u32, segment: &sys::vm_event_x86_selector_reg, kind: u32| {
+        let mask = AR_FLAT | AR_CODE | if kind == AR_CODE { 0 } else { AR_DOWN | AR_WRITABLE };
+        base == 0 && segment.limit() == 0xf_ffff && segment.ar() & mask == AR_FLAT | kind
+    };
+    flat(x86.cs_base, &x86.cs, AR_CODE)
+        && flat(x86.ss_base, &x86.ss, AR_WRITABLE)
+        && flat(x86.ds_base, &x86.ds, AR_WRITABLE)
+        && flat(x86.es_base, &x86.es, AR_WRITABLE)
 }
 
 /// The response that lets the virtual CPU of a request go on, unchanged.
@@ -479,6 +508,25 @@ mod tests {
         let event = event_of(&request).unwrap();
         assert_eq!(event.reason, Reason::Int3(Int3 { gpa: Gpa(0x10_1008), length: 2 }));
         assert_eq!((event.registers.mode, event.registers.cs_base), (CodeMode::Bits32, 0xff8));
+    }
+
+    #[test]
+    fn flat_segments_are_recognised() {
+        // As a PVH guest starts: g, d, p, s, and the types of accessed code and data.
+        let mut x86 = sys::vm_event_regs_x86::default();
+        let set = |segment: &mut sys::vm_event_x86_selector_reg, ar| {
+            segment.set_limit(0xf_ffff);
+            segment.set_ar(ar);
+        };
+        set(&mut x86.cs, 0xc9b);
+        for segment in [&mut x86.ss, &mut x86.ds, &mut x86.es] {
+            set(segment, 0xcf3);
+        }
+        assert!(is_flat(&x86));
+        assert_eq!((registers_of(&x86).mode, registers_of(&x86).cpl), (CodeMode::Bits32, 3));
+        assert!(!is_flat(&sys::vm_event_regs_x86 { ss_base: 0x1000, ..x86 }));
+        set(&mut x86.ss, 0xcf7);
+        assert!(!is_flat(&x86), "a stack that grows downwards");
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::fs::OpenOptions;
 use std::io::{self, ErrorKind};
 use std::ptr::{self, NonNull};
 use std::rc::Rc;
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering::Relaxed};
 
 use hyperbp::{Gfn, Gpa, Hypervisor, PAGE_SIZE, Rights, VcpuId, ViewId};
 use hyperbp_xen_sys as sys;
@@ -154,27 +155,65 @@ impl Page {
     /// If they reach over its end.
     pub(crate) fn read(&self, offset: usize, into: &mut [u8]) {
         assert!(offset <= PAGE_SIZE && into.len() <= PAGE_SIZE - offset, "a read over the end of a page");
-        for (i, byte) in into.iter_mut().enumerate() {
-            // SAFETY: within the page, by the assertion.
-            let from = unsafe { self.as_ptr().add(offset + i) };
-            // SAFETY: mapped while `self` lives; volatile, for the guest changes it.
-            *byte = unsafe { from.read_volatile() };
+        let mut done = 0;
+        while done < into.len() {
+            let (at, to) = (offset + done, &mut into[done..]);
+            done += match piece(at, to.len()) {
+                8 => put(to, self.word::<AtomicU64>(at).load(Relaxed).to_ne_bytes()),
+                4 => put(to, self.word::<AtomicU32>(at).load(Relaxed).to_ne_bytes()),
+                2 => put(to, self.word::<AtomicU16>(at).load(Relaxed).to_ne_bytes()),
+                _ => put(to, self.word::<AtomicU8>(at).load(Relaxed).to_ne_bytes()),
+            };
         }
     }
 
-    /// Copies bytes into the page.
+    /// Copies bytes into the page. What is naturally aligned and of 8, 4, 2 or 1 bytes is stored at once: no virtual CPU
+    /// sees a part of it.
     ///
     /// # Panics
     /// If they reach over its end.
     pub(crate) fn write(&self, offset: usize, bytes: &[u8]) {
         assert!(offset <= PAGE_SIZE && bytes.len() <= PAGE_SIZE - offset, "a write over the end of a page");
-        for (i, byte) in bytes.iter().enumerate() {
-            // SAFETY: within the page, by the assertion.
-            let to = unsafe { self.as_ptr().add(offset + i) };
-            // SAFETY: mapped writable while `self` lives; volatile, for the guest sees it.
-            unsafe { to.write_volatile(*byte) };
+        let mut done = 0;
+        while done < bytes.len() {
+            let (at, from) = (offset + done, &bytes[done..]);
+            let length = piece(at, from.len());
+            match length {
+                8 => self.word::<AtomicU64>(at).store(u64::from_ne_bytes(first(from)), Relaxed),
+                4 => self.word::<AtomicU32>(at).store(u32::from_ne_bytes(first(from)), Relaxed),
+                2 => self.word::<AtomicU16>(at).store(u16::from_ne_bytes(first(from)), Relaxed),
+                _ => self.word::<AtomicU8>(at).store(from[0], Relaxed),
+            }
+            done += length;
         }
     }
+
+    /// An atomic (or plain byte) of the page: the guest accesses it at the same time.
+    fn word<T>(&self, at: usize) -> &T {
+        assert!(at.is_multiple_of(align_of::<T>()) && at + size_of::<T>() <= PAGE_SIZE);
+        // SAFETY: within the page, by the assertion.
+        let word = unsafe { self.as_ptr().add(at) }.cast::<T>();
+        // SAFETY: aligned, as the page is; mapped while `self` lives; only atomics are asked for, and any bits are one.
+        unsafe { &*word }
+    }
+}
+
+/// How many bytes at `at` can be accessed at once, of `left` that are to be.
+fn piece(at: usize, left: usize) -> usize {
+    [8, 4, 2].into_iter().find(|size| at.is_multiple_of(*size) && left >= *size).unwrap_or(1)
+}
+
+/// Copies bytes to the start of `to`, and tells how many.
+fn put<const N: usize>(to: &mut [u8], bytes: [u8; N]) -> usize {
+    to[..N].copy_from_slice(&bytes);
+    N
+}
+
+/// The first `N` of at least as many bytes.
+fn first<const N: usize>(bytes: &[u8]) -> [u8; N] {
+    let mut first = [0; N];
+    first.copy_from_slice(&bytes[..N]);
+    first
 }
 
 impl Drop for Page {
@@ -406,6 +445,12 @@ impl Hypervisor for Domain {
         Ok(())
     }
 
+    /// Ticks of this CPU's time-stamp counter.
+    fn now(&self) -> u64 {
+        // SAFETY: every CPU that Xen runs on has it, and a PV dom0 may read it.
+        unsafe { std::arch::x86_64::_rdtsc() }
+    }
+
     fn add_shadow_gfn(&mut self) -> Result<Gfn, Error> {
         let call = "xc_domain_populate_physmap_exact";
         let base = self.shadow_base()?;
@@ -469,6 +514,9 @@ impl Hypervisor for Domain {
         let access = match rights {
             Rights::All => sys::XENMEM_access_rwx,
             Rights::Execute => sys::XENMEM_access_x,
+            Rights::ReadWrite => sys::XENMEM_access_rw,
+            Rights::ReadExecute => sys::XENMEM_access_rx,
+            Rights::None => sys::XENMEM_access_n,
         };
         if view != ViewId::HOST {
             // SAFETY: the handle is open.

@@ -1,23 +1,17 @@
-//! Instructions: how long one is, what it reads, and where its bytes are.
+//! Instructions: what one does, whether we or Xen's emulator can do it, and where its bytes are.
 
+mod displaced;
+pub(crate) mod interpret;
 pub(crate) mod paging;
+
+pub(crate) use displaced::{Displaced, Form, MemoryUse};
 
 use iced_x86::{Decoder, DecoderOptions, Instruction, InstructionInfoFactory, OpAccess};
 
-use crate::{CodeMode, Gpa, Hypervisor, PAGE_SIZE, Registers};
+use crate::{Gpa, Hypervisor, PAGE_SIZE, Registers};
 
 /// Most bytes of an instruction (Intel SDM volume 2, section 2.3.11).
 const LONGEST: usize = 15;
-
-/// Whether the instruction at the start of `bytes` ends within them, whatever mode the CPU is in.
-pub(crate) fn is_whole(bytes: &[u8]) -> bool {
-    CodeMode::ALL.iter().all(|mode| {
-        let mut decoder = Decoder::new(mode.bits(), bytes, DecoderOptions::NONE);
-        let _ = decoder.decode();
-        // An instruction that no CPU knows raises #UD, with or without the bytes that follow.
-        decoder.last_error() != iced_x86::DecoderError::NoMoreBytes
-    })
-}
 
 /// If the instruction at RIP makes exactly one read of memory, how many bytes that is.
 ///
@@ -51,20 +45,4 @@ fn decode_at<H: Hypervisor>(hv: &mut H, registers: &Registers, gpa: Gpa) -> Opti
     let mut decoder = Decoder::with_ip(registers.mode.bits(), &bytes[..length], registers.rip, DecoderOptions::NONE);
     let instruction = decoder.decode();
     (!instruction.is_invalid()).then_some(instruction)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_instruction_is_whole_when_its_last_byte_is_there() {
-        assert!(is_whole(&[0xc3]));
-        assert!(is_whole(&[0x90, 0xe8]));
-        assert!(!is_whole(&[0xe8, 0, 0]));
-        assert!(!is_whole(&[0xe8, 0, 0, 0]), "in 16-bit code it is, in 32-bit code it is not");
-        assert!(is_whole(&[0xe8, 0, 0, 0, 0]));
-        assert!(!is_whole(&[0x48]));
-        assert!(!is_whole(&[]));
-    }
 }

@@ -70,3 +70,10 @@ fn walk_32<H: Hypervisor>(hv: &mut H, registers: &Registers, linear: u64) -> Opt
     let page = entry((directory & 0xffff_f000) + (linear >> 12 & 0x3ff) * 4)?;
     Some(Gpa((page & 0xffff_f000) | (linear & 0xfff)))
 }
+pub(crate) enum Intent {
+    Read,
+    Write,
+}
+pub(crate) fn access<H: Hypervisor>(_: &mut H, _: &Registers, _: u64, _: usize, _: Intent) -> Option<Gpa> {
+    None
+}

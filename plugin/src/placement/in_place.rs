@@ -1,40 +1,60 @@
 //! 0xCC in the guest's own page. Every view shows it, so every view guards the page.
 
-use super::{INT3, adopt};
+use super::adopt;
 use crate::breakpoint::Page;
+use crate::views::Views;
 use crate::{Gfn, Hypervisor, PAGE_SIZE, Rights, ViewId};
 
-pub(super) fn guard<H: Hypervisor>(hv: &mut H, exec: Option<ViewId>, gfn: Gfn) -> Result<(), H::Error> {
-    set_rights(hv, exec, gfn, Rights::Execute)
+pub(super) fn guard<H: Hypervisor>(hv: &mut H, views: Option<&Views>, gfn: Gfn) -> Result<(), H::Error> {
+    set_rights(hv, views, gfn, Rights::Execute)
 }
 
-pub(super) fn unguard<H: Hypervisor>(hv: &mut H, exec: Option<ViewId>, gfn: Gfn) -> Result<(), H::Error> {
-    set_rights(hv, exec, gfn, Rights::All)
+pub(super) fn unguard<H: Hypervisor>(hv: &mut H, views: Option<&Views>, gfn: Gfn) -> Result<(), H::Error> {
+    set_rights(hv, views, gfn, Rights::All)
 }
 
-fn set_rights<H: Hypervisor>(hv: &mut H, exec: Option<ViewId>, gfn: Gfn, rights: Rights) -> Result<(), H::Error> {
-    if let Some(exec) = exec {
-        hv.set_rights(exec, gfn, rights)?;
+fn set_rights<H: Hypervisor>(hv: &mut H, views: Option<&Views>, gfn: Gfn, rights: Rights) -> Result<(), H::Error> {
+    // Xen carries a change of the host view into the others, so these come last.
+    hv.set_rights(ViewId::HOST, gfn, rights)?;
+    if let Some(views) = views {
+        hv.set_rights(views.exec, gfn, rights)?;
+        hv.set_rights(views.own, gfn, rights)?;
     }
-    hv.set_rights(ViewId::HOST, gfn, rights)
+    Ok(())
 }
 
-pub(super) fn lift<H: Hypervisor>(hv: &mut H, exec: Option<ViewId>, page: &Page) -> Result<(), H::Error> {
-    // The bytes first: nothing of ours is to be there when the guard is gone.
+/// Takes the breakpoints of a page out so that one instruction can access it. Meanwhile nobody may execute the page: it
+/// would run past them. If the instruction itself is in the page, that cannot be helped.
+pub(crate) fn lift<H: Hypervisor>(
+    hv: &mut H,
+    views: Option<&Views>,
+    page: &mut Page,
+    from_within: bool,
+) -> Result<(), H::Error> {
+    page.lifted += 1;
+    // At no moment may somebody execute the page without breakpoints, or read them.
+    set_rights(hv, views, page.gfn, Rights::None)?;
     for breakpoint in &page.breakpoints {
-        hv.write(breakpoint.id.gpa(), &[breakpoint.original])?;
+        hv.replace(breakpoint.gpa, breakpoint.displaced.byte())?;
     }
-    unguard(hv, exec, page.gfn)
+    match from_within {
+        true => uncover(hv, views, page.gfn),
+        false => set_rights(hv, views, page.gfn, Rights::ReadWrite),
+    }
 }
 
-pub(super) fn lower<H: Hypervisor>(hv: &mut H, exec: Option<ViewId>, page: &mut Page) -> Result<(), H::Error> {
-    // The guard first, for the same reason.
-    guard(hv, exec, page.gfn)?;
+/// Lets the instruction that a page is lifted for be executed from that page.
+pub(crate) fn uncover<H: Hypervisor>(hv: &mut H, views: Option<&Views>, gfn: Gfn) -> Result<(), H::Error> {
+    unguard(hv, views, gfn)
+}
+
+pub(super) fn lower<H: Hypervisor>(hv: &mut H, views: Option<&Views>, page: &mut Page) -> Result<(), H::Error> {
+    set_rights(hv, views, page.gfn, Rights::None)?;
     let mut bytes = [0; PAGE_SIZE];
     hv.read(page.gfn.at(0), &mut bytes)?;
     adopt(&bytes, &mut page.breakpoints);
     for breakpoint in &page.breakpoints {
-        hv.write(breakpoint.id.gpa(), &[INT3])?;
+        hv.displace(breakpoint.gpa, breakpoint.displaced.byte())?;
     }
-    Ok(())
+    guard(hv, views, page.gfn)
 }

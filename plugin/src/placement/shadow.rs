@@ -1,38 +1,33 @@
-//! 0xCC in a copy of the page, which the execute view shows in its place. The host view keeps the guest's own.
+//! 0xCC in a copy of the page, which only the execute view shows.
 
 use super::{INT3, adopt};
 use crate::breakpoint::Page;
-use crate::{Gfn, Hypervisor, PAGE_SIZE, Rights, ViewId};
+use crate::views::Views;
+use crate::{Gfn, Hypervisor, PAGE_SIZE, Rights};
 
-pub(super) fn open<H: Hypervisor>(hv: &mut H, exec: ViewId, gfn: Gfn) -> Result<Gfn, H::Error> {
-    // No write of the guest may fall between the copy and the guard.
-    hv.pause()?;
-    let opened = open_paused(hv, exec, gfn);
-    hv.resume()?;
-    opened
-}
-
-fn open_paused<H: Hypervisor>(hv: &mut H, exec: ViewId, gfn: Gfn) -> Result<Gfn, H::Error> {
+/// No virtual CPU may run: it could write to the page between two of these calls.
+pub(super) fn open<H: Hypervisor>(hv: &mut H, views: &mut Views, gfn: Gfn) -> Result<Gfn, H::Error> {
     let mut bytes = [0; PAGE_SIZE];
     hv.read(gfn.at(0), &mut bytes)?;
-    let shadow = hv.add_shadow_gfn()?;
+    let shadow = views.take_frame(hv)?;
     let mapped = (|| {
         hv.write(shadow.at(0), &bytes)?;
-        hv.remap(exec, gfn, Some(shadow))?;
-        hv.set_rights(exec, gfn, Rights::Execute)
+        hv.remap(views.exec, gfn, Some(shadow))?;
+        hv.set_rights(views.exec, gfn, Rights::Execute)
     })();
     if let Err(error) = mapped {
         // What failed is what the caller is to hear about, not that undoing it failed too.
-        let _ = hv.remap(exec, gfn, None);
-        let _ = hv.drop_shadow_gfn(shadow);
+        let _ = hv.remap(views.exec, gfn, None);
+        views.give_frame(shadow);
         return Err(error);
     }
     Ok(shadow)
 }
 
-pub(super) fn close<H: Hypervisor>(hv: &mut H, exec: ViewId, gfn: Gfn, shadow: Gfn) -> Result<(), H::Error> {
-    hv.remap(exec, gfn, None)?;
-    hv.drop_shadow_gfn(shadow)
+pub(super) fn close<H: Hypervisor>(hv: &mut H, views: &mut Views, gfn: Gfn, shadow: Gfn) -> Result<(), H::Error> {
+    hv.remap(views.exec, gfn, None)?;
+    views.give_frame(shadow);
+    Ok(())
 }
 
 /// The guest has written to its page: the copy follows.

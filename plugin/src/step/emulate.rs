@@ -1,9 +1,27 @@
 //! The hypervisor emulates the instruction: one event and no step.
+//!
+//! Its emulator works on the guest's own pages, whatever a view shows or denies, and tells nobody. So the instruction must
+//! not write to a page with breakpoints, for a shadow would not follow, nor read one with breakpoints in place.
 
+use super::interpret::{Guest, Rehearsal};
+use super::{Emulating, Vcpu};
 use crate::breakpoint::Breakpoint;
-use crate::{Action, Reply};
+use crate::insn::{Form, MemoryUse};
+use crate::{Action, Hypervisor, Reply};
 
-pub(super) fn begin(breakpoint: &Breakpoint) -> Reply {
-    let action = breakpoint.instruction.map_or(Action::Resume, Action::EmulateInstruction);
-    Reply { action, ..Reply::default() }
+/// Whether the emulator can be let loose.
+pub(super) fn is_right<H: Hypervisor>(guest: &mut Guest<'_, H>, form: &Form) -> bool {
+    match form.memory {
+        MemoryUse::None => true,
+        MemoryUse::Reads if !guest.registry.has_in_place() => true,
+        MemoryUse::Reads | MemoryUse::Writes => form.op.is_some_and(|op| {
+            let mut registers = *guest.registers;
+            op.run(&mut registers, &mut Rehearsal(guest)).is_some()
+        }),
+    }
+}
+
+pub(super) fn begin(vcpu: &mut Vcpu, breakpoint: &Breakpoint) -> Reply {
+    vcpu.emulating = Some(Emulating::Displaced(breakpoint.gpa));
+    Reply { action: Action::EmulateInstruction(breakpoint.displaced.bytes()), ..Reply::default() }
 }

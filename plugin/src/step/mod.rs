@@ -1,15 +1,17 @@
 //! How the displaced instruction runs after a hit.
 
 mod emulate;
+mod interpret;
 mod repair;
 mod view_fast_step;
 mod view_step;
 
-pub(crate) use view_fast_step::begin as fast_step_in_host_view;
-pub(crate) use view_step::begin as step_in_host_view;
+pub(crate) use view_fast_step::begin as fast_step_in_own_view;
+pub(crate) use view_step::begin as step_in_own_view;
 
-use crate::breakpoint::{Breakpoint, BreakpointId};
-use crate::{Gfn, Hypervisor, Placement, Reply, Step, StepOver, ViewId};
+use crate::breakpoint::{Breakpoint, Registry};
+use crate::views::Views;
+use crate::{Gfn, Gpa, Hypervisor, Placement, Registers, Reply, Step, StepOver};
 
 /// Pages one instruction can access: an operand and a destination that both cross a page, twice over for the walks.
 const PAGES: usize = 8;
@@ -21,12 +23,23 @@ pub(crate) struct Vcpu {
     pub(crate) stepping: bool,
     /// A fast single-step of the instruction at this address has begun. Nobody says when it is over.
     pub(crate) fast: Option<u64>,
+    /// What the hypervisor was last asked to emulate. Nobody says when it has.
+    pub(crate) emulating: Option<Emulating>,
     /// Owed after the step: switch back to the execute view.
     pub(crate) home: bool,
-    /// Owed after the step: write 0xCC again.
-    pub(crate) rearm: Option<BreakpointId>,
+    /// The breakpoint it is stepped over. Owed after the step, if it is in place: set it again.
+    pub(crate) over: Option<Gpa>,
     /// Owed after the step: [`settle`](crate::placement::settle) these pages.
     pub(crate) pages: [Option<Gfn>; PAGES],
+}
+
+/// What the hypervisor was asked to emulate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Emulating {
+    /// The instruction under a breakpoint.
+    Displaced(Gpa),
+    /// An instruction that accesses a page with breakpoints.
+    Access(Gfn),
 }
 
 impl Vcpu {
@@ -38,34 +51,80 @@ impl Vcpu {
         }
     }
 
-    /// Remembers that a page is to be settled. False if it is on the list already; `None` if the list is full.
-    pub(crate) fn owe(&mut self, gfn: Gfn) -> Option<bool> {
-        if self.pages.contains(&Some(gfn)) {
-            return Some(false);
+    /// Whether a page is to be settled.
+    pub(crate) fn owes(&self, gfn: Gfn) -> bool {
+        self.pages.contains(&Some(gfn))
+    }
+
+    /// Remembers that a page is to be settled. False if there is no room left to.
+    pub(crate) fn owe(&mut self, gfn: Gfn) -> bool {
+        if self.owes(gfn) {
+            return true;
         }
-        *self.pages.iter_mut().find(|slot| slot.is_none())? = Some(gfn);
-        Some(true)
+        let free = self.pages.iter_mut().find(|slot| slot.is_none());
+        free.map(|slot| *slot = Some(gfn)).is_some()
     }
 }
 
-/// Lets the instruction under a breakpoint run.
-pub(crate) fn begin<H: Hypervisor>(
+/// The ways to let the instruction under a breakpoint run that need no step, if one of them is chosen and right.
+pub(crate) fn at_once<H: Hypervisor>(
     hv: &mut H,
-    exec: Option<ViewId>,
+    views: Option<&Views>,
     vcpu: &mut Vcpu,
-    placement: Placement,
+    registry: &Registry,
     breakpoint: &Breakpoint,
-    rip: u64,
-) -> Result<Reply, H::Error> {
-    // A virtual CPU that is being stepped can only be stepped further: after an emulation the step would fall on the
+    placement: Placement,
+    registers: &Registers,
+) -> Option<(Reply, StepOver)> {
+    // A virtual CPU that is being stepped can only be stepped further: after anything else the step would fall on the
     // next instruction.
-    let only_step = vcpu.stepping || (breakpoint.step_over == StepOver::Emulate && breakpoint.instruction.is_none());
-    match (breakpoint.step_over, placement, exec) {
-        (StepOver::Emulate, _, _) if !only_step => Ok(emulate::begin(breakpoint)),
-        (StepOver::ViewFastStep, Placement::Shadow, Some(exec)) if !only_step => {
-            Ok(view_fast_step::begin(vcpu, exec, rip))
+    if vcpu.stepping {
+        return None;
+    }
+    let form = breakpoint.displaced.form(registers.mode);
+    let (interpret, emulate) = match (breakpoint.step_over, placement) {
+        (StepOver::Interpret, Placement::Shadow) => (true, false),
+        // In place there is no good step to fall back to.
+        (StepOver::Interpret | StepOver::Auto, Placement::InPlace) => (true, form.whole),
+        (StepOver::Auto, Placement::Shadow) => (true, form.certain),
+        (StepOver::Emulate, _) => (false, form.whole),
+        (StepOver::Repair | StepOver::ViewStep | StepOver::ViewFastStep, _) => (false, false),
+    };
+    let mut guest = interpret::Guest { hv, registry, views, registers };
+    if interpret && let Some(reply) = form.op.and_then(|op| interpret::begin(&mut guest, &op)) {
+        return Some((reply, StepOver::Interpret));
+    }
+    if emulate && !breakpoint.not_emulable && emulate::is_right(&mut guest, form) {
+        return Some((emulate::begin(vcpu, breakpoint), StepOver::Emulate));
+    }
+    None
+}
+
+/// Steps over the instruction under a breakpoint.
+pub(crate) fn step<H: Hypervisor>(
+    hv: &mut H,
+    views: Option<&Views>,
+    vcpu: &mut Vcpu,
+    breakpoint: &Breakpoint,
+    placement: Placement,
+    rip: u64,
+) -> Result<(Reply, StepOver), H::Error> {
+    match (placement, views) {
+        (Placement::Shadow, Some(views)) if !vcpu.stepping && breakpoint.step_over != StepOver::ViewStep => {
+            Ok((view_fast_step::begin(vcpu, views, rip), StepOver::ViewFastStep))
         }
-        (_, Placement::Shadow, _) => Ok(view_step::begin(vcpu)),
-        (_, Placement::InPlace, _) => repair::begin(hv, vcpu, breakpoint),
+        (Placement::Shadow, Some(views)) => Ok((view_step::begin(vcpu, views), StepOver::ViewStep)),
+        _ => Ok((repair::begin(hv, vcpu, breakpoint)?, StepOver::Repair)),
+    }
+}
+
+/// Whether what was chosen could not do the instruction.
+pub(crate) fn is_fallback(breakpoint: &Breakpoint, registers: &Registers, served: StepOver) -> bool {
+    match breakpoint.step_over {
+        StepOver::Auto => {
+            let interpretable = breakpoint.displaced.form(registers.mode).op.is_some();
+            breakpoint.not_emulable || (interpretable && served != StepOver::Interpret)
+        }
+        chosen => chosen != served,
     }
 }

@@ -5,7 +5,7 @@ use crate::breakpoint::Breakpoint;
 use crate::{Hypervisor, Reply};
 
 pub(super) fn begin<H: Hypervisor>(hv: &mut H, vcpu: &mut Vcpu, breakpoint: &Breakpoint) -> Result<Reply, H::Error> {
-    hv.write(breakpoint.id.gpa(), &[breakpoint.original])?;
-    vcpu.rearm = Some(breakpoint.id);
+    hv.replace(breakpoint.gpa, breakpoint.displaced.byte())?;
+    vcpu.over = Some(breakpoint.gpa);
     Ok(Reply { step: vcpu.step(), ..Reply::default() })
 }

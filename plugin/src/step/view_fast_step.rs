@@ -1,9 +1,10 @@
-//! Single-step in the host view, and let the hypervisor switch back by itself: one event.
+//! Single-step on the guest's own pages, and let the hypervisor switch back by itself: one event.
 
 use super::Vcpu;
-use crate::{Reply, Step, ViewId};
+use crate::views::Views;
+use crate::{Reply, Step};
 
-pub(crate) fn begin(vcpu: &mut Vcpu, exec: ViewId, rip: u64) -> Reply {
+pub(crate) fn begin(vcpu: &mut Vcpu, views: &Views, rip: u64) -> Reply {
     vcpu.fast = Some(rip);
-    Reply { view: Some(ViewId::HOST), step: Step::Fast(exec), ..Reply::default() }
+    Reply { view: Some(views.own), step: Step::Fast(views.exec), ..Reply::default() }
 }

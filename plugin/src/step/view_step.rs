@@ -1,9 +1,10 @@
-//! Single-step in the host view, then back to the execute view: two events.
+//! Single-step on the guest's own pages, then back to the execute view: two events.
 
 use super::Vcpu;
-use crate::{Reply, ViewId};
+use crate::Reply;
+use crate::views::Views;
 
-pub(crate) fn begin(vcpu: &mut Vcpu) -> Reply {
+pub(crate) fn begin(vcpu: &mut Vcpu, views: &Views) -> Reply {
     vcpu.home = true;
-    Reply { view: Some(ViewId::HOST), step: vcpu.step(), ..Reply::default() }
+    Reply { view: Some(views.own), step: vcpu.step(), ..Reply::default() }
 }

@@ -1,0 +1,256 @@
+//! The instruction under a breakpoint, decoded once.
+
+use iced_x86::{
+    CpuidFeature, Decoder, DecoderError, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, Mnemonic,
+    OpAccess, OpKind, Register,
+};
+
+use super::interpret::Op;
+use crate::{CodeMode, INSTRUCTION_BYTES, PAGE_SIZE};
+
+/// What the guest has under a breakpoint. Which instruction that is depends on the mode the CPU is in when it gets there.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Displaced {
+    /// From the breakpoint on, with NOPs after the end of the page.
+    bytes: [u8; INSTRUCTION_BYTES],
+    /// How many of them, at most, are of the instruction.
+    length: u8,
+    /// By [`CodeMode`].
+    forms: [Form; CodeMode::ALL.len()],
+}
+
+/// The instruction in one mode.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Form {
+    /// It, if we can do it.
+    pub(crate) op: Option<Op>,
+    /// It ends within the page, so that Xen's emulator can be given its bytes.
+    pub(crate) whole: bool,
+    /// Xen's emulator certainly does it, and as the CPU would.
+    pub(crate) certain: bool,
+    pub(crate) memory: MemoryUse,
+}
+
+/// What an instruction does to memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum MemoryUse {
+    None,
+    Reads,
+    Writes,
+}
+
+impl Displaced {
+    /// What is at `offset` of a page of the guest's, which must not have the other breakpoints of the page in it.
+    pub(crate) fn of(page: &[u8; PAGE_SIZE], offset: u16) -> Self {
+        let rest = &page[usize::from(offset) % PAGE_SIZE..];
+        let there = rest.len().min(INSTRUCTION_BYTES);
+        let mut bytes = [0x90; INSTRUCTION_BYTES];
+        bytes[..there].copy_from_slice(&rest[..there]);
+        let mut length = 1;
+        let forms = CodeMode::ALL.map(|mode| {
+            let (form, bytes) = Form::of(&bytes[..there], mode);
+            length = length.max(bytes);
+            form
+        });
+        Self { bytes, length: length as u8, forms }
+    }
+
+    /// Whether it is what is at `offset` of this page.
+    pub(crate) fn is_in(&self, page: &[u8; PAGE_SIZE], offset: u16) -> bool {
+        let length = usize::from(self.length);
+        page[usize::from(offset) % PAGE_SIZE..].starts_with(&self.bytes[..length])
+    }
+
+    /// The byte that 0xCC displaces.
+    pub(crate) const fn byte(&self) -> u8 {
+        self.bytes[0]
+    }
+
+    /// What Xen's emulator wants to be given.
+    pub(crate) const fn bytes(&self) -> [u8; INSTRUCTION_BYTES] {
+        self.bytes
+    }
+
+    /// The instruction in this mode.
+    pub(crate) const fn form(&self, mode: CodeMode) -> &Form {
+        match mode {
+            CodeMode::Bits16 => &self.forms[0],
+            CodeMode::Bits32 => &self.forms[1],
+            CodeMode::Bits64 => &self.forms[2],
+        }
+    }
+}
+
+impl Form {
+    /// The instruction at the start of `bytes`, and how many of them it has, or all if they are too few.
+    fn of(bytes: &[u8], mode: CodeMode) -> (Self, usize) {
+        let mut decoder = Decoder::new(mode.bits(), bytes, DecoderOptions::NONE);
+        let instruction = decoder.decode();
+        // An instruction that no CPU knows raises #UD, with or without the bytes that follow.
+        let whole = decoder.last_error() != DecoderError::NoMoreBytes;
+        let length = if whole { instruction.len().max(1) } else { bytes.len() };
+        if !whole || instruction.is_invalid() {
+            return (Self { op: None, whole, certain: false, memory: MemoryUse::Writes }, length);
+        }
+        let memory = memory_use(&instruction);
+        let op = Op::decode(&bytes[..length], mode);
+        (Self { op, whole, certain: is_certain(&instruction, memory), memory }, length)
+    }
+}
+
+fn memory_use(instruction: &Instruction) -> MemoryUse {
+    let mut factory = InstructionInfoFactory::new();
+    let mut all = MemoryUse::None;
+    for memory in factory.info(instruction).used_memory() {
+        match memory.access() {
+            OpAccess::None | OpAccess::NoMemAccess => {}
+            OpAccess::Read | OpAccess::CondRead if all == MemoryUse::None => all = MemoryUse::Reads,
+            OpAccess::Read | OpAccess::CondRead => {}
+            _ => all = MemoryUse::Writes,
+        }
+    }
+    all
+}
+
+/// Whether Xen's emulator can be relied on: it knows every plain integer instruction since 4.0 (xen/arch/x86/x86_emulate),
+/// and one that writes no memory, and reads none that could be a device's, is done at once.
+fn is_certain(instruction: &Instruction, memory: MemoryUse) -> bool {
+    let plain = instruction.cpuid_features().iter().all(|feature| {
+        matches!(
+            feature,
+            CpuidFeature::INTEL8086
+                | CpuidFeature::INTEL186
+                | CpuidFeature::INTEL386
+                | CpuidFeature::INTEL486
+                | CpuidFeature::X64
+                | CpuidFeature::CMOV
+        )
+    });
+    let flow = matches!(
+        instruction.flow_control(),
+        FlowControl::Next | FlowControl::UnconditionalBranch | FlowControl::ConditionalBranch
+    );
+    let prefixed = instruction.has_lock_prefix() || instruction.has_rep_prefix() || instruction.has_repne_prefix();
+    plain
+        && flow
+        && !prefixed
+        && is_integer(instruction.mnemonic())
+        && has_general_operands(instruction)
+        && no_device(instruction, memory)
+}
+
+/// What it reads is the stack's, the code's or a thread's, not a device's.
+fn no_device(instruction: &Instruction, memory: MemoryUse) -> bool {
+    let by = |register| instruction.memory_base() == register && instruction.memory_index() == Register::None;
+    match memory {
+        MemoryUse::None => true,
+        MemoryUse::Writes => false,
+        MemoryUse::Reads => {
+            let segment = matches!(instruction.memory_segment(), Register::FS | Register::GS);
+            let stack = [Register::RSP, Register::ESP, Register::RBP, Register::EBP].into_iter().any(by);
+            segment || stack || instruction.is_ip_rel_memory_operand()
+        }
+    }
+}
+
+/// No control, debug or segment register is an operand: MOV has such forms.
+fn has_general_operands(instruction: &Instruction) -> bool {
+    (0..instruction.op_count()).all(|operand| match instruction.op_kind(operand) {
+        OpKind::Register => instruction.op_register(operand).is_gpr(),
+        OpKind::FarBranch16 | OpKind::FarBranch32 => false,
+        _ => true,
+    })
+}
+
+/// Arithmetic, moves and jumps.
+fn is_integer(mnemonic: Mnemonic) -> bool {
+    use Mnemonic::*;
+    matches!(
+        mnemonic,
+        Mov | Movzx
+            | Movsx
+            | Movsxd
+            | Lea
+            | Add
+            | Adc
+            | Sub
+            | Sbb
+            | And
+            | Or
+            | Xor
+            | Cmp
+            | Test
+            | Inc
+            | Dec
+            | Neg
+            | Not
+            | Imul
+            | Mul
+            | Shl
+            | Shr
+            | Sar
+            | Rol
+            | Ror
+            | Bt
+            | Bswap
+            | Cbw
+            | Cwde
+            | Cdqe
+            | Cwd
+            | Cdq
+            | Cqo
+            | Nop
+            | Jmp
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn displaced(bytes: &[u8], offset: u16) -> Displaced {
+        let mut page = [0x90; PAGE_SIZE];
+        page[usize::from(offset)..][..bytes.len()].copy_from_slice(bytes);
+        let displaced = Displaced::of(&page, offset);
+        assert!(displaced.is_in(&page, offset));
+        displaced
+    }
+
+    #[test]
+    fn an_instruction_is_whole_when_its_last_byte_is_in_the_page() {
+        let whole = |bytes: &[u8], offset| CodeMode::ALL.map(|mode| displaced(bytes, offset).form(mode).whole);
+        assert_eq!(whole(&[0xc3], 4095), [true; 3]);
+        assert_eq!(whole(&[0x90, 0xe8], 4094), [true; 3]);
+        assert_eq!(whole(&[0xe8, 0, 0], 4093), [true, false, false], "in 16-bit code a call has three bytes");
+        assert_eq!(whole(&[0xe8, 0, 0, 0, 0], 4091), [true; 3]);
+        assert_eq!(whole(&[0x48], 4095), [true, true, false], "a REX prefix, or DEC");
+    }
+
+    #[test]
+    fn only_the_instruction_counts_not_what_follows() {
+        let nop = displaced(&[0x90, 1, 2, 3], 8);
+        let mut page = [0x90; PAGE_SIZE];
+        assert!(nop.is_in(&page, 8));
+        page[8] = 0x91;
+        assert!(!nop.is_in(&page, 8));
+    }
+
+    #[test]
+    fn xen_is_relied_on_for_plain_instructions_only() {
+        let certain = |bytes: &[u8]| displaced(bytes, 0).form(CodeMode::Bits64).certain;
+        assert!(certain(&[0x48, 0x89, 0xe5]), "mov rbp, rsp");
+        assert!(certain(&[0x48, 0x0f, 0xaf, 0xc3]), "imul rax, rbx");
+        assert!(certain(&[0x65, 0x48, 0x8b, 0x04, 0x25, 0x28, 0, 0, 0]), "mov rax, gs:[0x28]");
+        assert!(certain(&[0xeb, 0x10]), "jmp");
+        assert!(!certain(&[0x55]), "push rbp writes");
+        assert!(!certain(&[0x8b, 0x07]), "mov eax, [rdi] may be a device's register");
+        assert!(!certain(&[0x0f, 0x20, 0xc0]), "mov rax, cr0");
+        assert!(!certain(&[0x8e, 0xd8]), "mov ds, eax");
+        assert!(!certain(&[0x0f, 0x28, 0xc1]), "movaps");
+        assert!(!certain(&[0x0f, 0x01, 0xc1]), "vmcall");
+        assert!(!certain(&[0xf3, 0xa4]), "rep movsb");
+        assert!(!certain(&[0xcc]), "int3");
+        assert!(!certain(&[0xf0, 0x01, 0x07]), "lock add [rdi], eax");
+        assert!(!certain(&[0x06]), "unknown in 64-bit code");
+    }
+}

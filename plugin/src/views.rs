@@ -1,0 +1,94 @@
+//! The two views that shadow pages need, and the frames the shadows are in.
+//!
+//! In the *execute* view, where virtual CPUs are but for single steps, a page with breakpoints shows its shadow. In the
+//! *own* view every page is the guest's own.
+//!
+//! A shadow page needs a frame number, and so a guest that looks through all of physical memory would find it there. So
+//! both views show a *sink* at these numbers: a page of 0xFF, which is what a frame without memory reads as. What a guest
+//! writes there is gone after the instruction. (No virtual CPU is in the host view, which shows the shadows.)
+
+use std::collections::HashSet;
+
+use crate::{Gfn, Hypervisor, PAGE_SIZE, Rights, ViewId};
+
+/// The views.
+#[derive(Clone, Debug)]
+pub(crate) struct Views {
+    pub(crate) exec: ViewId,
+    pub(crate) own: ViewId,
+    sink: Gfn,
+    /// Frames with a page for a shadow that is not used at the moment. None is given back to the domain while there is a
+    /// view: when a frame goes that lies between frames a view has remapped others to, Xen resets the whole view, and all
+    /// breakpoints in it are gone (`p2m_altp2m_propagate_change`, xen/arch/x86/mm/p2m.c).
+    free: Vec<Gfn>,
+    /// All frames that are not the guest's.
+    frames: HashSet<Gfn>,
+}
+
+impl Views {
+    /// Makes the views. No virtual CPU is in one yet.
+    pub(crate) fn create<H: Hypervisor>(hv: &mut H) -> Result<Self, H::Error> {
+        let exec = hv.create_view()?;
+        let made = (|| {
+            let own = hv.create_view()?;
+            let sink = hv.add_shadow_gfn().inspect_err(|_| drop(hv.drop_view(own)))?;
+            Ok((own, sink))
+        })();
+        // What failed is what the caller is to hear about, not that undoing it failed too.
+        let (own, sink) = made.inspect_err(|_| drop(hv.drop_view(exec)))?;
+        let views = Self { exec, own, sink, free: Vec::new(), frames: HashSet::from([sink]) };
+        match views.seal(hv, sink) {
+            Ok(()) => Ok(views),
+            Err(error) => {
+                let _ = views.destroy(hv);
+                Err(error)
+            }
+        }
+    }
+
+    /// Drops the views, which no virtual CPU may be in, and gives all frames back.
+    pub(crate) fn destroy<H: Hypervisor>(&self, hv: &mut H) -> Result<(), H::Error> {
+        let mut result = hv.drop_view(self.exec).and(hv.drop_view(self.own));
+        for gfn in &self.frames {
+            result = result.and(hv.drop_shadow_gfn(*gfn));
+        }
+        result
+    }
+
+    /// A frame with a page for a shadow, that the guest does not see.
+    pub(crate) fn take_frame<H: Hypervisor>(&mut self, hv: &mut H) -> Result<Gfn, H::Error> {
+        if let Some(gfn) = self.free.pop() {
+            return Ok(gfn);
+        }
+        let gfn = hv.add_shadow_gfn()?;
+        // From here on it is ours, whatever happens.
+        self.frames.insert(gfn);
+        for view in [self.exec, self.own] {
+            hv.remap(view, gfn, Some(self.sink))?;
+        }
+        self.seal(hv, gfn)?;
+        Ok(gfn)
+    }
+
+    /// Takes such a frame back.
+    pub(crate) fn give_frame(&mut self, gfn: Gfn) {
+        self.free.push(gfn);
+    }
+
+    /// Whether the frame is not the guest's.
+    pub(crate) fn hides(&self, gfn: Gfn) -> bool {
+        self.frames.contains(&gfn)
+    }
+
+    /// Lets one instruction write to a frame of ours, in the own view.
+    pub(crate) fn unseal<H: Hypervisor>(&self, hv: &mut H, gfn: Gfn) -> Result<(), H::Error> {
+        hv.set_rights(self.own, gfn, Rights::All)
+    }
+
+    /// Makes a frame of ours look as if there was no memory.
+    pub(crate) fn seal<H: Hypervisor>(&self, hv: &mut H, gfn: Gfn) -> Result<(), H::Error> {
+        hv.write(self.sink.at(0), &[0xff; PAGE_SIZE])?;
+        hv.set_rights(self.exec, gfn, Rights::ReadExecute)?;
+        hv.set_rights(self.own, gfn, Rights::ReadExecute)
+    }
+}
