@@ -55,24 +55,34 @@ impl Views {
         result
     }
 
-    /// A frame with a page for a shadow, that the guest does not see.
-    pub(crate) fn take_frame<H: Hypervisor>(&mut self, hv: &mut H) -> Result<Gfn, H::Error> {
-        if let Some(gfn) = self.free.pop() {
-            return Ok(gfn);
-        }
-        let gfn = hv.add_shadow_gfn()?;
+    /// A frame with a page for a shadow, with these bytes. No virtual CPU may run: until it is [shown](Self::show), the
+    /// guest can see it where it is.
+    pub(crate) fn take_frame<H: Hypervisor>(&mut self, hv: &mut H, bytes: &[u8; PAGE_SIZE]) -> Result<Gfn, H::Error> {
+        let gfn = match self.free.pop() {
+            Some(gfn) => gfn,
+            None => hv.add_shadow_gfn()?,
+        };
         // From here on it is ours, whatever happens.
         self.frames.insert(gfn);
-        for view in [self.exec, self.own] {
-            hv.remap(view, gfn, Some(self.sink))?;
-        }
-        self.seal(hv, gfn)?;
+        hv.write(gfn.at(0), bytes)?;
         Ok(gfn)
     }
 
     /// Takes such a frame back.
     pub(crate) fn give_frame(&mut self, gfn: Gfn) {
         self.free.push(gfn);
+    }
+
+    /// Lets the execute view show a shadow in place of a page, and nothing where the shadow is.
+    pub(crate) fn show<H: Hypervisor>(&self, hv: &mut H, shadow: Gfn, at: Gfn) -> Result<(), H::Error> {
+        // A view is remapped to what it shows itself at the other frame, not to what the host view shows there
+        // (`p2m_change_altp2m_gfn`, xen/arch/x86/mm/p2m.c). So first it must show the shadow where that is.
+        hv.remap(self.exec, shadow, None)?;
+        hv.remap(self.exec, at, Some(shadow))?;
+        for view in [self.exec, self.own] {
+            hv.remap(view, shadow, Some(self.sink))?;
+        }
+        self.seal(hv, shadow)
     }
 
     /// Whether the frame is not the guest's.

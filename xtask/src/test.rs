@@ -14,8 +14,12 @@ use hyperbp_report::{Collection, Results, Run, Workload};
 #[derive(Debug, Args)]
 pub(crate) struct Test {
     /// Only what needs no emulator
-    #[arg(long)]
+    #[arg(long, conflicts_with = "only_lab")]
     no_lab: bool,
+
+    /// Only what runs in the emulator
+    #[arg(long)]
+    only_lab: bool,
 }
 
 /// A name, and cargo's arguments.
@@ -52,14 +56,18 @@ const FLOOR_PERCENT: u64 = 110;
 
 impl Test {
     pub(crate) fn run(self) -> Result<()> {
-        steps(ANYWHERE, None)?;
+        if !self.only_lab {
+            steps(ANYWHERE, None)?;
+        }
         if self.no_lab {
             println!("skipped: everything that needs the lab");
             return Ok(());
         }
         let lab = Lab::open(&crate::repo(), &crate::target(), Host::this(), Progress::new())?;
         let bench = lab.prepare(false)?;
-        steps(WITH_XEN, Some(&bench.sysroot))?;
+        if !self.only_lab {
+            steps(WITH_XEN, Some(&bench.sysroot))?;
+        }
         let mut checks = Checks::default();
         in_the_lab(&lab, &bench, &mut checks)?;
         println!("{} passed, {} failed", checks.passed, checks.failed);

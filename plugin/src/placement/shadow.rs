@@ -9,13 +9,9 @@ use crate::{Gfn, Hypervisor, PAGE_SIZE, Rights};
 pub(super) fn open<H: Hypervisor>(hv: &mut H, views: &mut Views, gfn: Gfn) -> Result<Gfn, H::Error> {
     let mut bytes = [0; PAGE_SIZE];
     hv.read(gfn.at(0), &mut bytes)?;
-    let shadow = views.take_frame(hv)?;
-    let mapped = (|| {
-        hv.write(shadow.at(0), &bytes)?;
-        hv.remap(views.exec, gfn, Some(shadow))?;
-        hv.set_rights(views.exec, gfn, Rights::Execute)
-    })();
-    if let Err(error) = mapped {
+    let shadow = views.take_frame(hv, &bytes)?;
+    let shown = views.show(hv, shadow, gfn).and_then(|()| hv.set_rights(views.exec, gfn, Rights::Execute));
+    if let Err(error) = shown {
         // What failed is what the caller is to hear about, not that undoing it failed too.
         let _ = hv.remap(views.exec, gfn, None);
         views.give_frame(shadow);
