@@ -14,11 +14,11 @@ use crate::insn::paging;
 use crate::step::{self, Emulating, Vcpu};
 use crate::views::Views;
 use crate::{
-    Access, Action, Conceal, Event, Hypervisor, PAGE_SIZE, Placement, READ_BYTES, ReadData, Registers, Reply, insn,
-    placement,
+    Access, Action, Conceal, Event, Hypervisor, PAGE_SIZE, Placement, READ_BYTES, ReadData, Reason, Registers, Reply,
+    insn, placement,
 };
 
-/// Answers an access that the guard of `page` denied. `others_in_place`: the same instruction might read a page with
+/// Answers the access of an event, which the guard of `page` denied. `others_in_place`: the same instruction might read a page with
 /// breakpoints in place, too, and Xen's emulator would see them.
 pub(crate) fn begin<H: Hypervisor>(
     hv: &mut H,
@@ -28,8 +28,8 @@ pub(crate) fn begin<H: Hypervisor>(
     page: &mut Page,
     others_in_place: bool,
     event: &Event,
-    access: &Access,
 ) -> Result<Reply, H::Error> {
+    let Reason::Access(access) = &event.reason else { return Ok(Reply::default()) };
     let emulated = |vcpu: &mut Vcpu, action| {
         vcpu.emulating = Some(Emulating::Access(access.gpa.gfn()));
         Ok(Reply { action, ..Reply::default() })

@@ -457,7 +457,7 @@ impl Engine {
             true => self.counters.writes += 1,
             false => self.counters.reads += 1,
         }
-        conceal::begin(hv, views, vcpu, &mut self.factory, page, in_place, event, access)
+        conceal::begin(hv, views, vcpu, &mut self.factory, page, in_place, event)
     }
 
     /// Nothing has happened yet; it is done in another way, and the emulator is not asked again.

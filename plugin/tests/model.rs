@@ -270,6 +270,10 @@ impl World {
                 self.delivered += 1;
                 self.through(cpu, op);
             }
+            (Action::SetRegisters(registers), Op::Execute(offset)) => {
+                assert_eq!(registers.rip, PAGE.at(offset).0 + 1);
+                self.through(cpu, op);
+            }
             (Action::EmulateInstruction(bytes), Op::Execute(offset)) => {
                 assert_eq!(bytes[0], self.truth[usize::from(offset)]);
                 self.through(cpu, op);
@@ -304,7 +308,7 @@ fn op() -> impl Strategy<Value = Op> {
     prop_oneof![
         4 => offset().prop_map(Op::Execute),
         2 => offset().prop_map(Op::Read),
-        1 => (offset(), prop_oneof![Just(NOP), Just(0x40_u8), Just(INT3)]).prop_map(|(at, byte)| Op::Write(at, byte)),
+        1 => (offset(), prop_oneof![Just(NOP), Just(0xf8_u8), Just(INT3)]).prop_map(|(at, byte)| Op::Write(at, byte)),
     ]
 }
 

@@ -2,6 +2,8 @@
 
 mod displaced;
 pub(crate) mod interpret;
+#[cfg(all(test, target_os = "linux", target_arch = "x86_64"))]
+mod native;
 pub(crate) mod paging;
 
 pub(crate) use displaced::{Displaced, Form, MemoryUse};
