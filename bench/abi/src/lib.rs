@@ -5,7 +5,8 @@
 //! time-stamp-counter difference per sample into the **sample pages** and sets [`Control::completed`] to the request.
 //! Nothing else passes between the two while a workload runs, so nothing but the breakpoint disturbs it.
 //!
-//! The page under test has the layout of [`TARGET`]: bpbench's page of NOPs that ends in RET, with the breakpoint
+//! The page under test has the layout of [`TARGET`]: bpbench's page of NOPs (with a few other instructions near its end, for
+//! the workload that has breakpoints on them) that ends in RET, with the breakpoint
 //! on the last NOP and so placed that the eight bytes WL3 reads there are the page's last eight. (bpbench puts the
 //! breakpoint on the RET in the page's last byte; its 8-byte read then reaches into the next page.)
 #![no_std]
@@ -20,7 +21,7 @@ pub const CONTROL_GPA: u64 = 0x20_0000;
 pub const MAGIC: u64 = u64::from_le_bytes(*b"HBPGUEST");
 
 /// [`Control::version`] of this layout. A runner refuses any other.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// Samples that fit in the sample pages, and so the most a request may ask for.
 pub const SAMPLES_MAX: u32 = 4096;
@@ -28,10 +29,38 @@ pub const SAMPLES_MAX: u32 = 4096;
 /// Offset of the breakpoint in the page under test.
 pub const BREAKPOINT_OFFSET: usize = PAGE_SIZE - 8;
 
-/// The page under test, byte for byte: NOPs, the last one under the breakpoint, RET, and six marked bytes that are
-/// only ever read.
+/// Most virtual CPUs the guest starts.
+pub const VCPUS_MAX: usize = 4;
+
+/// Where [`Workload::Storm`] has its breakpoints, by offset in the page under test. Whoever enters the page at one of them
+/// runs through those above it, too: two NOPs beside each other, the upper one at [`BREAKPOINT_OFFSET`]; a push; an
+/// integer instruction that is no move and no simple arithmetic; an SSE instruction.
+pub const SITES: [usize; 5] = [BREAKPOINT_OFFSET, BREAKPOINT_OFFSET - 1, 4080, 4072, 4066];
+
+/// The byte that [`Workload::Storm`] writes all the time: the page's last.
+pub const REWRITTEN_OFFSET: usize = PAGE_SIZE - 1;
+
+/// What is at the last three of [`SITES`]. All of it together changes nothing.
+const INSTRUCTIONS: [(usize, &[u8]); 3] = [
+    (4066, &[0x0f, 0x28, 0xc0]),                   // movaps xmm0, xmm0
+    (4072, &[0x48, 0x0f, 0xc8, 0x48, 0x0f, 0xc8]), // bswap rax, twice
+    (4080, &[0x55, 0x5d]),                         // push rbp; pop rbp
+];
+
+/// The page under test, byte for byte: NOPs and the [`SITES`]' instructions, the last NOP under the breakpoint, RET, and six
+/// marked bytes of which the last is written.
 pub const TARGET: [u8; PAGE_SIZE] = {
     let mut page = [0x90; PAGE_SIZE];
+    let mut n = 0;
+    while n < INSTRUCTIONS.len() {
+        let (at, bytes) = INSTRUCTIONS[n];
+        let mut i = 0;
+        while i < bytes.len() {
+            page[at + i] = bytes[i];
+            i += 1;
+        }
+        n += 1;
+    }
     page[BREAKPOINT_OFFSET + 1] = 0xc3;
     let mut i = 2;
     while i < 8 {
@@ -61,11 +90,14 @@ pub enum Workload {
     WriteByte = 7,
     /// Power off.
     Shutdown = 8,
+    /// All virtual CPUs at once: they execute the [`SITES`], `count` calls each, while one hashes the whole page all the
+    /// time and one writes to it. Leaves no samples; counts are in [`Storm`].
+    Storm = 9,
 }
 
 impl Workload {
     /// Every workload, in wire order.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Timer,
         Self::ExecBp,
         Self::ExecPage,
@@ -74,6 +106,7 @@ impl Workload {
         Self::OwnInt3,
         Self::WriteByte,
         Self::Shutdown,
+        Self::Storm,
     ];
 
     /// The workload with this number, if there is one.
@@ -118,6 +151,32 @@ pub struct Control {
     pub mismatch_offset: u64,
     /// Guest: the eight bytes it saw there.
     pub mismatch_seen: u64,
+    /// Guest-physical address of the page with [`Storm`].
+    pub storm_gpa: u64,
+}
+
+/// What the virtual CPUs have counted in [`Workload::Storm`], since the guest started: a page of its own.
+#[derive(Debug)]
+#[repr(C)]
+pub struct Storm {
+    /// By virtual CPU.
+    pub vcpus: [StormCounts; VCPUS_MAX],
+}
+
+/// What a virtual CPU has counted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C, align(64))]
+pub struct StormCounts {
+    /// How often it has executed each of the [`SITES`].
+    pub executions: [u64; SITES.len()],
+    /// How often it has hashed the page, but for the byte that is rewritten.
+    pub hashes: u64,
+    /// How many of the hashes were not the right one.
+    pub hash_mismatches: u64,
+    /// How often it has rewritten the byte.
+    pub rewrites: u64,
+    /// How often the byte did not read as it was written.
+    pub rewrite_mismatches: u64,
 }
 
 #[cfg(test)]
@@ -132,12 +191,14 @@ mod tests {
         assert_eq!(offset_of!(Control, request), 0x20);
         assert_eq!(offset_of!(Control, executions), 0x30);
         assert_eq!(offset_of!(Control, mismatch_seen), 0x50);
+        assert!(size_of::<Storm>() <= PAGE_SIZE);
     }
 
     #[test]
     fn the_page_under_test_ends_with_the_breakpointed_instruction_and_a_return() {
         assert_eq!(TARGET[BREAKPOINT_OFFSET..], [0x90, 0xc3, 0x11, 0x22, 0x33, 0x44, 0x55, 0x66]);
-        assert!(TARGET[..BREAKPOINT_OFFSET].iter().all(|byte| *byte == 0x90));
+        assert!(TARGET[..SITES[4]].iter().all(|byte| *byte == 0x90));
+        assert!(SITES.is_sorted_by(|a, b| a > b));
         assert!(!TARGET.contains(&0xcc));
     }
 
@@ -147,6 +208,6 @@ mod tests {
             assert_eq!(Workload::from_wire(workload as u32), Some(workload));
         }
         assert_eq!(Workload::from_wire(0), None);
-        assert_eq!(Workload::from_wire(9), None);
+        assert_eq!(Workload::from_wire(10), None);
     }
 }

@@ -52,6 +52,28 @@ long_mode:
         ud2
         .popsection
 
+# Where Xen starts the other virtual CPUs: in long mode, with the stack, CR3 and RDI (the number) they were initialised
+# with, but with no descriptor table.
+        .pushsection .text.boot, "ax"
+        .globl vcpu_start
+vcpu_start:
+        lgdt [gdt_register]
+        mov eax, {data}
+        mov ds, eax
+        mov es, eax
+        mov ss, eax
+        xor eax, eax
+        mov fs, eax
+        mov gs, eax
+        push {code}
+        lea rax, [rip + 2f]
+        push rax
+        retfq
+2:      xor ebp, ebp
+        call {other}
+        ud2
+        .popsection
+
         .pushsection .rodata.gdt, "a"
         .balign 8
 gdt:    .quad 0

@@ -8,6 +8,7 @@ use hyperbp_bench_abi::{Control, MAGIC, VERSION};
 use hyperbp_bench_guest::{Request, expected_at};
 
 use crate::page::{PAGE_UNDER_TEST, SAMPLES};
+use crate::storm;
 
 /// The control page itself; the linker script puts it where the runner looks for it.
 #[repr(C, align(4096))]
@@ -32,6 +33,7 @@ pub(crate) static CONTROL: ControlPage = ControlPage(UnsafeCell::new(Control {
     mismatches: 0,
     mismatch_offset: 0,
     mismatch_seen: 0,
+    storm_gpa: 0,
 }));
 
 /// A field of the control page as an atomic: the runner accesses it at the same time.
@@ -45,11 +47,12 @@ macro_rules! field {
 }
 
 /// Tells the runner that the guest is up, and where things are.
-pub(crate) fn announce() {
+pub(crate) fn announce(vcpus: u32) {
     field!(AtomicU32, version).store(VERSION, Relaxed);
-    field!(AtomicU32, vcpus).store(1, Relaxed);
+    field!(AtomicU32, vcpus).store(vcpus, Relaxed);
     field!(AtomicU64, target_gpa).store(PAGE_UNDER_TEST.0.address(), Relaxed);
     field!(AtomicU64, samples_gpa).store(SAMPLES.0.as_ptr() as u64, Relaxed);
+    field!(AtomicU64, storm_gpa).store(storm::address(), Relaxed);
     field!(AtomicU64, magic).store(MAGIC, Release);
 }
 

@@ -44,8 +44,13 @@ pub(crate) fn install() {
             word.store(value, Relaxed);
         }
     }
+    load();
+}
+
+/// Loads the table on another virtual CPU.
+pub(crate) fn load() {
     let register = TableRegister { limit: (size_of_val(&IDT) - 1) as u16, base: IDT.as_ptr() as u64 };
-    // SAFETY: every entry is a gate to a handler in the code segment that is loaded, and the table is a static.
+    // SAFETY: the entries are zero, or gates to handlers in the code segment that is loaded, and the table is a static.
     unsafe { asm!("lidt [{}]", in(reg) &register, options(readonly, nostack, preserves_flags)) };
 }
 

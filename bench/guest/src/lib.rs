@@ -6,14 +6,14 @@
 
 mod memory;
 
-use hyperbp_bench_abi::{PAGE_SIZE, SAMPLES_MAX, TARGET, Workload};
+use hyperbp_bench_abi::{PAGE_SIZE, REWRITTEN_OFFSET, SAMPLES_MAX, TARGET, Workload};
 
 /// What the runner asked for, made harmless.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Request {
     /// What to do.
     pub workload: Workload,
-    /// How often: at most [`SAMPLES_MAX`].
+    /// How often: at most [`SAMPLES_MAX`], if it leaves samples.
     pub count: usize,
 }
 
@@ -23,7 +23,8 @@ impl Request {
     #[must_use]
     pub fn from_wire(workload: u32, count: u32) -> Option<Self> {
         let workload = Workload::from_wire(workload)?;
-        Some(Self { workload, count: count.min(SAMPLES_MAX) as usize })
+        let most = if workload == Workload::Storm { u32::MAX } else { SAMPLES_MAX };
+        Some(Self { workload, count: count.min(most) as usize })
     }
 }
 
@@ -39,6 +40,42 @@ pub fn expected_at(offset: usize) -> u64 {
     let mut bytes = [0; 8];
     bytes.copy_from_slice(&PRISTINE[offset..offset + 8]);
     u64::from_le_bytes(bytes)
+}
+
+/// A hash (FNV-1a, by words) of the page under test, without the byte that is rewritten all the time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hash(u64);
+
+impl Hash {
+    /// Of nothing yet.
+    #[must_use]
+    #[allow(clippy::new_without_default)] // There is no other way to begin.
+    pub const fn new() -> Self {
+        Self(0xcbf2_9ce4_8422_2325)
+    }
+
+    /// Adds the eight bytes at `offset`.
+    pub fn add(&mut self, offset: usize, word: u64) {
+        const REWRITTEN: u64 = 0xff << (REWRITTEN_OFFSET % 8 * 8);
+        let word = if offset == REWRITTEN_OFFSET & !7 { word & !REWRITTEN } else { word };
+        self.0 = (self.0 ^ word).wrapping_mul(0x100_0000_01b3);
+    }
+
+    /// What has come out.
+    #[must_use]
+    pub const fn value(self) -> u64 {
+        self.0
+    }
+}
+
+/// The hash of the page under test as it must read.
+#[must_use]
+pub fn expected_hash() -> u64 {
+    let mut hash = Hash::new();
+    for offset in (0..PAGE_SIZE).step_by(8) {
+        hash.add(offset, expected_at(offset));
+    }
+    hash.value()
 }
 
 /// Selector of the 64-bit code segment in the guest's GDT.
@@ -63,6 +100,8 @@ mod tests {
         for workload in Workload::ALL {
             assert_eq!(Request::from_wire(workload as u32, 7), Some(Request { workload, count: 7 }));
         }
+        let storm = Request::from_wire(Workload::Storm as u32, u32::MAX);
+        assert_eq!(storm.map(|storm| storm.count), Some(u32::MAX as usize), "it leaves no samples");
         assert_eq!(Request::from_wire(1, 0).map(|r| r.count), Some(0));
     }
 
@@ -83,8 +122,22 @@ mod tests {
     #[test]
     fn the_page_reads_as_nops_up_to_the_breakpoint() {
         assert_eq!(expected_at(0), 0x9090_9090_9090_9090);
-        assert_eq!(expected_at(BREAKPOINT_OFFSET - 8), 0x9090_9090_9090_9090);
+        assert_eq!(expected_at(BREAKPOINT_OFFSET - 8), 0x9090_9090_9090_5d55);
         assert_eq!(expected_at(BREAKPOINT_OFFSET), 0x6655_4433_2211_c390);
+    }
+
+    #[test]
+    fn the_hash_is_of_every_byte_but_the_rewritten_one() {
+        let hash = |change: usize| {
+            let mut hash = Hash::new();
+            for offset in (0..PAGE_SIZE).step_by(8) {
+                let flip = if change & !7 == offset { 1 << (change % 8 * 8) } else { 0 };
+                hash.add(offset, expected_at(offset) ^ flip);
+            }
+            hash.value()
+        };
+        assert_eq!(hash(REWRITTEN_OFFSET), expected_hash());
+        assert!((0..REWRITTEN_OFFSET).all(|offset| hash(offset) != expected_hash()));
     }
 
     #[test]

@@ -9,6 +9,8 @@
 mod control;
 mod exceptions;
 mod page;
+mod storm;
+mod vcpu;
 mod workload;
 mod xen;
 
@@ -24,6 +26,7 @@ global_asm!(
     data = const 0x10,
     stack_size = const 0x4000,
     main = sym main,
+    other = sym vcpu::main,
 );
 
 /// Called by `boot.s`, once, in long mode with paging, SSE and a stack, interrupts disabled.
@@ -33,7 +36,7 @@ extern "C" fn main() -> ! {
         xen::stop();
     }
     exceptions::install();
-    control::announce();
+    control::announce(vcpu::count());
     loop {
         let Some((number, request)) = control::next_request() else {
             // One CPU may have to do for both of us: let dom0 have it. Only here, never while a workload runs.
@@ -45,6 +48,7 @@ extern "C" fn main() -> ! {
                 control::complete(number);
                 xen::power_off();
             }
+            Some(Request { workload: Workload::Storm, count }) => storm::run(count as u64),
             Some(request) => workload::run(request),
             None => {}
         }

@@ -23,8 +23,8 @@ pub(crate) fn run(request: Request) {
         Workload::ReadPage => read_page,
         Workload::OwnInt3 => own_int3,
         Workload::WriteByte => write_byte,
-        // Nothing to measure: `main` deals with it.
-        Workload::Shutdown => return,
+        // Nothing to measure: `main` deals with them.
+        Workload::Shutdown | Workload::Storm => return,
     };
     for slot in &SAMPLES.0[..request.count] {
         slot.store(sample(page), Relaxed);

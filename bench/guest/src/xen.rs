@@ -12,6 +12,8 @@ use crate::page::{ForeignPage, PageAligned};
 
 /// `__HYPERVISOR_sched_op` (Xen, public/xen.h).
 const SCHED_OP: u64 = 29;
+/// `__HYPERVISOR_vcpu_op`.
+const VCPU_OP: u64 = 24;
 /// `SCHEDOP_yield` (Xen, public/sched.h).
 const SCHEDOP_YIELD: u64 = 0;
 /// `SCHEDOP_shutdown`.
@@ -67,21 +69,43 @@ fn cpuid(leaf: u32) -> CpuidResult {
     }
 }
 
+/// A hypercall.
+///
+/// # Safety
+/// [`connect`] must have succeeded, and the arguments must be what the hypercall takes.
+unsafe fn hypercall(number: u64, first: u64, second: u64, third: u64) -> i64 {
+    let result: i64;
+    // SAFETY: the page holds Xen's stubs, which take their arguments in RDI, RSI and RDX and follow the C ABI otherwise.
+    unsafe {
+        asm!(
+            "call {stub}",
+            stub = in(reg) HYPERCALL_PAGE.0.address() + number * STUB_SIZE,
+            inlateout("rdi") first => _,
+            inlateout("rsi") second => _,
+            inlateout("rdx") third => _,
+            lateout("rax") result,
+            clobber_abi("C"),
+        );
+    }
+    result
+}
+
 /// A `sched_op` hypercall.
 ///
 /// # Safety
 /// [`connect`] must have succeeded, and `argument` must be what `operation` takes.
 unsafe fn sched_op(operation: u64, argument: *const u32) {
-    // SAFETY: the page holds Xen's stubs, which take their arguments in RDI and RSI and follow the C ABI otherwise.
-    unsafe {
-        asm!(
-            "call {stub}",
-            stub = in(reg) HYPERCALL_PAGE.0.address() + SCHED_OP * STUB_SIZE,
-            inlateout("rdi") operation => _,
-            inlateout("rsi") argument => _,
-            clobber_abi("C"),
-        );
-    }
+    // SAFETY: as for this function.
+    unsafe { hypercall(SCHED_OP, operation, argument as u64, 0) };
+}
+
+/// A `vcpu_op` hypercall. Whether it succeeded.
+///
+/// # Safety
+/// [`connect`] must have succeeded, and `argument` must be what `operation` takes.
+pub(crate) unsafe fn vcpu_op(operation: u64, vcpu: usize, argument: u64) -> bool {
+    // SAFETY: as for this function.
+    unsafe { hypercall(VCPU_OP, operation, vcpu as u64, argument) == 0 }
 }
 
 /// Lets another vCPU have this CPU for a while.
