@@ -12,7 +12,8 @@ use hyperbp_lab::protocol::{Message, Parser};
 use hyperbp_lab::{Host, Lab, Outcome, Program, Progress};
 use hyperbp_report::Collection;
 
-const MECHANISMS: &[&str] = &["none", "skip", "repair", "view-step", "view-fast-step", "emulate"];
+/// What the runner measures besides the core's mechanisms.
+const OTHERS: &[&str] = &["none", "skip"];
 
 /// What `--quick` measures: enough to see the order of things.
 const QUICK: (u64, u64) = (100, 4);
@@ -41,8 +42,9 @@ pub(crate) struct Bench {
     #[arg(long, conflicts_with_all = ["samples", "page_samples"])]
     quick: bool,
 
-    /// Measure only this mechanism; may be repeated
-    #[arg(long = "mechanism", value_name = "M", value_parser = PossibleValuesParser::new(MECHANISMS))]
+    /// Measure only this mechanism: none, skip, auto, repair, view-step, view-fast-step, emulate, interpret, or
+    /// PLACEMENT+STEP-OVER+CONCEALMENT; may be repeated
+    #[arg(long = "mechanism", value_name = "M", value_parser = mechanism)]
     mechanisms: Vec<String>,
 
     /// Measure only this backend: the crate, or the least a monitor has to do; may be repeated
@@ -76,6 +78,14 @@ pub(crate) struct Bench {
     /// Ask Debian's mirror for newer packages
     #[arg(long)]
     update: bool,
+}
+
+/// A name of a mechanism, checked.
+pub(crate) fn mechanism(name: &str) -> Result<String, hyperbp::Error> {
+    if !OTHERS.contains(&name) {
+        name.parse::<hyperbp::Mechanism>()?;
+    }
+    Ok(name.to_owned())
 }
 
 impl Bench {

@@ -7,6 +7,7 @@ use clap::{Parser, Subcommand};
 
 mod bench;
 mod boot;
+mod storm;
 mod test;
 
 /// hyperbp's own commands.
@@ -21,6 +22,7 @@ struct Cli {
 enum Command {
     Bench(bench::Bench),
     Boot(boot::Boot),
+    Storm(storm::Storm),
     Test(test::Test),
 }
 
@@ -28,6 +30,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Bench(bench) => bench.run(),
         Command::Boot(boot) => boot.run(),
+        Command::Storm(storm) => storm.run(),
         Command::Test(test) => test.run(),
     };
     match result {

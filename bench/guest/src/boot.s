@@ -81,7 +81,7 @@ gdt:    .quad 0
         .quad 0x00cf93000000ffff        # data: writable, ring 0, accessed
 gdt_register:
         .word gdt_register - gdt - 1
-        .long gdt
+        .quad gdt                       # 64-bit code loads all of it, 32-bit code the lower half
         .popsection
 
 # Guest-virtual is guest-physical. The first 4 MiB, which hold the image and the control page, have 4 KiB pages, so that

@@ -101,9 +101,13 @@ fn xen_options(cpus: u32) -> String {
     format!("{XEN}{pin}")
 }
 
-/// With two CPUs, the guest has the second for itself.
+/// With two CPUs, the guest has the second for itself; with more, all but the first.
 fn guest_cfg(cpus: u32) -> String {
-    let pin = if cpus > 1 { "cpus = \"1\"\n" } else { "" };
+    let pin = match cpus {
+        0 | 1 => String::new(),
+        2 => "cpus = \"1\"\n".to_owned(),
+        _ => format!("cpus = \"1-{}\"\n", cpus - 1),
+    };
     format!("{GUEST_CFG}{pin}")
 }
 
@@ -175,5 +179,6 @@ mod tests {
         assert!(xen_options(2).contains("dom0_vcpus_pin"));
         assert!(!guest_cfg(1).contains("\ncpus = "));
         assert!(guest_cfg(2).contains("\ncpus = \"1\""));
+        assert!(guest_cfg(4).contains("\ncpus = \"1-3\""));
     }
 }

@@ -51,6 +51,7 @@ const SPACE: u64 = 1536 << 20;
 /// The job scripts that come with the lab.
 const BENCH: &str = include_str!("../dom0/bench.sh");
 const CHECKS: &str = include_str!("../dom0/checks.sh");
+const STORM: &str = include_str!("../dom0/storm.sh");
 const SMOKE: &str = include_str!("../dom0/smoke.sh");
 
 /// The lab's directory, held by this process alone.
@@ -171,6 +172,19 @@ impl Bench<'_> {
         let mut job = self.job(name.to_owned(), BENCH, cpus, limit);
         let runs: Vec<String> = selections.iter().map(|selection| selection.arguments().join(" ")).collect();
         job.variables.push(("RUNS".to_owned(), runs.join("\n")));
+        job.programs.push(runner.to_owned());
+        job
+    }
+
+    /// A job with storms of `calls` calls for each virtual CPU, in a guest with each of these numbers of virtual CPUs, under
+    /// `mechanisms`, or all there are if there are none. Each leaves `storm.json` in a directory named after the number.
+    #[must_use]
+    pub fn storm(&self, runner: &Path, cpus: u32, vcpus: &[u32], calls: u32, mechanisms: &[String]) -> Job {
+        let mut job = self.job(format!("storm-{cpus}"), STORM, cpus, Duration::from_secs(3600));
+        let vcpus: Vec<String> = vcpus.iter().map(u32::to_string).collect();
+        job.variables.push(("VCPUS".to_owned(), vcpus.join(" ")));
+        let mechanisms = mechanisms.iter().map(|mechanism| format!(" --mechanism {mechanism}")).collect::<String>();
+        job.variables.push(("STORM".to_owned(), format!("--count {calls}{mechanisms}")));
         job.programs.push(runner.to_owned());
         job
     }

@@ -2,6 +2,7 @@
 //!
 //! - [`Results`] is the summary, one [`Run`] for each host, backend, mechanism and workload; its JSON is the format.
 //! - [`Collection`] is the summary with every sample behind it, as a directory.
+//! - [`Storm`] is what was counted while several virtual CPUs were in the page at once.
 //! - [`table`] and [`svg`] show the summary in a terminal and on a page.
 //! - [`write_bpbench`] writes the samples as bpbench's measurement study keeps them, so that its scripts can plot them.
 
@@ -10,6 +11,7 @@ mod collection;
 mod format;
 mod picture;
 mod schema;
+mod storm;
 mod table;
 mod ticks;
 
@@ -17,6 +19,7 @@ pub use bpbench::write_bpbench;
 pub use collection::{Collection, Key};
 pub use picture::svg;
 pub use schema::{Kind, Machine, Measurement, Results, Run, SCHEMA, TicksAre, Workload};
+pub use storm::{Handling, Served, Storm, storm_table, storms_from_json, storms_to_json};
 pub use table::table;
 pub use ticks::Ticks;
 

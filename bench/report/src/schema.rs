@@ -139,7 +139,7 @@ pub struct Run {
     pub host: String,
     /// What answered the events: `hyperbp`, `floor` (the least a monitor can do), `none`, …
     pub backend: String,
-    /// `none`, `skip`, `repair`, `view-step`, `view-fast-step` or `emulate`.
+    /// `none`, `skip`, or a mechanism of the core's.
     pub mechanism: String,
     /// What the guest did.
     pub workload: Workload,
@@ -202,7 +202,7 @@ impl Measurement {
 
 /// Where a mechanism stands in canonical order; one this crate does not know stands behind all others.
 pub(crate) fn mechanism_rank(mechanism: &str) -> usize {
-    const ORDER: [&str; 6] = ["none", "skip", "repair", "view-step", "view-fast-step", "emulate"];
+    const ORDER: [&str; 8] = ["none", "skip", "repair", "view-step", "view-fast-step", "emulate", "interpret", "auto"];
     ORDER.iter().position(|known| *known == mechanism).unwrap_or(ORDER.len())
 }
 

@@ -71,7 +71,7 @@ impl Subject {
             }
             Self::Core(mechanism) => {
                 let mut monitor = attach(domain)?;
-                core::run(domain, &mut monitor, mechanism, guest.breakpoint(), idle)
+                Ok(core::run(domain, &mut monitor, mechanism, &[guest.breakpoint()], idle)?.hits())
             }
             Self::Floor(mechanism) => {
                 let mut monitor = attach(domain)?;

@@ -16,6 +16,13 @@ Examples:
 Exit codes: 0 fine, 2 bad arguments, 3 no such domain, 4 a domain without altp2m, 5 no permission or not in dom0,
 1 anything else. Whatever it is, and also after Ctrl-C, no breakpoint is left behind in the domain.";
 
+const STORM_EXAMPLES: &str = "\
+Examples:
+  hyperbp-bench storm --domain bench --mechanism auto --count 10000
+      30,000 hits for each virtual CPU, with a table of what was lost, doubled, and seen by the guest.
+
+Exit code 1 if a hit was lost or doubled by a mechanism that must not, or if the guest saw a breakpoint.";
+
 /// Measures what a breakpoint hit costs, from inside a guest: bpbench's workloads with every mechanism of hyperbp.
 #[derive(Debug, Parser)]
 #[command(version, after_help = EXAMPLES)]
@@ -30,6 +37,32 @@ pub(crate) enum Command {
     Run(Run),
     /// Check every combination of placement, step-over and concealment in such a domain
     Check(Check),
+    /// Let all virtual CPUs of such a domain execute, hash and write a page with breakpoints at once, and count
+    Storm(Storm),
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = STORM_EXAMPLES)]
+pub(crate) struct Storm {
+    /// Name or number of the domain
+    #[arg(long, value_name = "NAME")]
+    pub(crate) domain: String,
+
+    /// Only under this mechanism; may be repeated. Without it, under every combination there is
+    #[arg(long = "mechanism", value_name = "M")]
+    pub(crate) mechanisms: Vec<String>,
+
+    /// Calls each virtual CPU makes into the page; each is 3 hits on average
+    #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) count: u32,
+
+    /// Directory for storm.json
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: Option<PathBuf>,
+
+    /// How to show progress
+    #[arg(long, value_enum, default_value = "text")]
+    pub(crate) progress: Progress,
 }
 
 #[derive(Debug, Args)]
@@ -58,7 +91,8 @@ pub(crate) struct Run {
     #[arg(long = "backend", value_name = "B", value_enum)]
     pub(crate) backends: Vec<Backend>,
 
-    /// Measure only this mechanism: none, skip, repair, view-step, view-fast-step, emulate; may be repeated
+    /// Measure only this mechanism: none, skip, auto, repair, view-step, view-fast-step, emulate, interpret, or
+    /// PLACEMENT+STEP-OVER+CONCEALMENT; may be repeated
     #[arg(long = "mechanism", value_name = "M")]
     pub(crate) mechanisms: Vec<String>,
 
@@ -117,6 +151,16 @@ pub(crate) enum Progress {
     Text,
     /// `@progress DONE TOTAL TEXT` lines on stdout, for programs
     Lines,
+}
+
+impl Progress {
+    /// Tells how much is done, of how much, and what comes next.
+    pub(crate) fn report(self, done: u64, total: u64, text: &str) {
+        match self {
+            Self::Lines => println!("@progress {done} {total} {text}"),
+            Self::Text => eprintln!("[{done}/{total}] {text}"),
+        }
+    }
 }
 
 fn workload(name: &str) -> Result<Workload, String> {

@@ -6,7 +6,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use hyperbp::{Gfn, Gpa, PAGE_SIZE};
-use hyperbp_bench_abi::{BREAKPOINT_OFFSET, CONTROL_GPA, Control, MAGIC, SAMPLES_MAX, TARGET, VERSION, Workload};
+use hyperbp_bench_abi::{
+    BREAKPOINT_OFFSET, CONTROL_GPA, Control, MAGIC, SAMPLES_MAX, SITES, Storm, StormCounts, TARGET, VCPUS_MAX, VERSION,
+    Workload,
+};
 
 use crate::xen::{Domain, Page};
 
@@ -26,6 +29,7 @@ pub(crate) struct Counts {
 pub(crate) struct Guest {
     control: Page,
     samples: Vec<Page>,
+    storm: Page,
     target: Gfn,
     vcpus: u32,
 }
@@ -38,7 +42,8 @@ impl Guest {
     pub(crate) fn find(domain: &Domain) -> Result<Self> {
         let what = "start the benchmark guest in it (bench/guest, with bench/lab/dom0/guest.cfg)";
         let control = domain.map_page(Gpa(CONTROL_GPA).gfn()).with_context(|| format!("no benchmark guest: {what}"))?;
-        let mut guest = Self { control, samples: Vec::new(), target: Gfn(0), vcpus: 0 };
+        let storm = domain.map_page(Gpa(CONTROL_GPA).gfn())?;
+        let mut guest = Self { control, samples: Vec::new(), storm, target: Gfn(0), vcpus: 0 };
         // The domain may have been created only just now.
         for _ in 0..100 {
             if guest.number(offset_of!(Control, magic)) == MAGIC {
@@ -60,6 +65,8 @@ impl Guest {
             .map(|n| domain.map_page(Gfn(first.0.wrapping_add(n))))
             .collect::<Result<_, _>>()
             .context("the guest's sample pages are not in its memory")?;
+        let storm = Gpa(guest.number(offset_of!(Control, storm_gpa))).gfn();
+        guest.storm = domain.map_page(storm).context("the guest's page of counts is not in its memory")?;
         guest.check(domain)?;
         Ok(guest)
     }
@@ -84,6 +91,34 @@ impl Guest {
     #[must_use]
     pub(crate) fn breakpoint(&self) -> Gpa {
         self.target.at(BREAKPOINT_OFFSET as u16)
+    }
+
+    /// Where the storm's breakpoints go.
+    #[must_use]
+    pub(crate) fn sites(&self) -> [Gpa; SITES.len()] {
+        SITES.map(|offset| self.target.at(offset as u16))
+    }
+
+    /// What the storm has counted so far, over all virtual CPUs.
+    #[must_use]
+    pub(crate) fn storm(&self) -> StormCounts {
+        let number = |offset: usize| {
+            let mut bytes = [0; size_of::<u64>()];
+            self.storm.read(offset, &mut bytes);
+            u64::from_le_bytes(bytes)
+        };
+        let mut sum = StormCounts::default();
+        for vcpu in 0..VCPUS_MAX {
+            let base = offset_of!(Storm, vcpus) + vcpu * size_of::<StormCounts>();
+            for (site, executions) in sum.executions.iter_mut().enumerate() {
+                *executions += number(base + offset_of!(StormCounts, executions) + site * size_of::<u64>());
+            }
+            sum.hashes += number(base + offset_of!(StormCounts, hashes));
+            sum.hash_mismatches += number(base + offset_of!(StormCounts, hash_mismatches));
+            sum.rewrites += number(base + offset_of!(StormCounts, rewrites));
+            sum.rewrite_mismatches += number(base + offset_of!(StormCounts, rewrite_mismatches));
+        }
+        sum
     }
 
     /// Virtual CPUs the guest has started.

@@ -7,10 +7,12 @@ mod core;
 mod floor;
 mod guest;
 mod ring;
+mod storm;
 mod xen;
 
 use std::process::ExitCode;
 
+use anyhow::Context as _;
 use clap::Parser;
 
 use bench::{Plan, Subject};
@@ -23,6 +25,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Run(run) => measure(&run),
         Command::Check(check) => self::check(&check),
+        Command::Storm(storm) => self::storm(&storm),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -71,10 +74,8 @@ struct Usage(String);
 fn measure(run: &Run) -> anyhow::Result<()> {
     let plan = plan(run)?;
     let mut domain = Domain::open(&run.domain)?;
-    let collection = bench::measure(&mut domain, &plan, &mut |done, total, text| match run.progress {
-        Progress::Lines => println!("@progress {done} {total} {text}"),
-        Progress::Text => eprintln!("[{done}/{total}] {text}"),
-    })?;
+    let collection =
+        bench::measure(&mut domain, &plan, &mut |done, total, text| run.progress.report(done, total, text))?;
     collection.write(&run.out)?;
     if run.progress == Progress::Text {
         println!("{}", hyperbp_report::table(collection.results()));
@@ -88,15 +89,39 @@ fn check(arguments: &cli::Check) -> anyhow::Result<()> {
     Ok(())
 }
 
+fn storm(arguments: &cli::Storm) -> anyhow::Result<()> {
+    let mechanisms = match arguments.mechanisms.is_empty() {
+        true => Mechanism::all().collect(),
+        false => arguments.mechanisms.iter().map(|name| mechanism(name)).collect::<anyhow::Result<Vec<_>>>()?,
+    };
+    let mut domain = Domain::open(&arguments.domain)?;
+    let storms = storm::all(&mut domain, &mechanisms, arguments.count, &mut |done, total, text| {
+        arguments.progress.report(done, total, text);
+    })?;
+    println!("{}", hyperbp_report::storm_table(&storms));
+    if let Some(dir) = &arguments.out {
+        std::fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
+        let file = dir.join("storm.json");
+        let json = hyperbp_report::storms_to_json(&storms)?;
+        std::fs::write(&file, json).with_context(|| format!("cannot write {}", file.display()))?;
+    }
+    let wrong: Vec<_> = storms.iter().filter(|storm| !storm.is_right()).map(|storm| &*storm.mechanism).collect();
+    anyhow::ensure!(wrong.is_empty(), "something is wrong with {}: see the table", wrong.join(", "));
+    Ok(())
+}
+
+/// A mechanism by name, or spelled out.
+fn mechanism(name: &str) -> anyhow::Result<Mechanism> {
+    Ok(name.parse().map_err(|error: hyperbp::Error| Usage(error.to_string()))?)
+}
+
 fn plan(run: &Run) -> anyhow::Result<Plan> {
     let all = Subject::all();
     let mut subjects: Vec<_> =
         all.iter().copied().filter(|s| run.mechanisms.is_empty() || run.mechanisms.contains(&s.mechanism())).collect();
     for name in &run.mechanisms {
         if !all.iter().any(|subject| subject.mechanism() == *name) {
-            // One that has no name of its own is spelled out.
-            let mechanism: Mechanism = name.parse().map_err(|error: hyperbp::Error| Usage(error.to_string()))?;
-            subjects.push(Subject::Core(mechanism));
+            subjects.push(Subject::Core(mechanism(name)?));
         }
     }
     subjects.retain(|subject| run.backends.is_empty() || run.backends.contains(&subject.backend()));
