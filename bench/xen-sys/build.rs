@@ -14,7 +14,7 @@ const FUNCTIONS: &[&str] = &[
     "xc_domain_(populate_physmap|decrease_reservation)_exact",
     "xc_hvm_(param_get|inject_trap)",
     "xc_physinfo",
-    "xc_altp2m_(set_domain_state|create_view|destroy_view|switch_to_view|change_gfn|set_mem_access)",
+    "xc_altp2m_([gs]et_domain_state|create_view|destroy_view|switch_to_view|change_gfn|set_mem_access)",
     "xc_set_mem_access",
     "xc_monitor_(enable|disable|software_breakpoint|singlestep|emul_unimplemented)",
     "xenevtchn_(open|close|fd|bind_interdomain|unbind|notify|pending|unmask)",

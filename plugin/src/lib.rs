@@ -15,6 +15,7 @@ mod error;
 mod event;
 mod hypervisor;
 mod insn;
+pub mod ledger;
 mod mechanism;
 mod placement;
 mod registers;

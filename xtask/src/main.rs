@@ -7,6 +7,7 @@ use clap::{Parser, Subcommand};
 
 mod bench;
 mod boot;
+mod recover;
 mod storm;
 mod test;
 
@@ -23,6 +24,7 @@ enum Command {
     Bench(bench::Bench),
     Boot(boot::Boot),
     Storm(storm::Storm),
+    Recover(recover::Recover),
     Test(test::Test),
 }
 
@@ -31,6 +33,7 @@ fn main() -> ExitCode {
         Command::Bench(bench) => bench.run(),
         Command::Boot(boot) => boot.run(),
         Command::Storm(storm) => storm.run(),
+        Command::Recover(recover) => recover.run(),
         Command::Test(test) => test.run(),
     };
     match result {

@@ -52,6 +52,7 @@ const SPACE: u64 = 1536 << 20;
 const BENCH: &str = include_str!("../dom0/bench.sh");
 const CHECKS: &str = include_str!("../dom0/checks.sh");
 const STORM: &str = include_str!("../dom0/storm.sh");
+const RECOVER: &str = include_str!("../dom0/recover.sh");
 const SMOKE: &str = include_str!("../dom0/smoke.sh");
 
 /// The lab's directory, held by this process alone.
@@ -185,6 +186,17 @@ impl Bench<'_> {
         job.variables.push(("VCPUS".to_owned(), vcpus.join(" ")));
         let mechanisms = mechanisms.iter().map(|mechanism| format!(" --mechanism {mechanism}")).collect::<String>();
         job.variables.push(("STORM".to_owned(), format!("--count {calls}{mechanisms}")));
+        job.programs.push(runner.to_owned());
+        job
+    }
+
+    /// A job that kills the `runner` so many times in the middle of a storm and recovers the domain, and attaches and detaches
+    /// so many times. It leaves a file `checks` as [`checks`](Self::checks) does.
+    #[must_use]
+    pub fn recover(&self, runner: &Path, cpus: u32, kills: u32, attach: u32) -> Job {
+        let mut job = self.job("recover".to_owned(), RECOVER, cpus, Duration::from_secs(3600));
+        job.variables.push(("KILLS".to_owned(), kills.to_string()));
+        job.variables.push(("ATTACH".to_owned(), attach.to_string()));
         job.programs.push(runner.to_owned());
         job
     }

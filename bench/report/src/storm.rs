@@ -39,6 +39,8 @@ pub struct Storm {
     pub served: Served,
     /// Hits that the chosen step-over could not serve.
     pub fallbacks: u64,
+    /// How often Xen refused something in the middle of a hit.
+    pub failures: u64,
     /// How long the monitor took for a hit, in ticks of its time-stamp counter.
     pub handling: Handling,
 }
@@ -71,7 +73,8 @@ impl Storm {
     #[must_use]
     pub fn is_right(&self) -> bool {
         let may_lose = !self.counts_on_several_vcpus && self.vcpus > 1;
-        (self.lost == 0 || may_lose) && self.doubled == 0 && self.hash_mismatches == 0 && self.rewrite_mismatches == 0
+        let wrong = self.doubled + self.hash_mismatches + self.rewrite_mismatches + self.failures;
+        (self.lost == 0 || may_lose) && wrong == 0
     }
 }
 
@@ -179,6 +182,7 @@ mod tests {
             rewrite_mismatches: 0,
             served: Served { repair: 2800, emulate: 100, ..Served::default() },
             fallbacks: 7,
+            failures: 0,
             handling: Handling { median: 900, p99: 1100, max: 5000 },
         }
     }
@@ -189,6 +193,7 @@ mod tests {
         assert!(!Storm { counts_on_several_vcpus: true, ..storm() }.is_right());
         assert!(!Storm { vcpus: 1, ..storm() }.is_right());
         assert!(!Storm { doubled: 1, ..storm() }.is_right());
+        assert!(!Storm { failures: 1, ..storm() }.is_right());
         assert!(!Storm { hash_mismatches: 1, ..storm() }.is_right());
         assert!(!Storm { rewrite_mismatches: 1, ..storm() }.is_right());
     }

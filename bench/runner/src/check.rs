@@ -4,12 +4,15 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use hyperbp::Mechanism;
-use hyperbp_bench_abi::Workload;
+use hyperbp_bench_abi::{SITES, Workload};
 
 use crate::bench::Subject;
+use crate::core;
 use crate::guest::Guest;
+use crate::recover::Traces;
+use crate::ring::Monitor;
 use crate::xen::Domain;
 
 /// What the guest does under each mechanism. Execution comes after reads and writes too: these lift the breakpoint.
@@ -48,6 +51,97 @@ pub(crate) fn all(domain: &mut Domain) -> Result<usize> {
     }
     report("the guest runs on without a monitor", one(domain, &guest, Subject::None));
     Ok(failed)
+}
+
+/// Attaches and detaches, under one mechanism after another, while the guest is in the middle of a storm. Looks each time
+/// whether anything is left. Returns how many times there was.
+///
+/// # Errors
+/// If the domain does not run the guest, or its storm does not end.
+pub(crate) fn attach(domain: &mut Domain, times: u32) -> Result<usize> {
+    /// Calls of the storms the guest is kept busy with, and how long it is served.
+    const CALLS: u32 = 40;
+    const SERVED: Duration = Duration::from_millis(3);
+    let guest = Guest::find(domain)?;
+    let before = Traces::of(domain)?;
+    let quiet = speed(&guest)?;
+    let mechanisms: Vec<_> = Mechanism::all().collect();
+    let mut failed = 0;
+    for time in 0..times as usize {
+        let mechanism = mechanisms[time % mechanisms.len()];
+        if guest.is_done() {
+            guest.request(Workload::Storm, CALLS);
+        }
+        let start = Instant::now();
+        let mut idle = || start.elapsed() < SERVED;
+        let served = attach_once(domain, &guest, mechanism, &mut idle);
+        let after = Traces::of(domain);
+        let result = served.and(after).and_then(|after| {
+            ensure!(after == before, "{after:?} is left, of {before:?}");
+            guest.check_all_but_rewritten(domain)
+        });
+        if let Err(error) = result {
+            failed += 1;
+            println!("FAILED: attach and detach number {time}, under {mechanism}: {error:#}");
+        }
+    }
+    guest.wait_until_done(STUCK)?;
+    guest.check(domain)?;
+    let storm = guest.storm();
+    ensure!(
+        storm.hash_mismatches + storm.rewrite_mismatches == 0,
+        "the guest saw something that is not its own: {storm:?}"
+    );
+    // A virtual CPU that is still stepped takes an exit at every instruction.
+    let after = speed(&guest)?;
+    ensure!(after <= quiet + quiet / 4, "the guest's own work takes {after} ticks, and {quiet} before");
+    if failed == 0 {
+        println!("ok: attached and detached {times} times, {} hits lost nothing", storm.executions.iter().sum::<u64>());
+    }
+    Ok(failed)
+}
+
+fn attach_once(domain: &mut Domain, guest: &Guest, mechanism: Mechanism, idle: &mut dyn FnMut() -> bool) -> Result<()> {
+    let mut monitor = Monitor::attach(domain).context("cannot monitor the domain")?;
+    core::run(domain, &mut monitor, mechanism, &guest.sites(), idle)?;
+    Ok(())
+}
+
+/// Ticks of running through the page under test, without a monitor.
+fn speed(guest: &Guest) -> Result<u64> {
+    const SAMPLES: u32 = 21;
+    guest.wait_until_done(STUCK)?;
+    guest.request(Workload::ExecPage, SAMPLES);
+    guest.wait_until_done(STUCK)?;
+    let mut ticks = Vec::new();
+    guest.samples(SAMPLES, &mut ticks);
+    ticks.sort_unstable();
+    Ok(ticks[ticks.len() / 2])
+}
+
+/// Waits until the guest has ended its storm, and checks that it is as if there had never been a monitor: every storm since
+/// it began was of `calls` calls.
+///
+/// # Errors
+/// If it is not.
+pub(crate) fn settle(domain: &mut Domain, calls: u32) -> Result<()> {
+    let guest = Guest::find_busy(domain)?;
+    guest.wait_until_done(STUCK)?;
+    guest.check(domain)?;
+    let storms = u64::from(guest.requests());
+    let hammering = u64::from(if guest.vcpus() > 2 { guest.vcpus() - 1 } else { guest.vcpus() });
+    let storm = guest.storm();
+    for (site, executions) in storm.executions.iter().enumerate() {
+        // Calls take the sites in turn, and one to a site runs through those before it in the list.
+        let of_one: u64 = (0..u64::from(calls)).filter(|call| call % SITES.len() as u64 >= site as u64).count() as u64;
+        let expected = storms * hammering * of_one;
+        ensure!(*executions == expected, "site {site} was executed {executions} times, not {expected}");
+    }
+    ensure!(storm.hash_mismatches == 0, "{} hashes of the page were wrong", storm.hash_mismatches);
+    ensure!(storm.rewrite_mismatches == 0, "{} writes were lost", storm.rewrite_mismatches);
+    Traces::of(domain)?;
+    println!("The guest has ended {storms} storms as if nobody had watched.");
+    Ok(())
 }
 
 fn one(domain: &mut Domain, guest: &Guest, subject: Subject) -> Result<()> {

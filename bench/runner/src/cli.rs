@@ -14,7 +14,8 @@ Examples:
       Only this, in domain number 3.
 
 Exit codes: 0 fine, 2 bad arguments, 3 no such domain, 4 a domain without altp2m, 5 no permission or not in dom0,
-1 anything else. Whatever it is, and also after Ctrl-C, no breakpoint is left behind in the domain.";
+6 a monitor of this domain was killed: run `hyperbp-bench recover`, 1 anything else. Whatever it is, and also after Ctrl-C,
+no breakpoint is left behind in the domain.";
 
 const STORM_EXAMPLES: &str = "\
 Examples:
@@ -22,6 +23,13 @@ Examples:
       30,000 hits for each virtual CPU, with a table of what was lost, doubled, and seen by the guest.
 
 Exit code 1 if a hit was lost or doubled by a mechanism that must not, or if the guest saw a breakpoint.";
+
+const RECOVER_HELP: &str = "\
+A monitor that is killed (SIGKILL, the OOM killer, a crash) cannot take its breakpoints out. The domain stands still at the
+next one, or at the next read of a page that is guarded; it sees none of them. This lets it run on, unmodified.
+
+What is to be undone is in the monitor's ledger, /run/hyperbp/NUMBER.ledger. The guest may have been given breakpoints by any
+program that keeps one. It is an error if that program is still alive. Exit code 0 also if there is nothing to do.";
 
 /// Measures what a breakpoint hit costs, from inside a guest: bpbench's workloads with every mechanism of hyperbp.
 #[derive(Debug, Parser)]
@@ -39,6 +47,29 @@ pub(crate) enum Command {
     Check(Check),
     /// Let all virtual CPUs of such a domain execute, hash and write a page with breakpoints at once, and count
     Storm(Storm),
+    /// Restore a domain whose monitor was killed: breakpoints, guards, views, steps, waiting virtual CPUs
+    Recover(Recover),
+    /// Wait until the benchmark guest has ended a storm without a monitor, and check what it has counted
+    Settle(Settle),
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = RECOVER_HELP)]
+pub(crate) struct Recover {
+    /// Name or number of the domain
+    #[arg(long, value_name = "NAME")]
+    pub(crate) domain: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Settle {
+    /// Name or number of the domain
+    #[arg(long, value_name = "NAME")]
+    pub(crate) domain: String,
+
+    /// Calls each virtual CPU was asked for, in every storm since the guest began
+    #[arg(long, value_name = "N")]
+    pub(crate) count: u32,
 }
 
 #[derive(Debug, Args)]
@@ -70,6 +101,10 @@ pub(crate) struct Check {
     /// Name or number of the domain
     #[arg(long, value_name = "NAME")]
     pub(crate) domain: String,
+
+    /// Instead, attach and detach this often while all virtual CPUs are busy, and look each time what is left
+    #[arg(long, value_name = "TIMES")]
+    pub(crate) attach: Option<u32>,
 }
 
 #[derive(Debug, Args)]

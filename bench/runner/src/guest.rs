@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use hyperbp::{Gfn, Gpa, PAGE_SIZE};
 use hyperbp_bench_abi::{
-    BREAKPOINT_OFFSET, CONTROL_GPA, Control, MAGIC, SAMPLES_MAX, SITES, Storm, StormCounts, TARGET, VCPUS_MAX, VERSION,
-    Workload,
+    BREAKPOINT_OFFSET, CONTROL_GPA, Control, MAGIC, REWRITTEN_OFFSET, SAMPLES_MAX, SITES, Storm, StormCounts, TARGET,
+    VCPUS_MAX, VERSION, Workload,
 };
 
 use crate::xen::{Domain, Page};
@@ -40,6 +40,16 @@ impl Guest {
     /// # Errors
     /// If the domain runs something else.
     pub(crate) fn find(domain: &Domain) -> Result<Self> {
+        let guest = Self::find_busy(domain)?;
+        guest.check_all_but_rewritten(domain)?;
+        Ok(guest)
+    }
+
+    /// Finds the guest in a domain, whatever is in its page under test.
+    ///
+    /// # Errors
+    /// If the domain runs something else.
+    pub(crate) fn find_busy(domain: &Domain) -> Result<Self> {
         let what = "start the benchmark guest in it (bench/guest, with bench/lab/dom0/guest.cfg)";
         let control = domain.map_page(Gpa(CONTROL_GPA).gfn()).with_context(|| format!("no benchmark guest: {what}"))?;
         let storm = domain.map_page(Gpa(CONTROL_GPA).gfn())?;
@@ -67,7 +77,6 @@ impl Guest {
             .context("the guest's sample pages are not in its memory")?;
         let storm = Gpa(guest.number(offset_of!(Control, storm_gpa))).gfn();
         guest.storm = domain.map_page(storm).context("the guest's page of counts is not in its memory")?;
-        guest.check(domain)?;
         Ok(guest)
     }
 
@@ -175,14 +184,33 @@ impl Guest {
         }
     }
 
+    /// How many requests there were since the guest started.
+    #[must_use]
+    pub(crate) fn requests(&self) -> u32 {
+        self.word(offset_of!(Control, request)).load(Ordering::Relaxed)
+    }
+
     /// Looks whether the page under test is, in guest memory, what the guest put there.
     ///
     /// # Errors
     /// If it is not: a monitor has left something behind.
     pub(crate) fn check(&self, domain: &Domain) -> Result<()> {
+        self.compare(domain, PAGE_SIZE)
+    }
+
+    /// The same, without the byte that a storm, which may be going on, rewrites.
+    ///
+    /// # Errors
+    /// As for [`check`](Self::check).
+    pub(crate) fn check_all_but_rewritten(&self, domain: &Domain) -> Result<()> {
+        self.compare(domain, REWRITTEN_OFFSET)
+    }
+
+    /// Compares the first `length` bytes.
+    fn compare(&self, domain: &Domain, length: usize) -> Result<()> {
         let mut bytes = [0; PAGE_SIZE];
         domain.map_page(self.target)?.read(0, &mut bytes);
-        if let Some(offset) = (0..PAGE_SIZE).find(|&at| bytes[at] != TARGET[at]) {
+        if let Some(offset) = (0..length).find(|&at| bytes[at] != TARGET[at]) {
             let (is, was) = (bytes[offset], TARGET[offset]);
             anyhow::bail!(
                 "byte {offset:#x} of the page under test is {is:#04x}, not {was:#04x}: a monitor left it there; \

@@ -6,6 +6,7 @@ mod cli;
 mod core;
 mod floor;
 mod guest;
+mod recover;
 mod ring;
 mod storm;
 mod xen;
@@ -26,6 +27,8 @@ fn main() -> ExitCode {
         Command::Run(run) => measure(&run),
         Command::Check(check) => self::check(&check),
         Command::Storm(storm) => self::storm(&storm),
+        Command::Recover(recover) => self::recover(&recover),
+        Command::Settle(settle) => self::settle(&settle),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -62,7 +65,8 @@ fn exit_code(error: &anyhow::Error) -> u8 {
         Some(OpenError::NoSuchDomain(_)) => 3,
         Some(OpenError::NoAltp2m(_)) => 4,
         Some(OpenError::NotADom0(_)) => 5,
-        Some(OpenError::Other(_)) | None => 1,
+        Some(OpenError::Leftover { .. }) => 6,
+        Some(OpenError::Ledger(_) | OpenError::Other(_)) | None => 1,
     }
 }
 
@@ -83,8 +87,29 @@ fn measure(run: &Run) -> anyhow::Result<()> {
     Ok(())
 }
 
+fn recover(arguments: &cli::Recover) -> anyhow::Result<()> {
+    let done = recover::recover(&mut Domain::connect(&arguments.domain)?)?;
+    if done.is_empty() {
+        println!("There was nothing to recover in domain {}.", arguments.domain);
+        return Ok(());
+    }
+    println!("Domain {} is as it was without a monitor. Found and undone:", arguments.domain);
+    for line in done {
+        println!("- {line}");
+    }
+    Ok(())
+}
+
+fn settle(arguments: &cli::Settle) -> anyhow::Result<()> {
+    check::settle(&mut Domain::connect(&arguments.domain)?, arguments.count)
+}
+
 fn check(arguments: &cli::Check) -> anyhow::Result<()> {
-    let failed = check::all(&mut Domain::open(&arguments.domain)?)?;
+    let mut domain = Domain::open(&arguments.domain)?;
+    let failed = match arguments.attach {
+        Some(times) => check::attach(&mut domain, times)?,
+        None => check::all(&mut domain)?,
+    };
     anyhow::ensure!(failed == 0, "{failed} checks failed");
     Ok(())
 }

@@ -35,9 +35,7 @@ const AR_WRITABLE: u32 = 1 << 1;
 pub(crate) struct Monitor {
     ring: BackRing,
     // Dropped in this order.
-    _int3s: Monitoring,
-    _steps: Monitoring,
-    _unimplemented: Monitoring,
+    _kinds: Vec<Monitoring>,
     channel: Channel,
     _page: RingPage,
 }
@@ -48,24 +46,14 @@ impl Monitor {
     /// # Errors
     /// If another monitor is attached (`EBUSY`), or Xen refuses.
     pub(crate) fn attach(domain: &Domain) -> Result<Self, Error> {
-        let (page, port) = RingPage::enable(domain.interface(), domain.id())?;
+        let (page, port) = domain.pausing(|| RingPage::enable(domain.interface(), domain.id()))?;
         let channel = Channel::bind(domain.id(), port)?;
         // SAFETY: the page is the ring's, mapped until `_page` is dropped, and no one else here uses it.
         let ring = unsafe { BackRing::init(page.address.cast()) };
-        Ok(Self {
-            ring,
-            // First: without it Xen never ends a fast single-step.
-            _steps: Monitoring::start("xc_monitor_singlestep", sys::xc_monitor_singlestep, domain)?,
-            _int3s: Monitoring::start("xc_monitor_software_breakpoint", sys::xc_monitor_software_breakpoint, domain)?,
-            // Without it, an instruction that Xen cannot emulate ends in a #UD for the guest.
-            _unimplemented: Monitoring::start(
-                "xc_monitor_emul_unimplemented",
-                sys::xc_monitor_emul_unimplemented,
-                domain,
-            )?,
-            channel,
-            _page: page,
-        })
+        // Without single-steps, Xen never ends a fast one; without failed emulations, they end in a #UD for the guest.
+        let kinds =
+            KINDS.iter().map(|(_, call, set)| Monitoring::start(call, *set, domain)).collect::<Result<_, _>>()?;
+        Ok(Self { ring, _kinds: kinds, channel, _page: page })
     }
 
     /// Waits until Xen signals, or the time is up. Whether it has signalled; [`next`](Self::next) has the requests.
@@ -89,6 +77,27 @@ impl Monitor {
         self.ring.push(response);
     }
 
+    /// Answers every virtual CPU that waits, whatever it asked a monitor that is gone. Only while the domain is paused.
+    ///
+    /// Xen takes a response for a virtual CPU that does not wait for none (`vm_event_resume`, xen/common/vm_event.c).
+    ///
+    /// # Errors
+    /// If the event channel fails.
+    pub(crate) fn release(&mut self, vcpus: u16) -> Result<(), Error> {
+        for vcpu in 0..vcpus {
+            let response = Response {
+                version: sys::VM_EVENT_INTERFACE_VERSION,
+                flags: sys::VM_EVENT_FLAG_VCPU_PAUSED,
+                vcpu_id: vcpu.into(),
+                ..Default::default()
+            };
+            self.ring.put(&response);
+            // Xen takes it before this returns.
+            self.notify()?;
+        }
+        Ok(())
+    }
+
     /// Lets Xen read the responses.
     ///
     /// # Errors
@@ -96,6 +105,44 @@ impl Monitor {
     pub(crate) fn notify(&mut self) -> Result<(), Error> {
         self.channel.notify()
     }
+}
+
+/// Kinds of events that [`Monitor`] asks for.
+const KINDS: [Kind; 3] = [
+    ("single-steps", "xc_monitor_singlestep", sys::xc_monitor_singlestep),
+    ("INT3s", "xc_monitor_software_breakpoint", sys::xc_monitor_software_breakpoint),
+    ("failed emulations", "xc_monitor_emul_unimplemented", sys::xc_monitor_emul_unimplemented),
+];
+
+/// What it is, and the function that switches it, by its name.
+type Kind = (&'static str, &'static str, unsafe extern "C" fn(*mut sys::xc_interface, u32, bool) -> c_int);
+
+/// Stops all that is reported of a domain, whoever asked for it, and tells what that was.
+///
+/// # Errors
+/// If Xen refuses.
+pub(crate) fn stop_all(domain: &Domain) -> Result<Vec<&'static str>, Error> {
+    let mut stopped = Vec::new();
+    for (what, call, set) in KINDS {
+        // SAFETY: it needs an open handle and no more.
+        match check(call, unsafe { set(domain.interface().raw(), domain.id(), false) }) {
+            Ok(()) => stopped.push(what),
+            // It was off.
+            Err(error) if error.is(libc::EEXIST) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(stopped)
+}
+
+/// Takes the ring away from a monitor that is gone. Virtual CPUs that wait for its answer go on waiting: see
+/// [`Monitor::release`].
+///
+/// # Errors
+/// If Xen refuses.
+pub(crate) fn disable(domain: &Domain) -> Result<(), Error> {
+    // SAFETY: the handle is open.
+    check("xc_monitor_disable", unsafe { sys::xc_monitor_disable(domain.interface().raw(), domain.id()) })
 }
 
 /// A kind of event that is reported while this lives.
@@ -276,7 +323,12 @@ impl BackRing {
 
     fn push(&mut self, response: &Response) {
         assert_ne!(self.requests_taken, self.responses_put, "a response without a request");
-        // SAFETY: an aligned entry whose request has been taken, so it is ours.
+        self.put(response);
+    }
+
+    /// Puts a response, or something that is none to any request: then no virtual CPU may run until the ring is gone.
+    fn put(&mut self, response: &Response) {
+        // SAFETY: an aligned entry that is ours: its request has been taken, or there is none.
         unsafe { self.entry(self.responses_put).write_volatile(*response) };
         self.responses_put = self.responses_put.wrapping_add(1);
         // Xen must see the response before the index that says it is there.

@@ -79,6 +79,7 @@ fn one(domain: &mut Domain, guest: &Guest, mechanism: Mechanism, calls: u32) -> 
         rewrite_mismatches: after.rewrite_mismatches - before.rewrite_mismatches,
         served: served(&outcome),
         fallbacks: outcome.figures.iter().map(|figures| figures.fallbacks).sum(),
+        failures: outcome.counters.failures,
         handling: handling(&outcome),
     })
 }

@@ -1,12 +1,16 @@
 //! One Xen domain, through libxenctrl: memory, views and rights, everything undone when it is dropped.
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ffi::{CStr, CString, c_int, c_void};
 use std::fs::OpenOptions;
 use std::io::{self, ErrorKind};
+use std::path::Path;
 use std::ptr::{self, NonNull};
 use std::rc::Rc;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering::Relaxed};
 
+use hyperbp::ledger::{self, Ledger, Note};
 use hyperbp::{Gfn, Gpa, Hypervisor, PAGE_SIZE, Rights, VcpuId, ViewId};
 use hyperbp_xen_sys as sys;
 
@@ -23,8 +27,8 @@ const NO_LIMIT: u64 = (u32::MAX >> 4) as u64;
 /// Xen's `INVALID_GFN`: a view shows the page of the host view again.
 const INVALID_GFN: u64 = u64::MAX;
 
-/// Pages that stay mapped. A benchmark touches two or three.
-const CACHED_PAGES: usize = 32;
+/// Pages that stay mapped. The benchmark guest touches two or three, a kernel some hundreds.
+const CACHED_PAGES: usize = 2048;
 
 /// The breakpoint exception.
 const VECTOR_BP: u8 = 3;
@@ -47,6 +51,11 @@ impl Error {
     /// `call` has just failed and set `errno`.
     pub(crate) fn last(call: &'static str) -> Self {
         Self { call, source: io::Error::last_os_error() }
+    }
+
+    /// Whether this is why it failed, as an `errno`.
+    pub(crate) fn is(&self, code: c_int) -> bool {
+        self.source.raw_os_error() == Some(code)
     }
 
     fn invalid(call: &'static str, problem: String) -> Self {
@@ -73,6 +82,17 @@ pub(crate) enum OpenError {
         "domain `{0}` has no views: put altp2m=\"external\" into its configuration and `altp2m=1` on Xen's command line"
     )]
     NoAltp2m(String),
+    /// A monitor has died.
+    #[error("{source}: run `hyperbp-bench recover --domain {domain}`")]
+    Leftover {
+        /// The domain's name or number.
+        domain: String,
+        /// What it has left.
+        source: ledger::Error,
+    },
+    /// There is no ledger to write to.
+    #[error(transparent)]
+    Ledger(ledger::Error),
     /// Something else.
     #[error(transparent)]
     Other(#[from] Error),
@@ -223,24 +243,25 @@ impl Drop for Page {
     }
 }
 
-/// The pages used last, most recent first.
+/// Pages that stay mapped, for mapping one costs as much as serving a hit.
+///
+/// A page that the guest gives back to Xen (ballooning) and gets again stays mapped as what it was, as with LibVMI's cache.
 #[derive(Debug, Default)]
-struct PageCache(Vec<(Gfn, Page)>);
+struct PageCache(HashMap<Gfn, Page>);
 
 impl PageCache {
     fn get(&mut self, gfn: Gfn, map: impl FnOnce() -> Result<Page, Error>) -> Result<&Page, Error> {
-        if let Some(at) = self.0.iter().position(|(cached, _)| *cached == gfn) {
-            self.0[..=at].rotate_right(1);
-        } else {
-            let page = map()?;
-            self.0.truncate(CACHED_PAGES - 1);
-            self.0.insert(0, (gfn, page));
+        if self.0.len() >= CACHED_PAGES && !self.0.contains_key(&gfn) {
+            self.0.clear();
         }
-        Ok(&self.0[0].1)
+        match self.0.entry(gfn) {
+            Entry::Occupied(page) => Ok(page.into_mut()),
+            Entry::Vacant(slot) => Ok(slot.insert(map()?)),
+        }
     }
 
     fn forget(&mut self, gfn: Gfn) {
-        self.0.retain(|(cached, _)| *cached != gfn);
+        self.0.remove(&gfn);
     }
 }
 
@@ -251,6 +272,8 @@ pub(crate) struct Domain {
     xc: Rc<Interface>,
     memory: Rc<ForeignMemory>,
     id: u32,
+    uuid: [u8; 16],
+    has_altp2m: bool,
     vcpus: u16,
     /// The limit to put back, in KiB.
     memory_limit: u64,
@@ -264,14 +287,34 @@ pub(crate) struct Domain {
     shadow_base: Option<u64>,
     /// Calls of `pause` without their `resume`.
     pauses: u32,
+    /// What of this is to be undone if this process is killed. None if nothing is to be changed.
+    ledger: Option<Ledger>,
 }
 
 impl Domain {
-    /// Opens the domain with this name or number. Changes nothing in it.
+    /// Opens the domain with this name or number, and a ledger for it. Changes nothing in it.
     ///
     /// # Errors
     /// See [`OpenError`].
     pub(crate) fn open(name_or_id: &str) -> Result<Self, OpenError> {
+        let mut domain = Self::connect(name_or_id)?;
+        if !domain.has_altp2m {
+            return Err(OpenError::NoAltp2m(name_or_id.to_owned()));
+        }
+        let ledger =
+            Ledger::create(Path::new(ledger::DIRECTORY), domain.id, domain.uuid).map_err(|source| match source {
+                ledger::Error::Leftover(_) => OpenError::Leftover { domain: name_or_id.to_owned(), source },
+                _ => OpenError::Ledger(source),
+            })?;
+        domain.ledger = Some(ledger);
+        Ok(domain)
+    }
+
+    /// Opens the domain with this name or number, to look at it or to recover it.
+    ///
+    /// # Errors
+    /// See [`OpenError`]; whether it has altp2m is of no importance.
+    pub(crate) fn connect(name_or_id: &str) -> Result<Self, OpenError> {
         OpenOptions::new().read(true).write(true).open(PRIVCMD).map_err(OpenError::NotADom0)?;
         let xc = Interface::open()?;
         let no_such = || OpenError::NoSuchDomain(name_or_id.to_owned());
@@ -294,11 +337,11 @@ impl Domain {
             let result = unsafe { sys::xc_hvm_param_get(xc.raw(), id, sys::HVM_PARAM_ALTP2M, &mut altp2m) };
             check("xc_hvm_param_get", result)?;
         }
-        if altp2m == u64::from(sys::XEN_ALTP2M_disabled) {
-            return Err(OpenError::NoAltp2m(name_or_id.to_owned()));
-        }
 
         Ok(Self {
+            has_altp2m: altp2m != u64::from(sys::XEN_ALTP2M_disabled),
+            uuid: info.handle,
+            ledger: None,
             xc: Rc::new(xc),
             memory: Rc::new(ForeignMemory::open()?),
             id,
@@ -318,6 +361,41 @@ impl Domain {
     #[must_use]
     pub(crate) fn id(&self) -> u32 {
         self.id
+    }
+
+    /// What tells it from another domain with the same number.
+    #[must_use]
+    pub(crate) fn uuid(&self) -> [u8; 16] {
+        self.uuid
+    }
+
+    /// Whether it was made with altp2m.
+    #[must_use]
+    pub(crate) fn has_altp2m(&self) -> bool {
+        self.has_altp2m
+    }
+
+    /// Does something that pauses the domain for a moment, and would leave it paused if this process was killed meanwhile.
+    pub(crate) fn pausing<T>(&self, work: impl FnOnce() -> T) -> T {
+        if let Some(ledger) = &self.ledger {
+            ledger.note_pause();
+        }
+        let done = work();
+        if let Some(ledger) = &self.ledger {
+            ledger.erase_pause();
+        }
+        done
+    }
+
+    fn note(&mut self, note: Note) -> Result<(), Error> {
+        let noted = self.ledger.as_mut().map_or(Ok(()), |ledger| ledger.note(note));
+        noted.map_err(|source| Error { call: "the ledger", source })
+    }
+
+    fn erase(&mut self, note: Note) {
+        if let Some(ledger) = &mut self.ledger {
+            ledger.erase(note);
+        }
     }
 
     pub(crate) fn interface(&self) -> &Rc<Interface> {
@@ -364,6 +442,33 @@ impl Domain {
         Ok(info.nr_cpus)
     }
 
+    /// Its pages, and its memory limit in KiB.
+    ///
+    /// # Errors
+    /// If Xen does not answer.
+    pub(crate) fn memory(&self) -> Result<(u64, u64), Error> {
+        let info = info(&self.xc, self.id)?;
+        let info = info.ok_or_else(|| Error::invalid("xc_domain_getinfo", "the domain is gone".to_owned()))?;
+        Ok((info.nr_pages, info.max_memkb))
+    }
+
+    /// How many views can be made. Only while there are none.
+    ///
+    /// # Errors
+    /// If views cannot be switched on, or not off again.
+    pub(crate) fn free_views(&mut self) -> Result<usize, Error> {
+        self.set_altp2m(true)?;
+        let mut views = Vec::new();
+        while let Ok(view) = self.create_view() {
+            views.push(view);
+        }
+        if views.is_empty() {
+            self.set_altp2m(false)?;
+        }
+        let dropped: Result<Vec<()>, Error> = views.iter().map(|view| self.drop_view(*view)).collect();
+        dropped.map(|views| views.len())
+    }
+
     /// Whether it exists and has neither shut down nor crashed.
     ///
     /// # Errors
@@ -388,7 +493,7 @@ impl Domain {
         cache.get(gpa.gfn(), || Page::map(memory, *id, gpa.gfn()))
     }
 
-    fn set_memory_limit(&self, kib: u64) -> Result<(), Error> {
+    pub(crate) fn set_memory_limit(&self, kib: u64) -> Result<(), Error> {
         // SAFETY: the handle is open.
         check("xc_domain_setmaxmem", unsafe { sys::xc_domain_setmaxmem(self.xc.raw(), self.id, kib) })
     }
@@ -401,20 +506,41 @@ impl Domain {
         let mut last = 0;
         // SAFETY: the handle is open and `last` outlives the call.
         check("xc_domain_maximum_gpfn", unsafe { sys::xc_domain_maximum_gpfn(self.xc.raw(), self.id, &mut last) })?;
+        if let Some(ledger) = &self.ledger {
+            ledger.note_memory_limit(Some(self.memory_limit));
+        }
         self.set_memory_limit(NO_LIMIT)?;
         Ok(*self.shadow_base.insert((last + 1).min(SHADOW_FIRST)))
     }
 
-    fn release(&mut self, gfn: Gfn) -> Result<(), Error> {
+    /// Takes a page that this process, or one before it, has added to the domain away.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub(crate) fn release(&mut self, gfn: Gfn) -> Result<(), Error> {
         // A mapping would keep the page with the domain.
         self.cache.forget(gfn);
         let mut frame = gfn.0;
         // SAFETY: the handle is open, and the one extent outlives the call.
         let result = unsafe { sys::xc_domain_decrease_reservation_exact(self.xc.raw(), self.id, 1, 0, &mut frame) };
-        check("xc_domain_decrease_reservation_exact", result)
+        check("xc_domain_decrease_reservation_exact", result)?;
+        self.erase(Note::Frame(gfn));
+        Ok(())
     }
 
-    fn set_altp2m(&mut self, on: bool) -> Result<(), Error> {
+    /// Whether views are in use.
+    ///
+    /// # Errors
+    /// If Xen does not tell.
+    pub(crate) fn is_altp2m_on(&self) -> Result<bool, Error> {
+        let mut on = false;
+        // SAFETY: the handle is open and `on` outlives the call.
+        let result = unsafe { sys::xc_altp2m_get_domain_state(self.xc.raw(), self.id, &mut on) };
+        check("xc_altp2m_get_domain_state", result)?;
+        Ok(on)
+    }
+
+    pub(crate) fn set_altp2m(&mut self, on: bool) -> Result<(), Error> {
         // SAFETY: the handle is open.
         let result = unsafe { sys::xc_altp2m_set_domain_state(self.xc.raw(), self.id, on) };
         check("xc_altp2m_set_domain_state", result)?;
@@ -445,6 +571,17 @@ impl Hypervisor for Domain {
         Ok(())
     }
 
+    fn displace(&mut self, gpa: Gpa, original: u8) -> Result<(), Error> {
+        self.note(Note::Displaced { gpa, original })?;
+        self.write(gpa, &[0xcc])
+    }
+
+    fn replace(&mut self, gpa: Gpa, original: u8) -> Result<(), Error> {
+        self.write(gpa, &[original])?;
+        self.erase(Note::Displaced { gpa, original });
+        Ok(())
+    }
+
     /// Ticks of this CPU's time-stamp counter.
     fn now(&self) -> u64 {
         // SAFETY: every CPU that Xen runs on has it, and a PV dom0 may read it.
@@ -458,9 +595,10 @@ impl Hypervisor for Domain {
             .find(|frame| !self.shadows.contains(&Gfn(*frame)))
             .ok_or_else(|| Error::invalid(call, "no guest frame is left for a shadow page".to_owned()))?;
         let gfn = Gfn(frame);
+        self.note(Note::Frame(gfn))?;
         // SAFETY: the handle is open, and the one extent outlives the call.
         let result = unsafe { sys::xc_domain_populate_physmap_exact(self.xc.raw(), self.id, 1, 0, 0, &mut frame) };
-        check(call, result)?;
+        check(call, result).inspect_err(|_| self.erase(Note::Frame(gfn)))?;
         self.shadows.push(gfn);
         Ok(gfn)
     }
@@ -500,7 +638,8 @@ impl Hypervisor for Domain {
     fn drop_view(&mut self, view: ViewId) -> Result<(), Error> {
         self.destroy(view)?;
         self.views.retain(|other| *other != view);
-        Ok(())
+        // With altp2m on, Xen carries every change of the host view into others.
+        if self.views.is_empty() { self.set_altp2m(false) } else { Ok(()) }
     }
 
     fn remap(&mut self, view: ViewId, gfn: Gfn, to: Option<Gfn>) -> Result<(), Error> {
@@ -523,11 +662,15 @@ impl Hypervisor for Domain {
             let result = unsafe { sys::xc_altp2m_set_mem_access(self.xc.raw(), self.id, view.0, gfn.0, access) };
             return check("xc_altp2m_set_mem_access", result);
         }
+        if rights != Rights::All {
+            self.note(Note::Guard(gfn))?;
+        }
         // SAFETY: the handle is open.
         check("xc_set_mem_access", unsafe { sys::xc_set_mem_access(self.xc.raw(), self.id, access, gfn.0, 1) })?;
         self.guarded.retain(|guarded| *guarded != gfn);
-        if rights != Rights::All {
-            self.guarded.push(gfn);
+        match rights {
+            Rights::All => self.erase(Note::Guard(gfn)),
+            _ => self.guarded.push(gfn),
         }
         Ok(())
     }
@@ -540,6 +683,9 @@ impl Hypervisor for Domain {
     }
 
     fn pause(&mut self) -> Result<(), Error> {
+        if let Some(ledger) = &self.ledger {
+            ledger.note_pause();
+        }
         // SAFETY: the handle is open.
         check("xc_domain_pause", unsafe { sys::xc_domain_pause(self.xc.raw(), self.id) })?;
         self.pauses += 1;
@@ -550,17 +696,35 @@ impl Hypervisor for Domain {
         // SAFETY: the handle is open.
         check("xc_domain_unpause", unsafe { sys::xc_domain_unpause(self.xc.raw(), self.id) })?;
         self.pauses = self.pauses.saturating_sub(1);
+        if let Some(ledger) = &self.ledger {
+            ledger.erase_pause();
+        }
         Ok(())
     }
 }
 
 impl Drop for Domain {
     fn drop(&mut self) {
+        let Some(ledger) = self.ledger.take() else { return };
         // The guest may be gone already, and then so is all of this.
-        if !self.is_running().unwrap_or(false) {
-            return;
-        }
         let mut results = Vec::new();
+        if self.is_running().unwrap_or(false) {
+            self.undo(&mut results);
+        }
+        for error in results.iter().filter_map(|result| result.as_ref().err()) {
+            log::warn!("leaving domain {}: {error}", self.id);
+        }
+        // What could not be undone is left for `recover`.
+        if results.iter().all(Result::is_ok)
+            && let Err(error) = ledger.remove()
+        {
+            log::warn!("the ledger of domain {} cannot be removed: {error}", self.id);
+        }
+    }
+}
+
+impl Domain {
+    fn undo(&mut self, results: &mut Vec<Result<(), Error>>) {
         // No virtual CPU may be in a view that goes, nor a view show a page that goes.
         if self.altp2m_on {
             results.push(self.switch_view(ViewId::HOST));
@@ -585,9 +749,6 @@ impl Drop for Domain {
             }
             results.push(result);
         }
-        for error in results.into_iter().filter_map(Result::err) {
-            log::warn!("leaving domain {}: {error}", self.id);
-        }
     }
 }
 
@@ -598,7 +759,7 @@ fn info(xc: &Interface, id: u32) -> Result<Option<sys::xc_dominfo_t>, Error> {
     let found = unsafe { sys::xc_domain_getinfo(xc.raw(), id, 1, &mut info) };
     match check("xc_domain_getinfo", found) {
         // There is none from that number on.
-        Err(error) if error.source.raw_os_error() == Some(libc::ESRCH) => return Ok(None),
+        Err(error) if error.is(libc::ESRCH) => return Ok(None),
         result => result?,
     }
     // It gives the first domain from that number on.

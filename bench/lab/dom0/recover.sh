@@ -1,0 +1,48 @@
+# Kills the runner with SIGKILL in the middle of storms, KILLS times after different times and under different mechanisms,
+# recovers the domain each time, and lets the guest finish without a monitor. Then attaches and detaches ATTACH times. A line
+# for each goes into the results, `ok: ` or `FAILED: `.
+calls=60
+mechanisms="auto repair view-step view-fast-step emulate interpret in-place+auto+data in-place+emulate+data
+    shadow+auto+view-step shadow+emulate+emulate"
+checks() {
+    i=0
+    while [ $i -lt "$KILLS" ]; do
+        for mechanism in $mechanisms; do
+            [ $i -lt "$KILLS" ] || break
+            i=$((i + 1))
+            # From before it has attached to after it has left, in steps that do not fit any period.
+            delay=$((20000 + i * 12007 % 300000))
+            hyperbp-bench storm --domain bench --count $calls --mechanism "$mechanism" >/tmp/storm 2>&1 </dev/null &
+            usleep $delay
+            kill -9 $! 2>/dev/null
+            wait $!
+            code=$?
+            what="killed under $mechanism after $((delay / 1000)) ms (exit code $code)"
+            # Before anybody has recovered it, no monitor attaches.
+            again=""
+            if [ -e /run/hyperbp/*.ledger ]; then
+                hyperbp-bench check --domain bench >/tmp/again 2>&1
+                case $? in
+                6 | 0) ;;
+                *) again="$(cat /tmp/again)" ;;
+                esac
+            fi
+            if [ -z "$again" ] && hyperbp-bench recover --domain bench >/tmp/recovered 2>&1 &&
+                hyperbp-bench settle --domain bench --count $calls >/tmp/settled 2>&1; then
+                echo "ok: $what, $(grep -c '^- ' /tmp/recovered) things undone"
+            else
+                echo "FAILED: $what: $again $(cat /tmp/recovered /tmp/settled)"
+                xl destroy bench
+                xl create -q /tmp/recover.cfg
+            fi
+            echo "@progress $i $KILLS $what" >&2
+        done
+    done
+    hyperbp-bench check --domain bench --attach "$ATTACH" || echo "FAILED: attaching and detaching (exit code $?)"
+    # A domain with nothing to recover.
+    hyperbp-bench recover --domain bench | grep -q "nothing to recover" && echo "ok: nothing left to recover"
+}
+sed -e 's/^vcpus.*/vcpus = 2/' /guest/guest.cfg >/tmp/recover.cfg
+xl create -q /tmp/recover.cfg || exit
+checks >"$OUT/checks"
+cat "$OUT/checks"

@@ -1,0 +1,133 @@
+//! Restores a domain whose monitor was killed, and looks whether anything of one is left.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use hyperbp::ledger::{self, Ledger, Note};
+use hyperbp::{Gpa, Hypervisor, Rights, VcpuId, ViewId};
+
+use crate::ring::{self, Monitor};
+use crate::xen::{Domain, Error};
+
+/// INT3.
+const INT3: u8 = 0xcc;
+/// Views Xen has, the host view included (`MAX_ALTP2M`, xen/arch/x86/include/asm/domain.h).
+const VIEWS: usize = 10;
+
+/// Undoes what a dead monitor has left in a domain. Tells what it did, a line each; none if there was nothing to do.
+///
+/// It can be killed itself, and run again.
+///
+/// # Errors
+/// If a monitor is alive, or Xen refuses something: then it may be run again.
+pub(crate) fn recover(domain: &mut Domain) -> Result<Vec<String>> {
+    let mut done = Vec::new();
+    let ledger = Ledger::leftover(Path::new(ledger::DIRECTORY), domain.id(), domain.uuid())?;
+    let stopped = ring::stop_all(domain).context("cannot stop what is reported of the domain")?;
+    done.extend(stopped.iter().map(|what| format!("{what} were still reported")));
+    if ledger.is_none() && stopped.is_empty() {
+        return Ok(done);
+    }
+    // Nothing may run until everything is as it was.
+    if let Some(ledger) = &ledger {
+        ledger.note_pause();
+    }
+    domain.pause().context("cannot pause the domain")?;
+    let restored = restore(domain, ledger, &mut done);
+    domain.resume().context("cannot resume the domain")?;
+    restored?;
+    Ok(done)
+}
+
+fn restore(domain: &mut Domain, ledger: Option<Ledger>, done: &mut Vec<String>) -> Result<()> {
+    for vcpu in 0..domain.vcpus() {
+        domain.stop_step(VcpuId(vcpu)).context("cannot end the single-steps")?;
+    }
+    if domain.has_altp2m() && domain.is_altp2m_on()? {
+        domain.set_altp2m(false).context("cannot drop the views")?;
+        done.push("its views were still there".to_owned());
+    }
+    ring::disable(domain).context("cannot take the old ring away")?;
+    // A ring of our own: rights cannot be set without one, and virtual CPUs may wait for an answer.
+    let mut monitor = Monitor::attach(domain).context("cannot monitor the domain")?;
+    if let Some(mut ledger) = ledger {
+        undo(domain, &mut ledger, done)?;
+        // One of them is `recover`'s own.
+        while ledger.pauses() > 1 {
+            // What was noted may not have happened.
+            match domain.resume() {
+                Ok(()) => done.push("it was paused".to_owned()),
+                Err(error) => log::info!("it was not paused after all: {error}"),
+            }
+            ledger.erase_pause();
+        }
+        monitor.release(domain.vcpus()).context("cannot let waiting virtual CPUs go on")?;
+        drop(monitor);
+        ledger.remove().context("cannot remove the ledger")?;
+    } else {
+        monitor.release(domain.vcpus()).context("cannot let waiting virtual CPUs go on")?;
+        done.push("there was no ledger: bytes, guards and frames of the monitor are not known".to_owned());
+    }
+    Ok(())
+}
+
+/// Undoes what is noted. Bytes first: nobody may read one of ours when the guards are gone.
+fn undo(domain: &mut Domain, ledger: &mut Ledger, done: &mut Vec<String>) -> Result<()> {
+    let mut notes = ledger.notes();
+    notes.sort_by_key(|note| note.encode());
+    for note in notes {
+        let undone = match note {
+            Note::Displaced { gpa, original } => put_back(domain, gpa, original)?,
+            Note::Guard(gfn) => {
+                domain.set_rights(ViewId::HOST, gfn, Rights::All).context("cannot lift a guard")?;
+                Some(format!("{gfn} was guarded"))
+            }
+            // It may not have been added any more, or be gone already.
+            Note::Frame(gfn) => domain.release(gfn).ok().map(|()| format!("{gfn} held a shadow")),
+        };
+        done.extend(undone);
+        ledger.erase(note);
+    }
+    if let Some(limit) = ledger.memory_limit() {
+        domain.set_memory_limit(limit).context("cannot put the memory limit back")?;
+        ledger.note_memory_limit(None);
+        done.push("its memory limit was raised".to_owned());
+    }
+    Ok(())
+}
+
+fn put_back(domain: &mut Domain, gpa: Gpa, original: u8) -> Result<Option<String>, Error> {
+    let mut byte = [0];
+    domain.read(gpa, &mut byte)?;
+    // Anything else is the guest's.
+    if byte[0] != INT3 {
+        return Ok(None);
+    }
+    domain.write(gpa, &[original])?;
+    Ok(Some(format!("there was a breakpoint at {gpa}")))
+}
+
+/// What can be seen of a domain from outside, and must not differ before a monitor and after it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Traces {
+    /// Pages it has.
+    pub(crate) pages: u64,
+    /// Its memory limit, in KiB.
+    pub(crate) limit: u64,
+}
+
+impl Traces {
+    /// Looks at a domain that no monitor is attached to.
+    ///
+    /// # Errors
+    /// If something of a monitor is left that must not be there at any time.
+    pub(crate) fn of(domain: &mut Domain) -> Result<Self> {
+        let reported = ring::stop_all(domain)?;
+        ensure!(reported.is_empty(), "{} are still reported", reported.join(" and "));
+        ensure!(!domain.is_altp2m_on()?, "views are still on");
+        let views = domain.free_views()?;
+        ensure!(views == VIEWS - 1, "{views} views are free, not {}", VIEWS - 1);
+        let (pages, limit) = domain.memory()?;
+        Ok(Self { pages, limit })
+    }
+}

@@ -1,0 +1,383 @@
+//! What a monitor has changed in a domain, noted where it outlives the monitor.
+//!
+//! A monitor that is killed leaves everything behind: breakpoints in the guest's own pages, guards, shadow frames, pauses.
+//! So whoever changes a domain notes it in a ledger, a small file of a known name that is mapped into memory: a note is a
+//! store, and the kernel has it whatever becomes of the process. A note is made *before* the change, and erased *after* it
+//! is undone; so what is noted may not have happened, and undoing it must be harmless then.
+//!
+//! A ledger is locked as long as its monitor lives. One that is there and not locked is a dead monitor's.
+
+use std::collections::HashMap;
+use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use memmap2::MmapRaw;
+
+use crate::{Gfn, Gpa};
+
+/// Where ledgers are, unless the user says otherwise. It is empty when the machine starts, as Xen is.
+pub const DIRECTORY: &str = "/run/hyperbp";
+
+/// The first word of a ledger: `HBPLEDG1`. It is written last.
+const MAGIC: u64 = u64::from_le_bytes(*b"HBPLEDG1");
+/// Words before the notes: the magic, the domain's UUID in two, its memory limit in KiB plus one, our pauses, and how
+/// many words are in use.
+const HEADER: usize = 8;
+const UUID: usize = 1;
+const LIMIT: usize = 3;
+const PAUSES: usize = 4;
+const END: usize = 5;
+/// Words of the file: room for a million notes. It is sparse.
+const WORDS: usize = 1 << 20;
+const BYTES: u64 = (WORDS * size_of::<u64>()) as u64;
+
+const KIND: u32 = 60;
+const ORIGINAL: u32 = 52;
+const ADDRESS: u64 = (1 << ORIGINAL) - 1;
+
+/// A change to a domain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Note {
+    /// 0xCC is in the guest's own page, over this byte.
+    Displaced {
+        /// Where.
+        gpa: Gpa,
+        /// What the guest has there.
+        original: u8,
+    },
+    /// The frame is not the guest's, but has a page for a shadow.
+    Frame(Gfn),
+    /// The host view does not permit everything on this page.
+    Guard(Gfn),
+}
+
+impl Note {
+    /// As one word; never 0.
+    #[must_use]
+    pub fn encode(self) -> u64 {
+        let (kind, original, address) = match self {
+            Self::Displaced { gpa, original } => (1, original, gpa.0),
+            Self::Frame(gfn) => (2, 0, gfn.0),
+            Self::Guard(gfn) => (3, 0, gfn.0),
+        };
+        kind << KIND | u64::from(original) << ORIGINAL | address & ADDRESS
+    }
+
+    /// What such a word says; `None` if it is no note.
+    #[must_use]
+    pub fn decode(word: u64) -> Option<Self> {
+        let (original, address) = ((word >> ORIGINAL) as u8, word & ADDRESS);
+        match word >> KIND {
+            1 => Some(Self::Displaced { gpa: Gpa(address), original }),
+            2 => Some(Self::Frame(Gfn(address))),
+            3 => Some(Self::Guard(Gfn(address))),
+            _ => None,
+        }
+    }
+
+    /// What is the same for two notes of which one replaces the other.
+    const fn key(self) -> (u8, u64) {
+        match self {
+            Self::Displaced { gpa, .. } => (1, gpa.0),
+            Self::Frame(gfn) => (2, gfn.0),
+            Self::Guard(gfn) => (3, gfn.0),
+        }
+    }
+}
+
+/// Why there is no ledger to write to.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A monitor that lives has it.
+    #[error("a monitor is attached to this domain: stop it first ({0} is locked)")]
+    Busy(PathBuf),
+    /// A monitor has died with it.
+    #[error("a monitor of this domain has died and left things behind ({0})")]
+    Leftover(PathBuf),
+    /// The file cannot be used.
+    #[error("cannot use {path}: {source}")]
+    Io {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// The ledger of one domain. It is locked while this lives.
+#[derive(Debug)]
+pub struct Ledger {
+    path: PathBuf,
+    map: MmapRaw,
+    lock: File,
+    slots: HashMap<(u8, u64), usize>,
+    free: Vec<usize>,
+    /// All words from this one on are free.
+    end: usize,
+}
+
+impl Ledger {
+    /// The ledger of a domain, empty, in `directory`, which is made if there is none.
+    ///
+    /// # Errors
+    /// [`Error::Busy`], [`Error::Leftover`] if it is there and not empty, [`Error::Io`].
+    pub fn create(directory: &Path, domain: u32, uuid: [u8; 16]) -> Result<Self, Error> {
+        let ledger = Self::lock(directory, domain)?;
+        // A new domain has nothing of a former one's with the same number.
+        if ledger.is_of(uuid) && !ledger.is_empty() {
+            return Err(Error::Leftover(ledger.path));
+        }
+        let Self { path, map, lock, .. } = ledger;
+        let emptied = lock.set_len(0).and_then(|()| lock.set_len(BYTES));
+        emptied.map_err(|source| Error::Io { path: path.clone(), source })?;
+        let ledger = Self { path, map, lock, slots: HashMap::new(), free: Vec::new(), end: HEADER };
+        ledger.begin(uuid);
+        Ok(ledger)
+    }
+
+    /// The ledger a dead monitor of this domain has left, if it has.
+    ///
+    /// # Errors
+    /// [`Error::Busy`], [`Error::Io`].
+    pub fn leftover(directory: &Path, domain: u32, uuid: [u8; 16]) -> Result<Option<Self>, Error> {
+        if !path(directory, domain).exists() {
+            return Ok(None);
+        }
+        let ledger = Self::lock(directory, domain)?;
+        Ok(ledger.is_of(uuid).then_some(ledger))
+    }
+
+    fn lock(directory: &Path, domain: u32) -> Result<Self, Error> {
+        let path = path(directory, domain);
+        let io = |source| Error::Io { path: path.clone(), source };
+        let made = DirBuilder::new().recursive(true).mode(0o700).create(directory);
+        made.map_err(|source| Error::Io { path: directory.to_owned(), source })?;
+        let mut options = OpenOptions::new();
+        let file = options.read(true).write(true).create(true).truncate(false).mode(0o600).open(&path).map_err(io)?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Err(Error::Busy(path)),
+            Err(TryLockError::Error(source)) => return Err(io(source)),
+        }
+        file.set_len(BYTES).map_err(io)?;
+        let map = MmapRaw::map_raw(&file).map_err(io)?;
+        let mut ledger = Self { path, map, lock: file, slots: HashMap::new(), free: Vec::new(), end: HEADER };
+        ledger.index();
+        Ok(ledger)
+    }
+
+    /// Finds the notes that are there. They are written from the start on, with holes.
+    fn index(&mut self) {
+        self.end = (self.word(END).load(Ordering::Acquire) as usize).clamp(HEADER, WORDS);
+        for slot in HEADER..self.end {
+            match Note::decode(self.word(slot).load(Ordering::Relaxed)) {
+                Some(note) => drop(self.slots.insert(note.key(), slot)),
+                None => self.free.push(slot),
+            }
+        }
+    }
+
+    fn begin(&self, uuid: [u8; 16]) {
+        let (low, high) = halves(uuid);
+        self.word(UUID).store(low, Ordering::Relaxed);
+        self.word(UUID + 1).store(high, Ordering::Relaxed);
+        self.word(0).store(MAGIC, Ordering::Release);
+    }
+
+    fn is_of(&self, uuid: [u8; 16]) -> bool {
+        let word = |at| self.word(at).load(Ordering::Acquire);
+        word(0) == MAGIC && (word(UUID), word(UUID + 1)) == halves(uuid)
+    }
+
+    /// Whether nothing is noted.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.slots.is_empty() && self.pauses() == 0 && self.memory_limit().is_none()
+    }
+
+    fn word(&self, at: usize) -> &AtomicU64 {
+        assert!(at < WORDS);
+        // SAFETY: within the mapping, which has `WORDS` words, by the assertion.
+        let word = unsafe { self.map.as_mut_ptr().cast::<u64>().add(at) };
+        // SAFETY: aligned, for a mapping begins with a page; mapped while `self` lives; only accessed atomically.
+        unsafe { AtomicU64::from_ptr(word) }
+    }
+
+    /// Notes a change that is about to be made. It replaces what is noted of the same place.
+    ///
+    /// # Errors
+    /// If there is no room left.
+    pub fn note(&mut self, note: Note) -> io::Result<()> {
+        let slot = match self.slots.get(&note.key()) {
+            Some(slot) => *slot,
+            None => self.free_slot()?,
+        };
+        self.word(slot).store(note.encode(), Ordering::Release);
+        self.slots.insert(note.key(), slot);
+        Ok(())
+    }
+
+    fn free_slot(&mut self) -> io::Result<usize> {
+        if let Some(slot) = self.free.pop() {
+            return Ok(slot);
+        }
+        if self.end == WORDS {
+            return Err(io::Error::new(ErrorKind::StorageFull, "the ledger is full"));
+        }
+        self.end += 1;
+        self.word(END).store(self.end as u64, Ordering::Release);
+        Ok(self.end - 1)
+    }
+
+    /// Erases what is noted of a place: it is undone. The original byte of the note is of no importance.
+    pub fn erase(&mut self, note: Note) {
+        if let Some(slot) = self.slots.remove(&note.key()) {
+            self.word(slot).store(0, Ordering::Release);
+            self.free.push(slot);
+        }
+    }
+
+    /// All that is noted, in no order.
+    #[must_use]
+    pub fn notes(&self) -> Vec<Note> {
+        self.slots.values().filter_map(|slot| Note::decode(self.word(*slot).load(Ordering::Acquire))).collect()
+    }
+
+    /// How many pauses of the domain are ours.
+    #[must_use]
+    pub fn pauses(&self) -> u64 {
+        self.word(PAUSES).load(Ordering::Acquire)
+    }
+
+    /// Notes that the domain is about to be paused once more.
+    pub fn note_pause(&self) {
+        self.word(PAUSES).fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// Erases a pause.
+    pub fn erase_pause(&self) {
+        let pauses = self.pauses();
+        self.word(PAUSES).store(pauses.saturating_sub(1), Ordering::Release);
+    }
+
+    /// The domain's own memory limit in KiB, if it has been raised.
+    #[must_use]
+    pub fn memory_limit(&self) -> Option<u64> {
+        self.word(LIMIT).load(Ordering::Acquire).checked_sub(1)
+    }
+
+    /// Notes the domain's own memory limit, which is about to be raised; `None` when it is as it was.
+    pub fn note_memory_limit(&self, kib: Option<u64>) {
+        self.word(LIMIT).store(kib.map_or(0, |kib| kib.saturating_add(1)), Ordering::Release);
+    }
+
+    /// Removes the file: nothing of the monitor is left in the domain.
+    ///
+    /// # Errors
+    /// If it cannot be removed.
+    pub fn remove(self) -> io::Result<()> {
+        fs::remove_file(&self.path)
+    }
+}
+
+fn path(directory: &Path, domain: u32) -> PathBuf {
+    directory.join(format!("{domain}.ledger"))
+}
+
+fn halves(uuid: [u8; 16]) -> (u64, u64) {
+    let number = u128::from_le_bytes(uuid);
+    (number as u64, (number >> 64) as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const ID: [u8; 16] = [7; 16];
+
+    fn any_note() -> impl Strategy<Value = Note> {
+        let address = 0..=ADDRESS;
+        prop_oneof![
+            (address.clone(), any::<u8>()).prop_map(|(at, original)| Note::Displaced { gpa: Gpa(at), original }),
+            address.clone().prop_map(|at| Note::Frame(Gfn(at))),
+            address.prop_map(|at| Note::Guard(Gfn(at))),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn a_note_is_one_word(note in any_note()) {
+            prop_assert_ne!(note.encode(), 0);
+            prop_assert_eq!(Note::decode(note.encode()), Some(note));
+        }
+
+        #[test]
+        fn any_word_is_a_note_or_none(word in any::<u64>()) {
+            let _ = Note::decode(word);
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(16))]
+
+        /// Whatever was noted and not erased when the monitor dies is what a later process finds.
+        #[test]
+        fn what_is_noted_outlives_the_monitor(steps in prop::collection::vec((0..20_u64, any::<u8>(), any::<bool>()), 0..60)) {
+            let dir = tempfile::tempdir().unwrap();
+            let mut expected = HashMap::new();
+            let mut ledger = Ledger::create(dir.path(), 3, ID).unwrap();
+            for (at, original, erase) in steps {
+                let note = Note::Displaced { gpa: Gpa(at), original };
+                if erase {
+                    ledger.erase(note);
+                    expected.remove(&at);
+                } else {
+                    ledger.note(note).unwrap();
+                    expected.insert(at, note);
+                }
+            }
+            drop(ledger);
+            let found = Ledger::leftover(dir.path(), 3, ID).unwrap().unwrap();
+            let notes: HashMap<_, _> = found.notes().into_iter().map(|note| (note.key().1, note)).collect();
+            prop_assert_eq!(notes, expected);
+        }
+    }
+
+    #[test]
+    fn a_ledger_with_notes_is_not_written_over() {
+        let dir = tempfile::tempdir().unwrap();
+        let create = || Ledger::create(dir.path(), 3, ID);
+        let mut ledger = create().unwrap();
+        assert!(matches!(create(), Err(Error::Busy(_))));
+        ledger.note(Note::Frame(Gfn(5))).unwrap();
+        ledger.note_pause();
+        drop(ledger);
+        assert!(matches!(create(), Err(Error::Leftover(_))));
+        // Another domain that has got the same number.
+        assert!(Ledger::leftover(dir.path(), 3, [8; 16]).unwrap().is_none());
+        let mut left = Ledger::leftover(dir.path(), 3, ID).unwrap().unwrap();
+        assert_eq!((left.notes(), left.pauses(), left.memory_limit()), (vec![Note::Frame(Gfn(5))], 1, None));
+        left.erase(Note::Frame(Gfn(5)));
+        left.erase_pause();
+        assert!(left.is_empty());
+        drop(left);
+        create().unwrap().remove().unwrap();
+        assert!(Ledger::leftover(dir.path(), 3, ID).unwrap().is_none());
+        assert!(Ledger::create(dir.path(), 3, [8; 16]).unwrap().is_empty());
+    }
+
+    #[test]
+    fn torn_and_foreign_files_are_no_ledgers() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = path(dir.path(), 3);
+        for content in [&b""[..], b"HBPLEDG1", &[0xff; 200]] {
+            fs::write(&file, content).unwrap();
+            assert!(Ledger::leftover(dir.path(), 3, ID).unwrap().is_none());
+            assert!(Ledger::create(dir.path(), 3, ID).unwrap().is_empty());
+        }
+    }
+}
