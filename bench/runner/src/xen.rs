@@ -498,6 +498,18 @@ impl Domain {
         check("xc_domain_setmaxmem", unsafe { sys::xc_domain_setmaxmem(self.xc.raw(), self.id, kib) })
     }
 
+    /// Puts the limit back that made no room for shadow pages.
+    fn limit_memory(&mut self) -> Result<(), Error> {
+        if self.shadow_base.is_some() {
+            self.set_memory_limit(self.memory_limit)?;
+            self.shadow_base = None;
+            if let Some(ledger) = &self.ledger {
+                ledger.note_memory_limit(None);
+            }
+        }
+        Ok(())
+    }
+
     /// The lowest frame number for a shadow page.
     fn shadow_base(&mut self) -> Result<u64, Error> {
         if let Some(base) = self.shadow_base {
@@ -609,7 +621,7 @@ impl Hypervisor for Domain {
         };
         self.release(gfn)?;
         self.shadows.swap_remove(at);
-        Ok(())
+        if self.shadows.is_empty() { self.limit_memory() } else { Ok(()) }
     }
 
     fn create_view(&mut self) -> Result<ViewId, Error> {
@@ -739,9 +751,7 @@ impl Domain {
         for gfn in std::mem::take(&mut self.shadows) {
             results.push(self.release(gfn));
         }
-        if self.shadow_base.is_some() {
-            results.push(self.set_memory_limit(self.memory_limit));
-        }
+        results.push(self.limit_memory());
         while self.pauses > 0 {
             let result = self.resume();
             if result.is_err() {
