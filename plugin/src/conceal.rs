@@ -35,12 +35,13 @@ pub(crate) fn begin<H: Hypervisor>(
         Ok(Reply { action, ..Reply::default() })
     };
     if !(access.write || access.page_walk || vcpu.stepping) {
+        let emulable = !event.registers.has_debugger();
         match (page.conceal, views) {
             (Conceal::ViewFastStep, Some(views)) => {
                 return Ok(step::fast_step_in_own_view(vcpu, views, event.registers.rip));
             }
-            (Conceal::Emulate, Some(_)) if !others_in_place => return emulated(vcpu, Action::Emulate),
-            (Conceal::Data, _) => {
+            (Conceal::Emulate, Some(_)) if emulable && !others_in_place => return emulated(vcpu, Action::Emulate),
+            (Conceal::Data, _) if emulable => {
                 if let Some(data) = data(hv, factory, page, event, access)? {
                     return emulated(vcpu, Action::EmulateRead(data));
                 }

@@ -23,13 +23,14 @@ pub const DIRECTORY: &str = "/run/hyperbp";
 
 /// The first word of a ledger: `HBPLEDG1`. It is written last.
 const MAGIC: u64 = u64::from_le_bytes(*b"HBPLEDG1");
-/// Words before the notes: the magic, the domain's UUID in two, its memory limit in KiB plus one, our pauses, and how
-/// many words are in use.
+/// Words before the notes: the magic, the domain's UUID in two, its memory limit in KiB plus one, our pauses, how many
+/// words are in use, and whether we are attached.
 const HEADER: usize = 8;
 const UUID: usize = 1;
 const LIMIT: usize = 3;
 const PAUSES: usize = 4;
 const END: usize = 5;
+const ATTACHED: usize = 6;
 /// Words of the file: room for a million notes. It is sparse.
 const WORDS: usize = 1 << 20;
 const BYTES: u64 = (WORDS * size_of::<u64>()) as u64;
@@ -195,7 +196,7 @@ impl Ledger {
     /// Whether nothing is noted.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.slots.is_empty() && self.pauses() == 0 && self.memory_limit().is_none()
+        self.slots.is_empty() && self.pauses() == 0 && self.memory_limit().is_none() && !self.is_attached()
     }
 
     fn word(&self, at: usize) -> &AtomicU64 {
@@ -274,6 +275,17 @@ impl Ledger {
         self.word(LIMIT).store(kib.map_or(0, |kib| kib.saturating_add(1)), Ordering::Release);
     }
 
+    /// Whether somebody has attached to the domain. Its events may still be reported.
+    #[must_use]
+    pub fn is_attached(&self) -> bool {
+        self.word(ATTACHED).load(Ordering::Acquire) != 0
+    }
+
+    /// Notes that the domain's events are about to be reported. This is not erased: the ledger is removed after that.
+    pub fn note_attached(&self) {
+        self.word(ATTACHED).store(1, Ordering::Release);
+    }
+
     /// Removes the file: nothing of the monitor is left in the domain.
     ///
     /// # Errors
@@ -327,6 +339,7 @@ mod tests {
         /// Whatever was noted and not erased when the monitor dies is what a later process finds.
         #[test]
         fn what_is_noted_outlives_the_monitor(steps in prop::collection::vec((0..20_u64, any::<u8>(), any::<bool>()), 0..60)) {
+            let _alone = crate::FORKING.lock();
             let dir = tempfile::tempdir().unwrap();
             let mut expected = HashMap::new();
             let mut ledger = Ledger::create(dir.path(), 3, ID).unwrap();
@@ -349,6 +362,7 @@ mod tests {
 
     #[test]
     fn a_ledger_with_notes_is_not_written_over() {
+        let _alone = crate::FORKING.lock();
         let dir = tempfile::tempdir().unwrap();
         let create = || Ledger::create(dir.path(), 3, ID);
         let mut ledger = create().unwrap();
@@ -371,7 +385,19 @@ mod tests {
     }
 
     #[test]
+    fn a_monitor_that_was_attached_has_left_something() {
+        let _alone = crate::FORKING.lock();
+        let dir = tempfile::tempdir().unwrap();
+        let ledger = Ledger::create(dir.path(), 3, ID).unwrap();
+        assert!(!ledger.is_attached());
+        ledger.note_attached();
+        drop(ledger);
+        assert!(matches!(Ledger::create(dir.path(), 3, ID), Err(Error::Leftover(_))));
+    }
+
+    #[test]
     fn torn_and_foreign_files_are_no_ledgers() {
+        let _alone = crate::FORKING.lock();
         let dir = tempfile::tempdir().unwrap();
         let file = path(dir.path(), 3);
         for content in [&b""[..], b"HBPLEDG1", &[0xff; 200]] {

@@ -24,6 +24,10 @@ mod stats;
 mod step;
 mod views;
 
+/// A forked child holds the locks of its parent's files. Tests that fork, and tests that lock, run one after another.
+#[cfg(test)]
+static FORKING: std::sync::Mutex<()> = std::sync::Mutex::new(());
+
 pub use addr::{Gfn, Gpa, PAGE_SIZE};
 pub use breakpoint::BreakpointId;
 pub use engine::{Engine, Hit, Verdict};

@@ -55,3 +55,13 @@ pub struct Registers {
     /// How instructions are decoded.
     pub mode: CodeMode,
 }
+
+/// The local and global enable bits of the four breakpoints (Intel SDM volume 3, section 18.2.4).
+const DR7_ENABLED: u64 = 0xff;
+
+impl Registers {
+    /// Whether the guest has breakpoints of its own in the debug registers. What is not done by the CPU does not meet them.
+    pub(crate) const fn has_debugger(&self) -> bool {
+        self.dr7 & DR7_ENABLED != 0
+    }
+}

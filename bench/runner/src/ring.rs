@@ -46,6 +46,7 @@ impl Monitor {
     /// # Errors
     /// If another monitor is attached (`EBUSY`), or Xen refuses.
     pub(crate) fn attach(domain: &Domain) -> Result<Self, Error> {
+        domain.note_attached();
         let (page, port) = domain.pausing(|| RingPage::enable(domain.interface(), domain.id()))?;
         let channel = Channel::bind(domain.id(), port)?;
         // SAFETY: the page is the ring's, mapped until `_page` is dropped, and no one else here uses it.
@@ -187,7 +188,10 @@ impl RingPage {
         let mut port = 0;
         // SAFETY: the handle is open and `port` outlives the call.
         let address = unsafe { sys::xc_monitor_enable(xc.raw(), domain, &mut port) };
-        let address = NonNull::new(address).ok_or_else(|| Error::last("xc_monitor_enable"))?;
+        let address = NonNull::new(address).ok_or_else(|| match Error::last("xc_monitor_enable") {
+            error if error.is(libc::EBUSY) => Error::busy(domain),
+            error => error,
+        })?;
         Ok((Self { address, xc: Rc::clone(xc), domain }, port))
     }
 }

@@ -58,6 +58,15 @@ impl Error {
         self.source.raw_os_error() == Some(code)
     }
 
+    /// Somebody else has the domain's ring.
+    pub(crate) fn busy(domain: u32) -> Self {
+        let problem = format!(
+            "another monitor is attached to domain {domain}: stop it; if it has died, run `hyperbp-bench recover --domain \
+             {domain}`"
+        );
+        Self::invalid("xc_monitor_enable", problem)
+    }
+
     fn invalid(call: &'static str, problem: String) -> Self {
         Self { call, source: io::Error::other(problem) }
     }
@@ -385,6 +394,13 @@ impl Domain {
             ledger.erase_pause();
         }
         done
+    }
+
+    /// Its events are about to be reported.
+    pub(crate) fn note_attached(&self) {
+        if let Some(ledger) = &self.ledger {
+            ledger.note_attached();
+        }
     }
 
     fn note(&mut self, note: Note) -> Result<(), Error> {

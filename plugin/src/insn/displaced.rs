@@ -8,6 +8,12 @@ use iced_x86::{
 use super::interpret::Op;
 use crate::{CodeMode, INSTRUCTION_BYTES, PAGE_SIZE};
 
+const STI: u8 = 0xfb;
+const POP_SS: u8 = 0x17;
+/// The opcode, and the upper five bits of the byte after it.
+const MOV_TO_SEGMENT: u8 = 0x8e;
+const TO_SS_FROM_REGISTER: u8 = 0b11_010;
+
 /// What the guest has under a breakpoint. Which instruction that is depends on the mode the CPU is in when it gets there.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Displaced {
@@ -15,6 +21,8 @@ pub(crate) struct Displaced {
     bytes: [u8; INSTRUCTION_BYTES],
     /// How many of them, at most, are of the instruction.
     length: u8,
+    /// See [`in_shadow`].
+    in_shadow: bool,
     /// By [`CodeMode`].
     forms: [Form; CodeMode::ALL.len()],
 }
@@ -22,7 +30,7 @@ pub(crate) struct Displaced {
 /// The instruction in one mode.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Form {
-    /// It, if we can do it.
+    /// What it does, if we know.
     pub(crate) op: Option<Op>,
     /// It ends within the page, so that Xen's emulator can be given its bytes.
     pub(crate) whole: bool,
@@ -52,13 +60,18 @@ impl Displaced {
             length = length.max(bytes);
             form
         });
-        Self { bytes, length: length as u8, forms }
+        Self { bytes, length: length as u8, in_shadow: in_shadow(page, offset), forms }
     }
 
     /// Whether it is what is at `offset` of this page.
     pub(crate) fn is_in(&self, page: &[u8; PAGE_SIZE], offset: u16) -> bool {
         let length = usize::from(self.length);
         page[usize::from(offset) % PAGE_SIZE..].starts_with(&self.bytes[..length])
+    }
+
+    /// Takes over what is before it in this page now.
+    pub(crate) fn look_back(&mut self, page: &[u8; PAGE_SIZE], offset: u16) {
+        self.in_shadow = in_shadow(page, offset);
     }
 
     /// The byte that 0xCC displaces.
@@ -69,6 +82,11 @@ impl Displaced {
     /// What Xen's emulator wants to be given.
     pub(crate) const fn bytes(&self) -> [u8; INSTRUCTION_BYTES] {
         self.bytes
+    }
+
+    /// What it does, if we can do that in this mode in its place.
+    pub(crate) fn op(&self, mode: CodeMode) -> Option<Op> {
+        self.form(mode).op.filter(|_| !self.in_shadow)
     }
 
     /// The instruction in this mode.
@@ -95,6 +113,24 @@ impl Form {
         let memory = memory_use(&instruction);
         let op = Op::decode(&bytes[..length], mode);
         (Self { op, whole, certain: is_certain(&instruction, memory), memory }, length)
+    }
+}
+
+/// Whether the instruction may be in the interrupt shadow of the one before it: after STI, MOV SS or POP SS the CPU holds
+/// interrupts back for one instruction. Only an instruction that runs, or is emulated, ends that (Intel SDM volume 3,
+/// section 6.8.3); one whose result is set would leave the shadow to the next.
+///
+/// What ends before the page is not known; it counts as such an instruction.
+fn in_shadow(page: &[u8; PAGE_SIZE], offset: u16) -> bool {
+    let offset = usize::from(offset) % PAGE_SIZE;
+    let before = |distance: usize| offset.checked_sub(distance).map(|at| page[at]);
+    match before(1) {
+        None | Some(STI | POP_SS) => true,
+        // With memory for the source, the displacement may be in between: nobody loads SS from memory but to load RSP next.
+        Some(operands) if operands >> 3 == TO_SS_FROM_REGISTER => {
+            before(2).is_none_or(|opcode| opcode == MOV_TO_SEGMENT)
+        }
+        Some(_) => false,
     }
 }
 
@@ -233,6 +269,27 @@ mod tests {
         assert!(nop.is_in(&page, 8));
         page[8] = 0x91;
         assert!(!nop.is_in(&page, 8));
+    }
+
+    #[test]
+    fn what_may_be_in_an_interrupt_shadow_is_not_done_by_us() {
+        let after = |bytes: &[u8]| {
+            let mut page = [0x90; PAGE_SIZE];
+            page[8 - bytes.len()..8].copy_from_slice(bytes);
+            Displaced::of(&page, 8).op(CodeMode::Bits64)
+        };
+        assert!(after(&[0x90]).is_some());
+        assert!(after(&[0xfb]).is_none(), "sti");
+        assert!(after(&[0x17]).is_none(), "pop ss");
+        assert!(after(&[0x8e, 0xd0]).is_none(), "mov ss, eax");
+        assert!(after(&[0x8e, 0xd8]).is_some(), "mov ds, eax");
+        assert!(after(&[0x89, 0xd0]).is_some(), "mov eax, edx");
+        assert!(displaced(&[0x90], 0).op(CodeMode::Bits64).is_none(), "nobody knows what is before it");
+        let mut page = [0x90; PAGE_SIZE];
+        let mut nop = Displaced::of(&page, 8);
+        page[7] = 0xfb;
+        nop.look_back(&page, 8);
+        assert!(nop.op(CodeMode::Bits64).is_none());
     }
 
     #[test]

@@ -23,8 +23,6 @@ const STATUS: u64 = CF | PF | AF | ZF | SF | OF;
 const CR0_AM: u64 = 1 << 18;
 const CR4_LA57: u64 = 1 << 12;
 const CR4_CET: u64 = 1 << 23;
-/// The local and global enable bits of the four breakpoints.
-const DR7_ENABLED: u64 = 0xff;
 /// Numbers of RSP and RBP.
 const SP: u8 = 4;
 const BP: u8 = 5;
@@ -327,7 +325,7 @@ impl Op {
         let mode = if self.long { CodeMode::Bits64 } else { CodeMode::Bits32 };
         if registers.mode != mode
             || registers.rflags & (TF | VM) != 0
-            || registers.dr7 & DR7_ENABLED != 0
+            || registers.has_debugger()
             || registers.cr4 & CR4_CET != 0
             || !(self.long || registers.flat)
         {

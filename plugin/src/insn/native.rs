@@ -302,6 +302,7 @@ fn compare(mode: CodeMode, cases: u64) -> nix::Result<Coverage> {
 
 #[test]
 fn does_what_this_cpu_does() {
+    let _alone = crate::FORKING.lock();
     let cases = std::env::var("HYPERBP_NATIVE_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(CASES);
     for mode in [CodeMode::Bits64, CodeMode::Bits32] {
         match compare(mode, cases) {

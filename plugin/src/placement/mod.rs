@@ -68,6 +68,7 @@ pub(crate) fn settle<H: Hypervisor>(hv: &mut H, views: Option<&Views>, page: &mu
 /// Takes over what the guest now has under its breakpoints. A breakpoint stays where it is, on the new instruction.
 fn adopt(bytes: &[u8; PAGE_SIZE], breakpoints: &mut [Breakpoint]) {
     for breakpoint in breakpoints {
+        breakpoint.displaced.look_back(bytes, breakpoint.offset());
         if !breakpoint.displaced.is_in(bytes, breakpoint.offset()) {
             breakpoint.displaced = Displaced::of(bytes, breakpoint.offset());
             breakpoint.not_emulable = false;

@@ -1,7 +1,8 @@
 //! The hypervisor emulates the instruction: one event and no step.
 //!
 //! Its emulator works on the guest's own pages, whatever a view shows or denies, and tells nobody. So the instruction must
-//! not write to a page with breakpoints, for a shadow would not follow, nor read one with breakpoints in place.
+//! not write to a page with breakpoints, for a shadow would not follow, nor read one with breakpoints in place. Nor does it
+//! look at the guest's own data breakpoints.
 
 use super::interpret::{Guest, Rehearsal};
 use super::{Emulating, Vcpu};
@@ -13,6 +14,7 @@ use crate::{Action, Hypervisor, Reply};
 pub(super) fn is_right<H: Hypervisor>(guest: &mut Guest<'_, H>, form: &Form) -> bool {
     match form.memory {
         MemoryUse::None => true,
+        _ if guest.registers.has_debugger() => false,
         MemoryUse::Reads if !guest.registry.has_in_place() => true,
         MemoryUse::Reads | MemoryUse::Writes => form.op.is_some_and(|op| {
             let mut registers = *guest.registers;

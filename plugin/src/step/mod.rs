@@ -91,7 +91,9 @@ pub(crate) fn at_once<H: Hypervisor>(
         (StepOver::Repair | StepOver::ViewStep | StepOver::ViewFastStep, _) => (false, false),
     };
     let mut guest = interpret::Guest { hv, registry, views, registers };
-    if interpret && let Some(reply) = form.op.and_then(|op| interpret::begin(&mut guest, &op)) {
+    if interpret
+        && let Some(reply) = breakpoint.displaced.op(registers.mode).and_then(|op| interpret::begin(&mut guest, &op))
+    {
         return Some((reply, StepOver::Interpret));
     }
     if emulate && !breakpoint.not_emulable && emulate::is_right(&mut guest, form) {
@@ -122,7 +124,7 @@ pub(crate) fn step<H: Hypervisor>(
 pub(crate) fn is_fallback(breakpoint: &Breakpoint, registers: &Registers, served: StepOver) -> bool {
     match breakpoint.step_over {
         StepOver::Auto => {
-            let interpretable = breakpoint.displaced.form(registers.mode).op.is_some();
+            let interpretable = breakpoint.displaced.op(registers.mode).is_some();
             breakpoint.not_emulable || (interpretable && served != StepOver::Interpret)
         }
         chosen => chosen != served,
