@@ -1,6 +1,7 @@
 //! `cargo xtask storm`
 
 use std::fs;
+use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
@@ -49,9 +50,7 @@ impl Storm {
         outcome.unpack(&dir)?;
         let mut right = true;
         for vcpus in &self.vcpus {
-            let file = dir.join(vcpus.to_string()).join("storm.json");
-            let json = fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
-            let storms = hyperbp_report::storms_from_json(&json)?;
+            let storms = storms(&dir, *vcpus)?;
             println!("{}", hyperbp_report::storm_table(&storms));
             right &= storms.iter().all(hyperbp_report::Storm::is_right);
         }
@@ -59,4 +58,11 @@ impl Storm {
         ensure!(right, "something is wrong: see the table");
         Ok(())
     }
+}
+
+/// What the job has left of its storms with so many virtual CPUs.
+pub(crate) fn storms(dir: &Path, vcpus: u32) -> Result<Vec<hyperbp_report::Storm>> {
+    let file = dir.join(vcpus.to_string()).join("storm.json");
+    let json = fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
+    Ok(hyperbp_report::storms_from_json(&json)?)
 }

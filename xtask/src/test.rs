@@ -51,6 +51,13 @@ const WITH_XEN: &[Step<'_>] = &[
 /// The mechanisms of the core, dearest first: the order that was published (Electronics 14(3) 534).
 const PUBLISHED_ORDER: [&str; 4] = ["repair", "view-step", "view-fast-step", "emulate"];
 
+/// The storms, small ones: virtual CPUs, and calls each of them makes.
+const STORM_VCPUS: [u32; 2] = [2, 4];
+const STORM_CALLS: u32 = 20;
+/// How often the runner is killed, and how often it attaches and detaches.
+const KILLS: u32 = 10;
+const ATTACHES: u32 = 24;
+
 /// What the core may cost, in hundredths of what the bare loop costs.
 const FLOOR_PERCENT: u64 = 110;
 
@@ -131,6 +138,12 @@ fn in_the_lab(lab: &Lab, bench: &Bench<'_>, checks: &mut Checks) -> Result<()> {
         let image = bench.image(&job)?;
         jobs.push((job, image));
     }
+    let storm = bench.storm(&runner, 2, &STORM_VCPUS, STORM_CALLS, &[]);
+    let recover = bench.recover(&runner, 2, KILLS, ATTACHES);
+    for job in [storm, recover] {
+        let image = bench.image(&job)?;
+        jobs.push((job, image));
+    }
     let outcomes = bench.run(&jobs, 2)?;
     let dir = crate::target().join("test");
     if dir.exists() {
@@ -149,6 +162,31 @@ fn in_the_lab(lab: &Lab, bench: &Bench<'_>, checks: &mut Checks) -> Result<()> {
     for (dir, cpus) in dirs[2..].iter().zip([1, 2]) {
         println!("With {cpus} CPUs:");
         checks.add(&fs::read_to_string(dir.join("checks")).context("the checks left nothing")?);
+    }
+    storms(&dirs[4], checks)?;
+    println!("Killed and recovered, attached and detached:");
+    checks.add(&fs::read_to_string(dirs[5].join("checks")).context("the kills left nothing")?);
+    Ok(())
+}
+
+/// Several virtual CPUs in one page. What repair loses there is told, and is no failure.
+fn storms(dir: &Path, checks: &mut Checks) -> Result<()> {
+    for vcpus in STORM_VCPUS {
+        println!("A storm of {vcpus} virtual CPUs:");
+        for storm in crate::storm::storms(dir, vcpus)? {
+            let what = format!(
+                "{}: {} executions, {} lost, {} doubled, {} of {} hashes and {} of {} writes wrong",
+                storm.mechanism,
+                storm.executions,
+                storm.lost,
+                storm.doubled,
+                storm.hash_mismatches,
+                storm.hashes,
+                storm.rewrite_mismatches,
+                storm.rewrites
+            );
+            checks.check(&what, storm.is_right());
+        }
     }
     Ok(())
 }

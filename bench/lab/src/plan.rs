@@ -59,12 +59,12 @@ impl Selection {
 
     /// Upper bound of how long this takes in the emulator.
     ///
-    /// From the dearest mechanism's 65 000 ticks an event, a slow host's 10 million ticks a second, and the six
-    /// mechanisms of each backend. The samples where none are given are the runner's.
+    /// From the dearest mechanism's 65 000 ticks an event, a slow host's 10 million ticks a second, and the seven
+    /// mechanisms a backend has at most. The samples where none are given are the runner's.
     #[must_use]
     pub fn limit(&self) -> Duration {
         let or_all = |named: &[String], all: usize| if named.is_empty() { all } else { named.len() } as u64;
-        let runs = or_all(&self.backends, BACKENDS.len()) * or_all(&self.mechanisms, 6);
+        let runs = or_all(&self.backends, BACKENDS.len()) * or_all(&self.mechanisms, 7);
         let reads_pages = self.workloads.is_empty() || self.workloads.iter().any(|w| w == READ_PAGE);
         let page_samples = if reads_pages { self.page_samples.unwrap_or(200) } else { 0 };
         let events = self.samples.unwrap_or(1000) * 4 + page_samples * READS;
