@@ -136,14 +136,20 @@ pub(crate) fn stop_all(domain: &Domain) -> Result<Vec<&'static str>, Error> {
     Ok(stopped)
 }
 
-/// Takes the ring away from a monitor that is gone. Virtual CPUs that wait for its answer go on waiting: see
+/// Takes the ring, if there is one, away from a monitor that is gone. Virtual CPUs that wait for its answer go on waiting: see
 /// [`Monitor::release`].
 ///
 /// # Errors
 /// If Xen refuses.
 pub(crate) fn disable(domain: &Domain) -> Result<(), Error> {
     // SAFETY: the handle is open.
-    check("xc_monitor_disable", unsafe { sys::xc_monitor_disable(domain.interface().raw(), domain.id()) })
+    let disabled =
+        check("xc_monitor_disable", unsafe { sys::xc_monitor_disable(domain.interface().raw(), domain.id()) });
+    match disabled {
+        // There was none (`vm_event_domctl`, xen/common/vm_event.c).
+        Err(error) if error.is(libc::EINVAL) => Ok(()),
+        disabled => disabled,
+    }
 }
 
 /// A kind of event that is reported while this lives.
