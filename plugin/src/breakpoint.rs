@@ -59,6 +59,8 @@ pub(crate) struct Page {
     pub(crate) breakpoints: Vec<Breakpoint>,
     /// Virtual CPUs for which the breakpoints of this page, in place, are out for the moment.
     pub(crate) lifted: u16,
+    /// It is to be [settled](crate::placement::settle): what is known of its bytes may be wrong, and breakpoints may be out.
+    pub(crate) unsettled: bool,
 }
 
 impl Page {

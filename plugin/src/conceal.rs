@@ -72,7 +72,7 @@ pub(crate) fn on_own_bytes<H: Hypervisor>(
             if lift {
                 let linear = registers.cs_base.wrapping_add(registers.rip);
                 let within = paging::translate(hv, registers, linear).is_none_or(|gpa| gpa.gfn() == page.gfn);
-                placement::lift(hv, views, page, within)?;
+                placement::lift(hv, views, page, within).inspect_err(|_| vcpu.disown(page.gfn))?;
             }
             Ok(Reply { step: vcpu.step(), ..Reply::default() })
         }

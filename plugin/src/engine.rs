@@ -54,6 +54,8 @@ pub struct Engine {
     vcpus: Vec<Vcpu>,
     /// Made with the first shadow.
     views: Option<Views>,
+    /// Pages whose last breakpoint is gone, but that the hypervisor has refused to make the guest's own again.
+    unclosed: Vec<Page>,
     factory: InstructionInfoFactory,
     counters: Counters,
     handling: HandlingTime,
@@ -67,6 +69,7 @@ impl Engine {
             registry: Registry::default(),
             vcpus: vec![Vcpu::default(); usize::from(hv.vcpus())],
             views: None,
+            unclosed: Vec::new(),
             factory: InstructionInfoFactory::new(),
             counters: Counters::default(),
             handling: HandlingTime::new(),
@@ -83,6 +86,7 @@ impl Engine {
         if self.leaving {
             return Err(Error::Leaving);
         }
+        self.catch_up(hv, gpa.gfn()).doing("settle the page")?;
         let page = self.registry.page(gpa.gfn());
         if page.is_some_and(|p| p.placement != mechanism.placement() || p.conceal != mechanism.conceal()) {
             return Err(Error::PageConflict(gpa));
@@ -104,23 +108,63 @@ impl Engine {
             && let Some(page) = self.registry.remove_page(gpa.gfn())
         {
             // What failed is what the caller is to hear about, not that undoing it failed too.
-            let _ = placement::close(hv, self.views.as_mut(), &page);
+            let _ = self.close(hv, page);
         }
         armed
+    }
+
+    /// Settles a page, if that was refused when it was to be done.
+    fn catch_up<H: Hypervisor>(&mut self, hv: &mut H, gfn: Gfn) -> Result<(), H::Error> {
+        match self.registry.page_mut(gfn) {
+            Some(page) => placement::catch_up(hv, self.views.as_ref(), page),
+            None => Ok(()),
+        }
+    }
+
+    /// Makes a page whose last breakpoint is gone the guest's own again, or remembers that it is not yet.
+    fn close<H: Hypervisor>(&mut self, hv: &mut H, page: Page) -> Result<(), H::Error> {
+        let closed = placement::close(hv, self.views.as_mut(), &page);
+        if closed.is_err() {
+            self.unclosed.push(page);
+        }
+        closed
+    }
+
+    /// The same with those of which that was refused before.
+    fn close_again<H: Hypervisor>(&mut self, hv: &mut H, which: impl Fn(&Page) -> bool) -> Result<(), H::Error> {
+        let mut result = Ok(());
+        let pages: Vec<_> = self.unclosed.extract_if(.., |page| which(page)).collect();
+        for page in pages {
+            result = result.and(self.close(hv, page));
+        }
+        result
     }
 
     /// Prepares a page for breakpoints.
     fn open<H: Hypervisor>(&mut self, hv: &mut H, gfn: Gfn, mechanism: Mechanism) -> Result<(), Error> {
         let placement = mechanism.placement();
+        self.close_again(hv, |page| page.gfn == gfn).doing("prepare the page")?;
         // Nobody is to write to the page while we look at it, nor to run between two of the steps.
         let shadow = paused(hv, |hv| {
             if placement == Placement::Shadow {
                 self.ensure_views(hv)?;
             }
+            // It may be one since a moment ago.
+            if self.views.as_ref().is_some_and(|views| views.hides(gfn)) {
+                return Err(Error::NoMemory(gfn.at(0)));
+            }
             placement::open(hv, self.views.as_mut(), gfn, placement).doing("prepare the page")
         })?;
         let conceal = mechanism.conceal();
-        self.registry.add_page(Page { gfn, placement, conceal, shadow, breakpoints: Vec::new(), lifted: 0 });
+        self.registry.add_page(Page {
+            gfn,
+            placement,
+            conceal,
+            shadow,
+            breakpoints: Vec::new(),
+            lifted: 0,
+            unsettled: false,
+        });
         Ok(())
     }
 
@@ -128,7 +172,7 @@ impl Engine {
         if self.views.is_some() {
             return Ok(());
         }
-        let views = Views::create(hv).doing("create the views")?;
+        let mut views = Views::create(hv).doing("create the views")?;
         let mut in_place = self.registry.pages().filter(|page| page.placement == Placement::InPlace);
         let entered = in_place
             .try_for_each(|page| {
@@ -178,13 +222,14 @@ impl Engine {
     /// # Errors
     /// If there is no such breakpoint, or if the hypervisor refuses.
     pub fn remove<H: Hypervisor>(&mut self, hv: &mut H, id: BreakpointId) -> Result<(), Error> {
+        self.catch_up(hv, id.gpa().gfn()).doing("settle the page")?;
         let (page, breakpoint) = self.registry.get(id)?;
         if page.lifted == 0 && self.registry.is_last(id) {
             let disarmed = placement::disarm(hv, page, breakpoint.gpa, breakpoint.displaced.byte());
             disarmed.doing("write the original byte back")?;
         }
         if let Some(page) = self.registry.unsubscribe(id) {
-            placement::close(hv, self.views.as_mut(), &page).doing("give the page back")?;
+            self.close(hv, page).doing("give the page back")?;
         }
         Ok(())
     }
@@ -445,9 +490,10 @@ impl Engine {
             self.counters.unexplained += 1;
             return Ok(Reply { action: Action::Emulate, ..Reply::default() });
         };
+        placement::catch_up(hv, views, page)?;
         if access.execute && !access.write && !access.read {
             // The page is lifted, or was a moment ago. Whoever it is not lifted for tries again until it is over.
-            match vcpu.owes(gfn) {
+            match vcpu.owes(gfn) && page.lifted > 0 {
                 true => placement::uncover(hv, views, gfn)?,
                 false => self.counters.held += 1,
             }
@@ -518,6 +564,7 @@ impl Engine {
         for id in self.registry.ids() {
             result = result.and(self.remove(hv, id));
         }
+        result = result.and(self.close_again(hv, |_| true).doing("give a page back"));
         match self.views {
             Some(_) => result.and(hv.switch_view(ViewId::HOST).doing("leave the view")),
             None => result,
@@ -536,7 +583,7 @@ impl Engine {
     /// # Errors
     /// If the hypervisor refuses; it may be called again.
     pub fn finish<H: Hypervisor>(&mut self, hv: &mut H) -> Result<(), Error> {
-        let Some(views) = &self.views else { return Ok(()) };
+        let Some(views) = &mut self.views else { return Ok(()) };
         paused(hv, |hv| {
             for vcpu in 0..hv.vcpus() {
                 hv.stop_step(VcpuId(vcpu)).doing("end the single-steps")?;

@@ -22,6 +22,9 @@ pub enum Error {
     /// The page has breakpoints with another placement or concealment.
     #[error("the page of {0} has breakpoints with another placement or concealment: use theirs, or remove them first")]
     PageConflict(Gpa),
+    /// The guest has no memory at this address: the engine keeps a shadow there.
+    #[error("the guest has no memory at {0}")]
+    NoMemory(Gpa),
     /// There is no such breakpoint, or it has been removed.
     #[error("there is no such breakpoint: it has been removed, or belongs to another engine")]
     NoSuchBreakpoint,

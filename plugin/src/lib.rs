@@ -13,6 +13,8 @@ mod conceal;
 mod engine;
 mod error;
 mod event;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod hypervisor;
 mod insn;
 pub mod ledger;

@@ -23,6 +23,8 @@ pub(crate) struct Views {
     free: Vec<Gfn>,
     /// All frames that are not the guest's.
     frames: HashSet<Gfn>,
+    /// Those of the two views that have not been dropped.
+    there: Vec<ViewId>,
 }
 
 impl Views {
@@ -36,7 +38,8 @@ impl Views {
         })();
         // What failed is what the caller is to hear about, not that undoing it failed too.
         let (own, sink) = made.inspect_err(|_| drop(hv.drop_view(exec)))?;
-        let views = Self { exec, own, sink, free: Vec::new(), frames: HashSet::from([sink]) };
+        let (frames, there) = (HashSet::from([sink]), vec![exec, own]);
+        let mut views = Self { exec, own, sink, free: Vec::new(), frames, there };
         match views.seal(hv, sink) {
             Ok(()) => Ok(views),
             Err(error) => {
@@ -46,12 +49,13 @@ impl Views {
         }
     }
 
-    /// Drops the views, which no virtual CPU may be in, and gives all frames back.
-    pub(crate) fn destroy<H: Hypervisor>(&self, hv: &mut H) -> Result<(), H::Error> {
-        let mut result = hv.drop_view(self.exec).and(hv.drop_view(self.own));
-        for gfn in &self.frames {
-            result = result.and(hv.drop_shadow_gfn(*gfn));
-        }
+    /// Drops the views, which no virtual CPU may be in, and gives all frames back. What the hypervisor refuses is done when
+    /// this is called again.
+    pub(crate) fn destroy<H: Hypervisor>(&mut self, hv: &mut H) -> Result<(), H::Error> {
+        let mut result = Ok(());
+        let mut refused = |done: Result<(), H::Error>| done.map_err(|error| result = Err(error)).is_err();
+        self.there.retain(|view| refused(hv.drop_view(*view)));
+        self.frames.retain(|gfn| refused(hv.drop_shadow_gfn(*gfn)));
         result
     }
 

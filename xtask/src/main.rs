@@ -7,9 +7,12 @@ use clap::{Parser, Subcommand};
 
 mod bench;
 mod boot;
+mod deny;
+mod fuzz;
 mod recover;
 mod storm;
 mod test;
+mod tools;
 
 /// hyperbp's own commands.
 #[derive(Debug, Parser)]
@@ -23,6 +26,7 @@ struct Cli {
 enum Command {
     Bench(bench::Bench),
     Boot(boot::Boot),
+    Fuzz(fuzz::Fuzz),
     Storm(storm::Storm),
     Recover(recover::Recover),
     Test(test::Test),
@@ -32,6 +36,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Bench(bench) => bench.run(),
         Command::Boot(boot) => boot.run(),
+        Command::Fuzz(fuzz) => fuzz.run(),
         Command::Storm(storm) => storm.run(),
         Command::Recover(recover) => recover.run(),
         Command::Test(test) => test.run(),

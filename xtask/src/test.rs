@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
@@ -10,7 +9,11 @@ use hyperbp_lab::plan::Selection;
 use hyperbp_lab::{Bench, Host, Lab, Outcome, Program, Progress};
 use hyperbp_report::{Collection, Results, Run, Workload};
 
-/// Run all tests: formatting, lints, unit and property tests, documentation, and checks on a real Xen in the lab
+use crate::fuzz::Fuzz;
+use crate::{deny, tools};
+
+/// Run all tests: formatting, lints, unit and property tests, documentation, dependencies, a little fuzzing, and checks on a
+/// real Xen in the lab
 #[derive(Debug, Args)]
 pub(crate) struct Test {
     /// Only what needs no emulator
@@ -29,7 +32,25 @@ type Step<'a> = (&'a str, &'a [&'a str]);
 const ANYWHERE: &[Step<'_>] = &[
     ("format", &["fmt", "--all", "--check"]),
     ("format of the guest", &["fmt", "--manifest-path", "bench/guest/Cargo.toml", "--check"]),
+    ("format of the fuzz targets", &["fmt", "--manifest-path", "plugin/fuzz/Cargo.toml", "--check"]),
     ("lint", &["clippy", "--all-targets", "--", "-D", "warnings"]),
+    (
+        "lint of the fuzz targets",
+        &[
+            "clippy",
+            "--manifest-path",
+            "plugin/fuzz/Cargo.toml",
+            "--all-targets",
+            "--target-dir",
+            "target/fuzz",
+            // As cargo-fuzz does.
+            "--config",
+            "build.rustflags=['--cfg', 'fuzzing']",
+            "--",
+            "-D",
+            "warnings",
+        ],
+    ),
     ("test", &["test"]),
     ("documentation", &["doc", "--no-deps"]),
 ];
@@ -48,6 +69,9 @@ const WITH_XEN: &[Step<'_>] = &[
     ("test of the guest", &["test", "--release", "--manifest-path", "bench/guest/Cargo.toml"]),
 ];
 
+/// How long each fuzz target runs.
+const FUZZ_SECONDS: u64 = 20;
+
 /// The mechanisms of the core, dearest first: the order that was published (Electronics 14(3) 534).
 const PUBLISHED_ORDER: [&str; 4] = ["repair", "view-step", "view-fast-step", "emulate"];
 
@@ -65,6 +89,8 @@ impl Test {
     pub(crate) fn run(self) -> Result<()> {
         if !self.only_lab {
             steps(ANYWHERE, None)?;
+            deny::run()?;
+            Fuzz::all(FUZZ_SECONDS).run()?;
         }
         if self.no_lab {
             println!("skipped: everything that needs the lab");
@@ -84,11 +110,10 @@ impl Test {
 }
 
 fn steps(steps: &[Step<'_>], sysroot: Option<&Path>) -> Result<()> {
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     for (name, arguments) in steps {
         eprintln!("== {name}: cargo {}", arguments.join(" "));
-        let mut command = Command::new(&cargo);
-        command.args(*arguments).current_dir(crate::repo()).env("RUSTDOCFLAGS", "-D warnings");
+        let mut command = tools::cargo();
+        command.args(*arguments).env("RUSTDOCFLAGS", "-D warnings");
         if let Some(sysroot) = sysroot {
             // The programs of the tests run here, with the sysroot's libraries.
             let lib = sysroot.join("usr/lib/x86_64-linux-gnu");

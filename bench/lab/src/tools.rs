@@ -6,7 +6,7 @@ use crate::{Error, Host, Log, Progress, Result};
 
 /// The packages. The first column of `dpkg-query` must show each as installed.
 pub const TOOLS: &[&str] = &[
-    "g++",                    // Bochs
+    "g++",                    // Bochs, libFuzzer
     "grub-common",            // grub-mkimage
     "grub-pc-bin",            // GRUB's modules for a PC BIOS
     "libc6-dev",              // Bochs, the runner

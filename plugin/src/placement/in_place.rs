@@ -31,16 +31,26 @@ pub(crate) fn lift<H: Hypervisor>(
     page: &mut Page,
     from_within: bool,
 ) -> Result<(), H::Error> {
-    page.lifted += 1;
     // At no moment may somebody execute the page without breakpoints, or read them.
-    set_rights(hv, views, page.gfn, Rights::None)?;
-    for breakpoint in &page.breakpoints {
-        hv.replace(breakpoint.gpa, breakpoint.displaced.byte())?;
+    let lifted = set_rights(hv, views, page.gfn, Rights::None)
+        .and_then(|()| page.breakpoints.iter().try_for_each(|b| hv.replace(b.gpa, b.displaced.byte())))
+        .and_then(|()| match from_within {
+            true => uncover(hv, views, page.gfn),
+            false => set_rights(hv, views, page.gfn, Rights::ReadWrite),
+        });
+    // What failed is what the caller is to hear about, not that undoing it failed too.
+    match (&lifted, page.lifted) {
+        (Ok(()), _) => page.lifted += 1,
+        (Err(_), 0) => {
+            for breakpoint in &page.breakpoints {
+                let _ = hv.displace(breakpoint.gpa, breakpoint.displaced.byte());
+            }
+            let _ = guard(hv, views, page.gfn);
+        }
+        // It is still lifted for others, which must get on.
+        (Err(_), _) => drop(uncover(hv, views, page.gfn)),
     }
-    match from_within {
-        true => uncover(hv, views, page.gfn),
-        false => set_rights(hv, views, page.gfn, Rights::ReadWrite),
-    }
+    lifted
 }
 
 /// Lets the instruction that a page is lifted for be executed from that page.
@@ -53,8 +63,13 @@ pub(super) fn lower<H: Hypervisor>(hv: &mut H, views: Option<&Views>, page: &mut
     let mut bytes = [0; PAGE_SIZE];
     hv.read(page.gfn.at(0), &mut bytes)?;
     adopt(&bytes, &mut page.breakpoints);
-    for breakpoint in &page.breakpoints {
-        hv.displace(breakpoint.gpa, breakpoint.displaced.byte())?;
+    let armed = page.breakpoints.iter().try_for_each(|b| hv.displace(b.gpa, b.displaced.byte()));
+    let lowered = armed.and_then(|()| guard(hv, views, page.gfn));
+    if lowered.is_err() {
+        // The next attempt is not to take our 0xCC for the guest's.
+        for breakpoint in &page.breakpoints {
+            let _ = hv.replace(breakpoint.gpa, breakpoint.displaced.byte());
+        }
     }
-    guard(hv, views, page.gfn)
+    lowered
 }

@@ -25,7 +25,12 @@ pub(crate) fn open<H: Hypervisor>(
 ) -> Result<Option<Gfn>, H::Error> {
     match (placement, views) {
         (Placement::Shadow, Some(views)) => shadow::open(hv, views, gfn).map(Some),
-        (_, views) => in_place::guard(hv, views.as_deref(), gfn).map(|()| None),
+        (_, views) => {
+            let views = views.as_deref();
+            let guarded = in_place::guard(hv, views, gfn);
+            // What failed is what the caller is to hear about, not that undoing it failed too.
+            guarded.inspect_err(|_| drop(in_place::unguard(hv, views, gfn))).map(|()| None)
+        }
     }
 }
 
@@ -55,14 +60,23 @@ pub(crate) fn disarm<H: Hypervisor>(hv: &mut H, page: &Page, gpa: Gpa, original:
 
 /// After an instruction has accessed the page: puts the breakpoints on what is there now.
 pub(crate) fn settle<H: Hypervisor>(hv: &mut H, views: Option<&Views>, page: &mut Page) -> Result<(), H::Error> {
-    if let Some(shadow) = page.shadow {
-        return shadow::refresh(hv, page, shadow);
-    }
     page.lifted = page.lifted.saturating_sub(1);
-    if page.lifted > 0 {
-        return Ok(()); // another virtual CPU is in the middle of its access
+    page.unsettled = true;
+    catch_up(hv, views, page)
+}
+
+/// Settles the page if that is still to be done: because the hypervisor refused something when it was tried.
+pub(crate) fn catch_up<H: Hypervisor>(hv: &mut H, views: Option<&Views>, page: &mut Page) -> Result<(), H::Error> {
+    // While it is lifted, another virtual CPU is in the middle of its access.
+    if !page.unsettled || page.lifted > 0 {
+        return Ok(());
     }
-    in_place::lower(hv, views, page)
+    match page.shadow {
+        Some(shadow) => shadow::refresh(hv, page, shadow)?,
+        None => in_place::lower(hv, views, page)?,
+    }
+    page.unsettled = false;
+    Ok(())
 }
 
 /// Takes over what the guest now has under its breakpoints. A breakpoint stays where it is, on the new instruction.

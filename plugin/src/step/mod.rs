@@ -56,6 +56,11 @@ impl Vcpu {
         self.pages.contains(&Some(gfn))
     }
 
+    /// Forgets that a page is to be settled.
+    pub(crate) fn disown(&mut self, gfn: Gfn) {
+        self.pages.iter_mut().filter(|slot| **slot == Some(gfn)).for_each(|slot| *slot = None);
+    }
+
     /// Remembers that a page is to be settled. False if there is no room left to.
     pub(crate) fn owe(&mut self, gfn: Gfn) -> bool {
         if self.owes(gfn) {
