@@ -342,6 +342,12 @@ impl Engine {
                 None => Ok(Reply::default()),
             };
         }
+        if vcpu.stepping
+            && let Some(before) = vcpu.over.take()
+        {
+            // The step went on to the next breakpoint: an instruction that exits to the hypervisor ends without one.
+            self.arm_again(hv, before);
+        }
         let start = hv.now();
         let reply = self.on_hit(hv, index, event, at, on_hit);
         self.handling.record(hv.now().saturating_sub(start));
@@ -456,16 +462,22 @@ impl Engine {
                 self.counters.failures += 1;
             }
         }
-        if let Some(gpa) = vcpu.over
-            && let Some((page, breakpoint)) = self.registry.at(gpa)
+        if let Some(gpa) = vcpu.over {
+            self.arm_again(hv, gpa);
+        }
+        let home = self.views.as_ref().filter(|_| vcpu.home && !self.leaving).map(|views| views.exec);
+        Reply { view: home, step: Step::Off, action: Action::Resume }
+    }
+
+    /// Sets a breakpoint again that a virtual CPU has been stepped over.
+    fn arm_again<H: Hypervisor>(&mut self, hv: &mut H, gpa: Gpa) {
+        if let Some((page, breakpoint)) = self.registry.at(gpa)
             && page.lifted == 0
             && let Err(error) = placement::arm(hv, page, gpa, breakpoint.displaced.byte())
         {
             log::warn!("the breakpoint at {gpa} could not be set again: {error}");
             self.counters.failures += 1;
         }
-        let home = self.views.as_ref().filter(|_| vcpu.home && !self.leaving).map(|views| views.exec);
-        Reply { view: home, step: Step::Off, action: Action::Resume }
     }
 
     fn on_access<H: Hypervisor>(
@@ -513,7 +525,9 @@ impl Engine {
         index: usize,
         event: &Event,
     ) -> Result<Reply, H::Error> {
-        match self.vcpus[index].emulating.take() {
+        let emulating = self.vcpus[index].emulating.take();
+        self.counters.emulation_failures += u64::from(emulating.is_some());
+        match emulating {
             Some(Emulating::Displaced(gpa)) => {
                 if let Some(breakpoint) = self.registry.at_mut(gpa) {
                     if breakpoint.displaced.byte() == INT3 {

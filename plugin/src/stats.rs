@@ -19,6 +19,8 @@ pub struct Counters {
     pub discarded: u64,
     /// The guest's own INT3s were delivered to it.
     pub reinjected: u64,
+    /// The hypervisor was told to emulate an instruction and could not; it was stepped.
+    pub emulation_failures: u64,
     /// Events arrived that no breakpoint explains (any more); the guest went on.
     pub unexplained: u64,
     /// The hypervisor refused something in the middle of a hit; the guest went on.

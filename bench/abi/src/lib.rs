@@ -11,6 +11,10 @@
 //! breakpoint on the RET in the page's last byte; its 8-byte read then reaches into the next page.)
 #![no_std]
 
+mod snippets;
+
+pub use snippets::{JUMP, Needs, SNIPPET_PAGES, SNIPPET_RUNS, SNIPPETS, Snippet, snippet_offset};
+
 /// Bytes in a page.
 pub const PAGE_SIZE: usize = 4096;
 
@@ -21,10 +25,13 @@ pub const CONTROL_GPA: u64 = 0x20_0000;
 pub const MAGIC: u64 = u64::from_le_bytes(*b"HBPGUEST");
 
 /// [`Control::version`] of this layout. A runner refuses any other.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// Samples that fit in the sample pages, and so the most a request may ask for.
 pub const SAMPLES_MAX: u32 = 4096;
+
+/// Bytes in one digest of [`Workload::Scan`]. All that lies beyond the last sample is in that one.
+pub const SCAN_CHUNK: usize = 4 * PAGE_SIZE;
 
 /// Offset of the breakpoint in the page under test.
 pub const BREAKPOINT_OFFSET: usize = PAGE_SIZE - 8;
@@ -93,11 +100,19 @@ pub enum Workload {
     /// All virtual CPUs at once: they execute the [`SITES`], `count` calls each, while one hashes the whole page all the
     /// time and one writes to it. Leaves no samples; counts are in [`Storm`].
     Storm = 9,
+    /// Execute each of the [`SNIPPETS`], [`SNIPPET_RUNS`] times, from states of the registers for which `count` is the seed.
+    /// Instead of a time, the sample of each is a digest of the registers, the flags, the data, and where the instruction
+    /// led to; or 0, if this CPU does not have it.
+    Snippets = 10,
+    /// Read all memory, and `count` frames from [`Control::scan_gpa`] on. The first sample is how many words of the frames were
+    /// not all ones. The others are digests of [`SCAN_CHUNK`] bytes of memory each, without what the guest changes itself: the
+    /// control page, the samples, and its stack.
+    Scan = 11,
 }
 
 impl Workload {
     /// Every workload, in wire order.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 11] = [
         Self::Timer,
         Self::ExecBp,
         Self::ExecPage,
@@ -107,6 +122,8 @@ impl Workload {
         Self::WriteByte,
         Self::Shutdown,
         Self::Storm,
+        Self::Snippets,
+        Self::Scan,
     ];
 
     /// The workload with this number, if there is one.
@@ -153,6 +170,10 @@ pub struct Control {
     pub mismatch_seen: u64,
     /// Guest-physical address of the page with [`Storm`].
     pub storm_gpa: u64,
+    /// Guest-physical address of the first of [`SNIPPET_PAGES`] pages with the [`SNIPPETS`].
+    pub snippets_gpa: u64,
+    /// Runner: where [`Workload::Scan`] looks besides in memory, from 3 to 4 GiB.
+    pub scan_gpa: u64,
 }
 
 /// What the virtual CPUs have counted in [`Workload::Storm`], since the guest started: a page of its own.
@@ -192,6 +213,7 @@ mod tests {
         assert_eq!(offset_of!(Control, executions), 0x30);
         assert_eq!(offset_of!(Control, mismatch_seen), 0x50);
         assert!(size_of::<Storm>() <= PAGE_SIZE);
+        assert!(SNIPPETS.len() <= SAMPLES_MAX as usize);
     }
 
     #[test]
@@ -208,6 +230,6 @@ mod tests {
             assert_eq!(Workload::from_wire(workload as u32), Some(workload));
         }
         assert_eq!(Workload::from_wire(0), None);
-        assert_eq!(Workload::from_wire(10), None);
+        assert_eq!(Workload::from_wire(12), None);
     }
 }

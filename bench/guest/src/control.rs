@@ -8,7 +8,7 @@ use hyperbp_bench_abi::{Control, MAGIC, VERSION};
 use hyperbp_bench_guest::{Request, expected_at};
 
 use crate::page::{PAGE_UNDER_TEST, SAMPLES};
-use crate::storm;
+use crate::{snippet, storm};
 
 /// The control page itself; the linker script puts it where the runner looks for it.
 #[repr(C, align(4096))]
@@ -34,6 +34,8 @@ pub(crate) static CONTROL: ControlPage = ControlPage(UnsafeCell::new(Control {
     mismatch_offset: 0,
     mismatch_seen: 0,
     storm_gpa: 0,
+    snippets_gpa: 0,
+    scan_gpa: 0,
 }));
 
 /// A field of the control page as an atomic: the runner accesses it at the same time.
@@ -53,6 +55,7 @@ pub(crate) fn announce(vcpus: u32) {
     field!(AtomicU64, target_gpa).store(PAGE_UNDER_TEST.0.address(), Relaxed);
     field!(AtomicU64, samples_gpa).store(SAMPLES.0.as_ptr() as u64, Relaxed);
     field!(AtomicU64, storm_gpa).store(storm::address(), Relaxed);
+    field!(AtomicU64, snippets_gpa).store(snippet::pages(), Relaxed);
     field!(AtomicU64, magic).store(MAGIC, Release);
 }
 
@@ -70,6 +73,11 @@ pub(crate) fn next_request() -> Option<(u32, Option<Request>)> {
 /// Tells the runner that a request is done; its samples and counts are visible before that.
 pub(crate) fn complete(number: u32) {
     field!(AtomicU32, completed).store(number, Release);
+}
+
+/// Where the runner wants frames to be looked at.
+pub(crate) fn scan_gpa() -> u64 {
+    field!(AtomicU64, scan_gpa).load(Relaxed)
 }
 
 /// Counts one execution of the breakpointed instruction.

@@ -13,7 +13,7 @@ use hyperbp_bench_abi::{PAGE_SIZE, REWRITTEN_OFFSET, SAMPLES_MAX, TARGET, Worklo
 pub struct Request {
     /// What to do.
     pub workload: Workload,
-    /// How often: at most [`SAMPLES_MAX`], if it leaves samples.
+    /// How often: at most [`SAMPLES_MAX`], if it leaves a sample each time.
     pub count: usize,
 }
 
@@ -23,7 +23,8 @@ impl Request {
     #[must_use]
     pub fn from_wire(workload: u32, count: u32) -> Option<Self> {
         let workload = Workload::from_wire(workload)?;
-        let most = if workload == Workload::Storm { u32::MAX } else { SAMPLES_MAX };
+        let samples = !matches!(workload, Workload::Storm | Workload::Snippets | Workload::Scan);
+        let most = if samples { SAMPLES_MAX } else { u32::MAX };
         Some(Self { workload, count: count.min(most) as usize })
     }
 }
@@ -78,6 +79,69 @@ pub fn expected_hash() -> u64 {
     hash.value()
 }
 
+/// Where all that is mapped at 0 is mapped a second time, by 2 MiB pages.
+pub const LARGE_PAGES: u64 = 1 << 30;
+
+/// Every bit of the result depends on every bit of the word.
+const fn mix(z: u64) -> u64 {
+    let z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ z >> 31
+}
+
+/// A hash of words in which no single difference, and no few of them, cancel out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Digest(u64);
+
+impl Digest {
+    /// Of nothing yet.
+    #[must_use]
+    #[allow(clippy::new_without_default)] // There is no other way to begin.
+    pub const fn new() -> Self {
+        Self(0x9e37_79b9_7f4a_7c15)
+    }
+
+    /// Adds a word.
+    pub const fn add(&mut self, word: u64) {
+        self.0 = mix(self.0 ^ word);
+    }
+
+    /// What has come out.
+    #[must_use]
+    pub const fn value(self) -> u64 {
+        self.0
+    }
+}
+
+/// Random numbers (SplitMix64).
+#[derive(Clone, Debug)]
+pub struct Random(u64);
+
+impl Random {
+    /// Those that come from this seed.
+    #[must_use]
+    pub const fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
+    /// Any number.
+    #[allow(clippy::should_implement_trait)] // There is no end to them.
+    pub const fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        mix(self.0)
+    }
+
+    /// One near an edge, half of the time: where carries, signs and overflows are.
+    pub const fn number(&mut self) -> u64 {
+        const EDGES: [u64; 8] = [0, 0x80, 0x100, 0x8000, 0x1_0000, 0x8000_0000, 1 << 32, 1 << 63];
+        let (number, choice) = (self.next(), self.next());
+        match choice % 2 {
+            0 => EDGES[(choice >> 8) as usize % EDGES.len()].wrapping_add(number % 5).wrapping_sub(2),
+            _ => number,
+        }
+    }
+}
+
 /// Selector of the 64-bit code segment in the guest's GDT.
 pub const CODE_SELECTOR: u16 = 8;
 
@@ -92,6 +156,8 @@ pub const fn interrupt_gate(handler: u64) -> [u64; 2] {
 
 #[cfg(test)]
 mod tests {
+    extern crate std;
+
     use super::*;
     use hyperbp_bench_abi::BREAKPOINT_OFFSET;
 
@@ -100,8 +166,10 @@ mod tests {
         for workload in Workload::ALL {
             assert_eq!(Request::from_wire(workload as u32, 7), Some(Request { workload, count: 7 }));
         }
-        let storm = Request::from_wire(Workload::Storm as u32, u32::MAX);
-        assert_eq!(storm.map(|storm| storm.count), Some(u32::MAX as usize), "it leaves no samples");
+        for workload in [Workload::Storm, Workload::Snippets, Workload::Scan] {
+            let request = Request::from_wire(workload as u32, u32::MAX);
+            assert_eq!(request.map(|request| request.count), Some(u32::MAX as usize), "its count is not of samples");
+        }
         assert_eq!(Request::from_wire(1, 0).map(|r| r.count), Some(0));
     }
 
@@ -138,6 +206,25 @@ mod tests {
         };
         assert_eq!(hash(REWRITTEN_OFFSET), expected_hash());
         assert!((0..REWRITTEN_OFFSET).all(|offset| hash(offset) != expected_hash()));
+    }
+
+    #[test]
+    fn a_digest_depends_on_every_bit_and_the_order() {
+        let digest = |words: [u64; 3]| {
+            let mut digest = Digest::new();
+            words.into_iter().for_each(|word| digest.add(word));
+            digest.value()
+        };
+        let mut seen = std::collections::HashSet::from([digest([1, 2, 3]), digest([2, 1, 3])]);
+        for bit in 0..64 {
+            for word in 0..3 {
+                let mut words = [1, 2, 3];
+                words[word] ^= 1 << bit;
+                seen.insert(digest(words));
+            }
+            seen.insert(digest([1 ^ 1 << bit, 2 ^ 1 << bit, 3]));
+        }
+        assert_eq!(seen.len(), 2 + 4 * 64);
     }
 
     #[test]

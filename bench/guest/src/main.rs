@@ -9,6 +9,8 @@
 mod control;
 mod exceptions;
 mod page;
+mod scan;
+mod snippet;
 mod storm;
 mod vcpu;
 mod workload;
@@ -24,10 +26,13 @@ global_asm!(
     include_str!("boot.s"),
     code = const CODE_SELECTOR,
     data = const 0x10,
-    stack_size = const 0x4000,
+    stack_size = const STACK_SIZE,
     main = sym main,
     other = sym vcpu::main,
 );
+
+/// Bytes of the first vCPU's stack.
+const STACK_SIZE: u64 = 0x4000;
 
 /// Called by `boot.s`, once, in long mode with paging, SSE and a stack, interrupts disabled.
 extern "C" fn main() -> ! {
@@ -36,6 +41,7 @@ extern "C" fn main() -> ! {
         xen::stop();
     }
     exceptions::install();
+    snippet::prepare();
     control::announce(vcpu::count());
     loop {
         let Some((number, request)) = control::next_request() else {
@@ -49,6 +55,8 @@ extern "C" fn main() -> ! {
                 xen::power_off();
             }
             Some(Request { workload: Workload::Storm, count }) => storm::run(count as u64),
+            Some(Request { workload: Workload::Snippets, count }) => snippet::run(count as u32),
+            Some(Request { workload: Workload::Scan, count }) => scan::run(count as u64),
             Some(request) => workload::run(request),
             None => {}
         }

@@ -9,7 +9,7 @@ use core::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
 use hyperbp_bench_abi::{PAGE_SIZE, REWRITTEN_OFFSET, SITES, Storm, StormCounts, TARGET, VCPUS_MAX};
 use hyperbp_bench_guest::{Hash, expected_hash};
 
-use crate::page::{PAGE_UNDER_TEST, PageAligned};
+use crate::page::{PAGE_UNDER_TEST, PageAligned, read};
 use crate::vcpu;
 
 /// Reads of the page between two calls: few, so that calls and hashes mix.
@@ -133,13 +133,6 @@ fn rewrite(vcpu: usize, page: u64, value: u8) {
     if seen != value {
         count!(vcpu, rewrite_mismatches);
     }
-}
-
-fn read(address: u64) -> u64 {
-    let value: u64;
-    // SAFETY: reads eight bytes of the page under test.
-    unsafe { asm!("mov {}, [{}]", out(reg) value, in(reg) address, options(nostack, preserves_flags, readonly)) };
-    value
 }
 
 fn call(entry: u64) {

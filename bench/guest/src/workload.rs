@@ -24,7 +24,7 @@ pub(crate) fn run(request: Request) {
         Workload::OwnInt3 => own_int3,
         Workload::WriteByte => write_byte,
         // Nothing to measure: `main` deals with them.
-        Workload::Shutdown | Workload::Storm => return,
+        Workload::Shutdown | Workload::Storm | Workload::Snippets | Workload::Scan => return,
     };
     for slot in &SAMPLES.0[..request.count] {
         slot.store(sample(page), Relaxed);

@@ -4,6 +4,7 @@ use core::arch::asm;
 use core::arch::x86_64::{__cpuid, CpuidResult};
 use core::fmt::{self, Write};
 use core::hint;
+use core::ops::Range;
 use core::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use hyperbp_bench_abi::PAGE_SIZE;
@@ -14,6 +15,12 @@ use crate::page::{ForeignPage, PageAligned};
 const SCHED_OP: u64 = 29;
 /// `__HYPERVISOR_vcpu_op`.
 const VCPU_OP: u64 = 24;
+/// `__HYPERVISOR_memory_op`.
+const MEMORY_OP: u64 = 12;
+/// `XENMEM_memory_map` (Xen, public/memory.h).
+const MEMORY_MAP: u64 = 9;
+/// What the map calls memory.
+const RAM: u32 = 1;
 /// `SCHEDOP_yield` (Xen, public/sched.h).
 const SCHEDOP_YIELD: u64 = 0;
 /// `SCHEDOP_shutdown`.
@@ -106,6 +113,37 @@ unsafe fn sched_op(operation: u64, argument: *const u32) {
 pub(crate) unsafe fn vcpu_op(operation: u64, vcpu: usize, argument: u64) -> bool {
     // SAFETY: as for this function.
     unsafe { hypercall(VCPU_OP, operation, vcpu as u64, argument) == 0 }
+}
+
+/// Most regions of memory that [`memory`] tells of.
+pub(crate) const REGIONS: usize = 16;
+
+/// `struct xen_memory_map`.
+#[repr(C)]
+struct MemoryMap {
+    entries: u32,
+    buffer: *mut [u32; 5],
+}
+
+/// The guest's memory, by guest-physical address. Nothing if Xen does not tell.
+pub(crate) fn memory(into: &mut [Range<u64>; REGIONS]) -> &[Range<u64>] {
+    // Entries as the BIOS's function E820 has them: start, length and kind, without padding.
+    let mut entries = [[0_u32; 5]; REGIONS];
+    let mut map = MemoryMap { entries: REGIONS as u32, buffer: entries.as_mut_ptr() };
+    // SAFETY: `main` has connected; the argument is what the operation takes, with room for as many entries as it says.
+    if unsafe { hypercall(MEMORY_OP, MEMORY_MAP, &raw mut map as u64, 0) } < 0 {
+        return &[];
+    }
+    let mut found = 0;
+    for [start, start_high, length, length_high, kind] in entries.into_iter().take(map.entries as usize) {
+        let number = |low: u32, high: u32| u64::from(high) << 32 | u64::from(low);
+        let start = number(start, start_high);
+        if kind == RAM {
+            into[found] = start..start + number(length, length_high);
+            found += 1;
+        }
+    }
+    &into[..found]
 }
 
 /// Lets another vCPU have this CPU for a while.

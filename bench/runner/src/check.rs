@@ -13,6 +13,7 @@ use crate::core;
 use crate::guest::Guest;
 use crate::recover::Traces;
 use crate::ring::Monitor;
+use crate::snippets;
 use crate::xen::Domain;
 
 /// What the guest does under each mechanism. Execution comes after reads and writes too: these lift the breakpoint.
@@ -48,6 +49,15 @@ pub(crate) fn all(domain: &mut Domain) -> Result<usize> {
     for mechanism in Mechanism::all() {
         let result = one(domain, &guest, Subject::Core(mechanism));
         report(&format!("{mechanism} counts every hit, hides, and leaves nothing"), result);
+    }
+    for (seed, mechanism) in (1..).zip(Mechanism::all()) {
+        match snippets::check(domain, &guest, mechanism, seed) {
+            Ok(figures) => report(&format!("instructions do the same under {mechanism}: {figures}"), Ok(())),
+            Err(error) => report(&format!("instructions do the same under {mechanism}"), Err(error)),
+        }
+    }
+    for (_, mechanism) in Mechanism::NAMED {
+        report(&format!("all memory reads the same under {mechanism}"), snippets::scan(domain, &guest, mechanism));
     }
     report("the guest runs on without a monitor", one(domain, &guest, Subject::None));
     Ok(failed)

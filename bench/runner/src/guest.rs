@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use hyperbp::{Gfn, Gpa, PAGE_SIZE};
 use hyperbp_bench_abi::{
-    BREAKPOINT_OFFSET, CONTROL_GPA, Control, MAGIC, REWRITTEN_OFFSET, SAMPLES_MAX, SITES, Storm, StormCounts, TARGET,
-    VCPUS_MAX, VERSION, Workload,
+    BREAKPOINT_OFFSET, CONTROL_GPA, Control, MAGIC, REWRITTEN_OFFSET, SAMPLES_MAX, SITES, SNIPPET_PAGES, Storm,
+    StormCounts, TARGET, VCPUS_MAX, VERSION, Workload,
 };
 
 use crate::xen::{Domain, Page};
@@ -31,6 +31,7 @@ pub(crate) struct Guest {
     samples: Vec<Page>,
     storm: Page,
     target: Gfn,
+    snippets: Gfn,
     vcpus: u32,
 }
 
@@ -53,7 +54,7 @@ impl Guest {
         let what = "start the benchmark guest in it (bench/guest, with bench/lab/dom0/guest.cfg)";
         let control = domain.map_page(Gpa(CONTROL_GPA).gfn()).with_context(|| format!("no benchmark guest: {what}"))?;
         let storm = domain.map_page(Gpa(CONTROL_GPA).gfn())?;
-        let mut guest = Self { control, samples: Vec::new(), storm, target: Gfn(0), vcpus: 0 };
+        let mut guest = Self { control, samples: Vec::new(), storm, target: Gfn(0), snippets: Gfn(0), vcpus: 0 };
         // The domain may have been created only just now.
         for _ in 0..100 {
             if guest.number(offset_of!(Control, magic)) == MAGIC {
@@ -69,6 +70,7 @@ impl Guest {
         ensure!(version == VERSION, "the benchmark guest has version {version} of the control page, not {VERSION}");
         guest.vcpus = guest.word(offset_of!(Control, vcpus)).load(Ordering::Relaxed);
         guest.target = Gpa(guest.number(offset_of!(Control, target_gpa))).gfn();
+        guest.snippets = Gpa(guest.number(offset_of!(Control, snippets_gpa))).gfn();
         let first = Gpa(guest.number(offset_of!(Control, samples_gpa))).gfn();
         let pages = (SAMPLES_MAX as usize * size_of::<u64>()).div_ceil(PAGE_SIZE) as u64;
         guest.samples = (0..pages)
@@ -106,6 +108,31 @@ impl Guest {
     #[must_use]
     pub(crate) fn sites(&self) -> [Gpa; SITES.len()] {
         SITES.map(|offset| self.target.at(offset as u16))
+    }
+
+    /// Where a byte of the snippet pages is.
+    #[must_use]
+    pub(crate) fn snippet_byte(&self, offset: usize) -> Gpa {
+        Gfn(self.snippets.0 + (offset / PAGE_SIZE) as u64).at((offset % PAGE_SIZE) as u16)
+    }
+
+    /// The snippet pages, as they are in guest memory.
+    ///
+    /// # Errors
+    /// If they are not in it.
+    pub(crate) fn snippet_pages(&self, domain: &Domain) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; SNIPPET_PAGES * PAGE_SIZE];
+        for (page, bytes) in bytes.chunks_mut(PAGE_SIZE).enumerate() {
+            domain.map_page(self.snippet_byte(page * PAGE_SIZE).gfn())?.read(0, bytes);
+        }
+        Ok(bytes)
+    }
+
+    /// Has [`Workload::Scan`] look from this frame on.
+    pub(crate) fn set_scan(&self, from: Gfn) {
+        let gpa = from.at(0).0;
+        self.word(offset_of!(Control, scan_gpa)).store(gpa as u32, Ordering::Relaxed);
+        self.word(offset_of!(Control, scan_gpa) + 4).store((gpa >> 32) as u32, Ordering::Relaxed);
     }
 
     /// What the storm has counted so far, over all virtual CPUs.

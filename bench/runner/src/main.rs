@@ -8,6 +8,7 @@ mod floor;
 mod guest;
 mod recover;
 mod ring;
+mod snippets;
 mod storm;
 mod xen;
 

@@ -18,7 +18,7 @@ use hyperbp_xen_sys as sys;
 const PRIVCMD: &str = "/dev/xen/privcmd";
 
 /// Guest frames for shadow pages: in the hole below 4 GiB, under the I/O APIC. A PVH guest has nothing there.
-const SHADOW_FIRST: u64 = 0xf_0000;
+pub(crate) const SHADOW_FIRST: u64 = 0xf_0000;
 const SHADOW_END: u64 = 0xf_c000;
 
 /// More memory than a domain will have, in KiB: no limit while shadow pages exist.

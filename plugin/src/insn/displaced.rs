@@ -32,8 +32,8 @@ pub(crate) struct Displaced {
 pub(crate) struct Form {
     /// What it does, if we know.
     pub(crate) op: Option<Op>,
-    /// It ends within the page, so that Xen's emulator can be given its bytes.
-    pub(crate) whole: bool,
+    /// Xen's emulator can be given it: it ends within the page, and is none that the emulator [does wrong](is_done_wrong).
+    pub(crate) emulable: bool,
     /// Xen's emulator certainly does it, and as the CPU would.
     pub(crate) certain: bool,
     pub(crate) memory: MemoryUse,
@@ -108,11 +108,29 @@ impl Form {
         let whole = decoder.last_error() != DecoderError::NoMoreBytes;
         let length = if whole { instruction.len().max(1) } else { bytes.len() };
         if !whole || instruction.is_invalid() {
-            return (Self { op: None, whole, certain: false, memory: MemoryUse::Writes }, length);
+            return (Self { op: None, emulable: whole, certain: false, memory: MemoryUse::Writes }, length);
         }
         let memory = memory_use(&instruction);
         let op = Op::decode(&bytes[..length], mode);
-        (Self { op, whole, certain: is_certain(&instruction, memory), memory }, length)
+        let emulable = !is_done_wrong(&instruction);
+        (Self { op, emulable, certain: emulable && is_certain(&instruction, memory), memory }, length)
+    }
+}
+
+/// Whether Xen's emulator does it in another way than the CPU, or raises #UD in the guest without asking the monitor: that is
+/// what comes of `X86EMUL_UNHANDLEABLE`, other than of `X86EMUL_UNIMPLEMENTED` (`hvm_emulate_one_vm_event`,
+/// xen/arch/x86/hvm/emulate.c).
+pub(super) fn is_done_wrong(instruction: &Instruction) -> bool {
+    use Mnemonic::*;
+    match instruction.mnemonic() {
+        // It takes them for fences with a wrong operand, and knows IRET in real mode only: `fail_if` in x86_emulate.c.
+        Xrstor | Xrstor64 | Xsaveopt | Xsaveopt64 | Ptwrite | Clrssbsy | Iret | Iretd | Iretq => true,
+        // It leaves flags alone that are undefined, and that the CPU changes.
+        Mul | Div | Idiv => true,
+        Imul => instruction.op_count() == 1,
+        // Debug registers are not known to it.
+        Mov => instruction.op0_register().is_dr() || instruction.op1_register().is_dr(),
+        _ => false,
     }
 }
 
@@ -221,7 +239,6 @@ fn is_integer(mnemonic: Mnemonic) -> bool {
             | Neg
             | Not
             | Imul
-            | Mul
             | Shl
             | Shr
             | Sar
@@ -253,13 +270,28 @@ mod tests {
     }
 
     #[test]
-    fn an_instruction_is_whole_when_its_last_byte_is_in_the_page() {
-        let whole = |bytes: &[u8], offset| CodeMode::ALL.map(|mode| displaced(bytes, offset).form(mode).whole);
+    fn an_instruction_can_be_emulated_when_its_last_byte_is_in_the_page() {
+        let whole = |bytes: &[u8], offset| CodeMode::ALL.map(|mode| displaced(bytes, offset).form(mode).emulable);
         assert_eq!(whole(&[0xc3], 4095), [true; 3]);
         assert_eq!(whole(&[0x90, 0xe8], 4094), [true; 3]);
         assert_eq!(whole(&[0xe8, 0, 0], 4093), [true, false, false], "in 16-bit code a call has three bytes");
         assert_eq!(whole(&[0xe8, 0, 0, 0, 0], 4091), [true; 3]);
         assert_eq!(whole(&[0x48], 4095), [true, true, false], "a REX prefix, or DEC");
+    }
+
+    #[test]
+    fn what_xen_would_raise_ud_for_is_not_emulated() {
+        let emulable = |bytes: &[u8]| displaced(bytes, 0).form(CodeMode::Bits64).emulable;
+        assert!(!emulable(&[0x0f, 0xae, 0x2f]), "xrstor [rdi]");
+        assert!(!emulable(&[0x0f, 0xae, 0x37]), "xsaveopt [rdi]");
+        assert!(!emulable(&[0x48, 0xcf]), "iretq");
+        assert!(emulable(&[0x0f, 0xae, 0x27]), "xsave [rdi]: that is reported");
+        assert!(!emulable(&[0x0f, 0x23, 0xf8]), "mov dr7, rax");
+        assert!(emulable(&[0x0f, 0x22, 0xd8]), "mov cr3, rax");
+        assert!(emulable(&[0x0f, 0xae, 0xe8]), "lfence");
+        assert!(!emulable(&[0x48, 0xf7, 0xe3]), "mul rbx: other flags");
+        assert!(!emulable(&[0xf7, 0xeb]), "imul ebx");
+        assert!(emulable(&[0x48, 0x0f, 0xaf, 0xc3]), "imul rax, rbx");
     }
 
     #[test]

@@ -17,7 +17,8 @@ const LONGEST: usize = 15;
 
 /// If the instruction at RIP makes exactly one read of memory, how many bytes that is.
 ///
-/// `None` too if that cannot be told: the instruction is not in memory, is unknown, is repeated, or reads twice.
+/// `None` too if that cannot be told: the instruction is not in memory, is unknown, is repeated, or reads twice; and if Xen's
+/// emulator would do it wrong.
 pub(crate) fn single_read<H: Hypervisor>(
     hv: &mut H,
     factory: &mut InstructionInfoFactory,
@@ -26,7 +27,7 @@ pub(crate) fn single_read<H: Hypervisor>(
     let linear = registers.cs_base.wrapping_add(registers.rip);
     let gpa = paging::translate(hv, registers, linear)?;
     let instruction = decode_at(hv, registers, gpa)?;
-    if instruction.has_rep_prefix() || instruction.has_repne_prefix() {
+    if instruction.has_rep_prefix() || instruction.has_repne_prefix() || displaced::is_done_wrong(&instruction) {
         return None;
     }
     let mut size = None;

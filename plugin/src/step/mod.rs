@@ -90,9 +90,9 @@ pub(crate) fn at_once<H: Hypervisor>(
     let (interpret, emulate) = match (breakpoint.step_over, placement) {
         (StepOver::Interpret, Placement::Shadow) => (true, false),
         // In place there is no good step to fall back to.
-        (StepOver::Interpret | StepOver::Auto, Placement::InPlace) => (true, form.whole),
+        (StepOver::Interpret | StepOver::Auto, Placement::InPlace) => (true, form.emulable),
         (StepOver::Auto, Placement::Shadow) => (true, form.certain),
-        (StepOver::Emulate, _) => (false, form.whole),
+        (StepOver::Emulate, _) => (false, form.emulable),
         (StepOver::Repair | StepOver::ViewStep | StepOver::ViewFastStep, _) => (false, false),
     };
     let mut guest = interpret::Guest { hv, registry, views, registers };
