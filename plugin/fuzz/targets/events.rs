@@ -118,6 +118,8 @@ struct World {
     engine: Engine,
     registers: [Registers; 2],
     callbacks: VecDeque<Callback>,
+    /// Where each virtual CPU was at its last event.
+    rips: [u64; MOST_VCPUS],
     /// All events so far were such as a hypervisor sends, so that the engine knows what each virtual CPU does.
     possible: bool,
     left: bool,
@@ -145,13 +147,20 @@ impl World {
     fn occur(&mut self, what: &Occurrence) {
         // Also from one that there is not.
         let vcpu = usize::from(what.vcpu) % (self.machine.cpus.len() + 1);
-        let cpu = self.machine.cpus.get(vcpu).copied().unwrap_or_default();
         let gpa = what.at.gpa(&self.engine);
         let mut registers = self.registers[usize::from(what.registers)];
         if what.plain {
             (registers.cr0, registers.cs_base, registers.rip) = (0, 0, gpa.0);
             (registers.rflags, registers.dr7, registers.cr4, registers.flat) = (2, 0, 0, true);
         }
+        // Only the instruction that a fast step is of can raise an event before that is over.
+        if let Some(cpu) = self.machine.cpus.get_mut(vcpu)
+            && registers.rip != self.rips[vcpu]
+        {
+            cpu.view = cpu.fast.take().unwrap_or(cpu.view);
+            self.rips[vcpu] = registers.rip;
+        }
+        let cpu = self.machine.cpus.get(vcpu).copied().unwrap_or_default();
         let reason = match what.what {
             What::Int3(length) => Reason::Int3(Int3 { gpa, length }),
             What::Access { read, write, execute, page_walk } => {
@@ -207,6 +216,8 @@ impl World {
         let left = self.called(|world| world.engine.leave(&mut world.machine));
         assert!(left.is_ok() || self.machine.stubborn, "leaving fails, and nothing is refused: {left:?}");
         for vcpu in 0..self.machine.cpus.len() {
+            // A fast step that could not be stopped, and one that is monitored.
+            self.called(|world| world.through(vcpu));
             self.called(|world| world.through(vcpu));
         }
         assert!(self.engine.is_idle() || !self.possible, "a step is in flight that nobody makes");
@@ -259,7 +270,15 @@ fuzz_target!(|input: Input| {
     machine.watched = input.watched;
     let engine = Engine::new(&machine);
     let registers = input.registers.map(Registers::from);
-    let mut world = World { machine, engine, registers, callbacks: input.callbacks, possible: true, left: false };
+    let mut world = World {
+        machine,
+        engine,
+        registers,
+        callbacks: input.callbacks,
+        rips: [0; MOST_VCPUS],
+        possible: true,
+        left: false,
+    };
     for act in input.acts.iter().take(MOST_ACTS) {
         world.called(|world| world.act(*act));
     }
