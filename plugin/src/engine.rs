@@ -535,9 +535,12 @@ impl Engine {
                         return Ok(Reply::default());
                     }
                     log::info!("Xen cannot emulate the instruction at {gpa}: it is stepped from now on");
+                    // The hit counts again, as what serves it now.
+                    let fallback = step::is_fallback(breakpoint, &event.registers, StepOver::Emulate);
                     breakpoint.not_emulable = true;
-                    let emulated = &mut breakpoint.figures.served.emulate;
-                    *emulated = emulated.saturating_sub(1);
+                    let Figures { served, fallbacks, .. } = &mut breakpoint.figures;
+                    served.emulate = served.emulate.saturating_sub(1);
+                    *fallbacks = fallbacks.saturating_sub(u64::from(fallback));
                 }
                 self.step_over(hv, index, event, gpa)
             }

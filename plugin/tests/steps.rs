@@ -102,3 +102,29 @@ fn a_step_that_runs_into_the_next_breakpoint_sets_the_first_again() {
     engine.finish(&mut page).unwrap();
     assert_eq!(page.0, original);
 }
+
+/// What is emulated in vain and stepped then is one hit, and fell back once.
+#[test]
+fn a_hit_that_the_emulator_gives_back_falls_back_once() {
+    let mut page = Page([0x90; PAGE_SIZE]);
+    page.0[8..11].copy_from_slice(&[0x0f, 0x01, 0xc1]); // vmcall
+    for mechanism in ["in-place+emulate+data", "in-place+interpret+data", "in-place+auto+data"] {
+        let mut engine = Engine::new(&page);
+        let id = engine.insert(&mut page, PAGE.at(8), mechanism.parse().unwrap()).unwrap();
+        for hit in 1..3 {
+            let int3 = Reason::Int3(Int3 { gpa: PAGE.at(8), length: 1 });
+            let mut reply = handle(&mut engine, &mut page, 8, int3);
+            if hit == 1 {
+                assert!(matches!(reply.action, Action::EmulateInstruction(_)), "{mechanism}: {reply:?}");
+                reply = handle(&mut engine, &mut page, 8, Reason::EmulationFailed);
+            }
+            assert_eq!(reply.step, Step::On, "{mechanism}");
+            handle(&mut engine, &mut page, 11, Reason::Step);
+            let figures = engine.figures(id).unwrap();
+            let counts = (figures.hits, figures.served.repair, figures.served.total(), figures.fallbacks);
+            assert_eq!(counts, (hit, hit, hit, hit), "{mechanism}");
+        }
+        assert_eq!(engine.counters().emulation_failures, 1);
+        engine.leave(&mut page).unwrap();
+    }
+}
