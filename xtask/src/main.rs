@@ -13,6 +13,7 @@ mod recover;
 mod storm;
 mod test;
 mod tools;
+mod trace;
 
 /// hyperbp's own commands.
 #[derive(Debug, Parser)]
@@ -30,6 +31,7 @@ enum Command {
     Storm(storm::Storm),
     Recover(recover::Recover),
     Test(test::Test),
+    Trace(trace::Trace),
 }
 
 fn main() -> ExitCode {
@@ -40,6 +42,7 @@ fn main() -> ExitCode {
         Command::Storm(storm) => storm.run(),
         Command::Recover(recover) => recover.run(),
         Command::Test(test) => test.run(),
+        Command::Trace(trace) => trace.run(),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -13,19 +13,23 @@ use crate::{Error, Host, Inputs, Job, Progress, Result, Stages, elf};
 
 const INIT: &str = include_str!("../dom0/init");
 const GUEST_CFG: &str = include_str!("../dom0/guest.cfg");
+const LINUX_CFG: &str = include_str!("../dom0/linux.cfg");
+const LINUX_INIT: &str = include_str!("../linux/init");
 
 /// Xen's programs, in `usr/lib/xen-4.17/bin` of the sysroot and of dom0.
 const XEN_BIN: &str = "usr/lib/xen-4.17/bin";
 const XEN_PROGRAMS: &[&str] = &["libxl-save-helper", "xen-init-dom0", "xenconsoled", "xenstored", "xl"];
+/// What the job needs besides, to talk to a Linux guest.
+const XEN_CONSOLE: &str = "xenconsole";
 const LIBRARIES: &str = "usr/lib/x86_64-linux-gnu";
 
-/// Xen's command line, without what depends on the number of CPUs.
+/// Xen's command line, without what depends on the number of CPUs and the guest.
 ///
 /// The console costs nothing once the machine is up: Xen and dom0's kernel are silent then. Frequencies and idle states
 /// are the host's business, mitigations only take instructions, and `apicv=0` keeps to the part of VMX every Xen host
 /// has.
 const XEN: &str = "console=com1 com1=115200,8n1,0x3f8,4 loglvl=warning guest_loglvl=all \
-    altp2m=1 apicv=0 sched=credit dom0_max_vcpus=1 dom0_mem=256M,max:256M \
+    altp2m=1 apicv=0 sched=credit dom0_max_vcpus=1 dom0_mem=$MEMORY,max:$MEMORY \
     bootscrub=0 edid=no edd=off spec-ctrl=no xpti=0 pv-l1tf=0 mce=0 iommu=0 \
     cpuidle=0 cpufreq=none watchdog=0 tsc=unstable noreboot=1";
 
@@ -53,7 +57,7 @@ pub fn build(
         .archive()
         .map_err(Error::io("archive", Path::new("dom0's file system")))?;
     let xen = sysroot.join("boot/xen-4.17-amd64.gz");
-    let xen_options = xen_options(job.cpus);
+    let xen_options = xen_options(job.cpus, job.linux);
     let grub = format!(
         "set root=cd\nmultiboot2 /boot/xen xen {xen_options}\nmodule2 /boot/vmlinux linux {LINUX}\n\
          module2 /boot/initramfs initramfs\nboot\n"
@@ -95,20 +99,21 @@ pub fn build(
     Ok(dir.join("lab.iso"))
 }
 
-/// With two CPUs, dom0 has the first for itself.
-fn xen_options(cpus: u32) -> String {
+/// With two CPUs, dom0 has the first for itself. A guest's kernel is in dom0's memory too: in its file system.
+fn xen_options(cpus: u32, linux: bool) -> String {
     let pin = if cpus > 1 { " dom0_vcpus_pin" } else { "" };
-    format!("{XEN}{pin}")
+    let memory = if linux { "448M" } else { "256M" };
+    format!("{}{pin}", XEN.replace("$MEMORY", memory))
 }
 
 /// With two CPUs, the guest has the second for itself; with more, all but the first.
-fn guest_cfg(cpus: u32) -> String {
+fn pinned(config: &str, cpus: u32) -> String {
     let pin = match cpus {
         0 | 1 => String::new(),
         2 => "cpus = \"1\"\n".to_owned(),
         _ => format!("cpus = \"1-{}\"\n", cpus - 1),
     };
-    format!("{GUEST_CFG}{pin}")
+    format!("{config}{pin}")
 }
 
 fn initramfs(host: &Host, sysroot: &Path, kernel: &Kernel, e9: &Path, job: &Job) -> Result<Initramfs> {
@@ -128,9 +133,15 @@ fn initramfs(host: &Host, sysroot: &Path, kernel: &Kernel, e9: &Path, job: &Job)
     fs.file("etc/xen/xl.conf", 0o644, "");
     fs.file("init", 0o755, INIT);
     fs.file("job.sh", 0o644, job.shell());
-    fs.file("guest/guest.cfg", 0o644, guest_cfg(job.cpus));
+    fs.file("guest/guest.cfg", 0o644, pinned(GUEST_CFG, job.cpus));
     fs.copy("guest/guest.elf", 0o644, &job.guest)?;
-    fs.copy("bin/busybox", 0o755, &sysroot.join("bin/busybox"))?;
+    let busybox = sysroot.join("bin/busybox");
+    fs.copy("bin/busybox", 0o755, &busybox)?;
+    if job.linux {
+        fs.file("guest/linux.cfg", 0o644, pinned(LINUX_CFG, job.cpus));
+        fs.copy("guest/vmlinux", 0o644, &kernel.vmlinux)?;
+        fs.file("guest/linux.cpio", 0o644, linux(&busybox)?);
+    }
 
     let mut order = String::new();
     for module in &kernel.modules {
@@ -140,7 +151,8 @@ fn initramfs(host: &Host, sysroot: &Path, kernel: &Kernel, e9: &Path, job: &Job)
     }
     fs.file("lib/modules/order", 0o644, order);
 
-    let xen: Vec<PathBuf> = XEN_PROGRAMS.iter().map(|name| sysroot.join(XEN_BIN).join(name)).collect();
+    let console = job.linux.then_some(&XEN_CONSOLE);
+    let xen: Vec<PathBuf> = XEN_PROGRAMS.iter().chain(console).map(|name| sysroot.join(XEN_BIN).join(name)).collect();
     let ours: Vec<&Path> = job.programs.iter().map(PathBuf::as_path).chain([e9]).collect();
     for (dir, program) in xen.iter().map(|p| (XEN_BIN, p.as_path())).chain(ours.iter().map(|p| ("bin", *p))) {
         let name = program.file_name().unwrap_or_default().to_string_lossy();
@@ -162,6 +174,20 @@ fn initramfs(host: &Host, sysroot: &Path, kernel: &Kernel, e9: &Path, job: &Job)
     Ok(fs)
 }
 
+/// The Linux guest's file system.
+fn linux(busybox: &Path) -> Result<Vec<u8>> {
+    let mut fs = Initramfs::new();
+    for directory in ["dev", "proc", "tmp", "tracing"] {
+        fs.directory(directory);
+    }
+    fs.device("dev/console", 5, 1);
+    fs.device("dev/null", 1, 3);
+    fs.device("dev/zero", 1, 5);
+    fs.file("init", 0o755, LINUX_INIT);
+    fs.copy("bin/busybox", 0o755, busybox)?;
+    fs.archive().map_err(Error::io("archive", Path::new("the Linux guest's file system")))
+}
+
 fn gunzip(file: &Path) -> Result<Vec<u8>> {
     let compressed = File::open(file).map_err(Error::io("open", file))?;
     let mut content = Vec::new();
@@ -175,10 +201,18 @@ mod tests {
 
     #[test]
     fn with_two_cpus_dom0_and_the_guest_have_one_each() {
-        assert!(!xen_options(1).contains("dom0_vcpus_pin"));
-        assert!(xen_options(2).contains("dom0_vcpus_pin"));
-        assert!(!guest_cfg(1).contains("\ncpus = "));
-        assert!(guest_cfg(2).contains("\ncpus = \"1\""));
-        assert!(guest_cfg(4).contains("\ncpus = \"1-3\""));
+        assert!(!xen_options(1, false).contains("dom0_vcpus_pin"));
+        assert!(xen_options(2, false).contains("dom0_vcpus_pin"));
+        for config in [GUEST_CFG, LINUX_CFG] {
+            assert!(!pinned(config, 1).contains("\ncpus = "));
+            assert!(pinned(config, 2).contains("\ncpus = \"1\""));
+            assert!(pinned(config, 4).contains("\ncpus = \"1-3\""));
+        }
+    }
+
+    #[test]
+    fn a_guest_s_kernel_has_room_in_dom0() {
+        assert!(xen_options(1, false).contains(" dom0_mem=256M,max:256M "));
+        assert!(xen_options(1, true).contains(" dom0_mem=448M,max:448M "));
     }
 }

@@ -17,6 +17,8 @@ pub struct Job {
     pub programs: Vec<PathBuf>,
     /// Kernel of the benchmark guest, `/guest/guest.elf` in dom0.
     pub guest: PathBuf,
+    /// Whether there is a Linux guest, too: `/guest/linux.cfg` in dom0. The machine has twice the memory then.
+    pub linux: bool,
     /// CPUs of the machine: with 2, dom0 has the first and the guest the second.
     pub cpus: u32,
     /// How long the machine may run.
@@ -51,6 +53,7 @@ mod tests {
             variables: vec![("VALUE".into(), value.into())],
             programs: vec![],
             guest: PathBuf::new(),
+            linux: false,
             cpus: 1,
             limit: Duration::ZERO,
             silence: Duration::ZERO,

@@ -53,6 +53,7 @@ const BENCH: &str = include_str!("../dom0/bench.sh");
 const CHECKS: &str = include_str!("../dom0/checks.sh");
 const STORM: &str = include_str!("../dom0/storm.sh");
 const RECOVER: &str = include_str!("../dom0/recover.sh");
+const TRACE: &str = include_str!("../dom0/trace.sh");
 const SMOKE: &str = include_str!("../dom0/smoke.sh");
 
 /// The lab's directory, held by this process alone.
@@ -136,6 +137,19 @@ impl Lab {
     }
 }
 
+/// What [`Bench::trace`] is to trace.
+#[derive(Clone, Copy, Debug)]
+pub struct Trace<'a> {
+    /// Functions of the kernel.
+    pub functions: &'a [&'a str],
+    /// The function that marks where the guest's work begins and ends.
+    pub between: &'a str,
+    /// How the breakpoints work.
+    pub mechanism: &'a str,
+    /// How long the guest works, in seconds of its own time.
+    pub seconds: u32,
+}
+
 /// A lab with everything built that jobs have in common.
 #[derive(Debug)]
 pub struct Bench<'a> {
@@ -201,10 +215,27 @@ impl Bench<'_> {
         job
     }
 
+    /// A job that traces `functions` of a Linux guest with the `runner` while the guest works. `between` is the function
+    /// that the guest calls at the beginning and at the end of that. It leaves `trace.json`, what the guest said in
+    /// `console`, and a file `checks` as [`checks`](Self::checks) does.
+    #[must_use]
+    pub fn trace(&self, runner: &Path, cpus: u32, vcpus: u32, trace: &Trace<'_>) -> Job {
+        let mut job = self.job(format!("trace-{cpus}-{vcpus}"), TRACE, cpus, Duration::from_secs(3600));
+        job.linux = true;
+        let Trace { functions, between, mechanism, seconds } = trace;
+        let functions: String = functions.iter().map(|function| format!(" --function {function}")).collect();
+        let arguments = format!("--mechanism {mechanism} --between {between}{functions}");
+        let variables = [("VCPUS", vcpus.to_string()), ("SECONDS", seconds.to_string()), ("TRACE", arguments)];
+        job.variables.extend(variables.map(|(name, value)| (name.to_owned(), value)));
+        job.programs.push(runner.to_owned());
+        job
+    }
+
     fn job(&self, name: String, script: &str, cpus: u32, limit: Duration) -> Job {
         let silence = Duration::from_secs(600);
         let (variables, programs) = (Vec::new(), Vec::new());
-        Job { name, script: script.to_owned(), variables, programs, guest: self.guest.clone(), cpus, limit, silence }
+        let (script, guest) = (script.to_owned(), self.guest.clone());
+        Job { name, script, variables, programs, guest, linux: false, cpus, limit, silence }
     }
 
     /// Builds the image of `job`, and returns it.

@@ -59,7 +59,7 @@ impl Machine {
         crate::stage::remove(&dir)?;
         fs::create_dir_all(&dir).map_err(Error::io("create", &dir))?;
         let config = dir.join("bochsrc");
-        fs::write(&config, self.config(&dir, image, job.cpus)).map_err(Error::io("write", &config))?;
+        fs::write(&config, self.config(&dir, image, job)).map_err(Error::io("write", &config))?;
 
         // Bochs has its own process group, so that no signal from the terminal reaches it half-way; setpriv sees to it
         // that it does not outlive the thread that watches it.
@@ -75,7 +75,8 @@ impl Machine {
     ///
     /// One tick is one instruction, and nothing depends on the host: its time (`sync=none`, a fixed `time0`) or its
     /// random numbers (RDRAND is left out). So the same image gives the same run, to the instruction.
-    fn config(&self, dir: &Path, image: &Path, cpus: u32) -> String {
+    fn config(&self, dir: &Path, image: &Path, job: &Job) -> String {
+        let (cpus, memory) = (job.cpus, if job.linux { 1024 } else { 512 });
         let mut config = String::new();
         let mut line = |text: std::fmt::Arguments<'_>| {
             // Writing to a String cannot fail.
@@ -83,7 +84,7 @@ impl Machine {
         };
         line(format_args!("config_interface: textconfig"));
         line(format_args!("display_library: nogui"));
-        line(format_args!("memory: guest=512, host=512"));
+        line(format_args!("memory: guest={memory}, host={memory}"));
         line(format_args!("romimage: file=\"{}\"", self.bios.display()));
         line(format_args!("vgaromimage: file=\"{}\"", self.vga_bios.display()));
         line(format_args!("boot: cdrom"));

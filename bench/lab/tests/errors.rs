@@ -93,6 +93,7 @@ fn job() -> Job {
         variables: vec![],
         programs: vec![],
         guest: PathBuf::new(),
+        linux: false,
         cpus: 1,
         limit: Duration::from_secs(8),
         silence: Duration::from_secs(4),

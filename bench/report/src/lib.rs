@@ -3,6 +3,7 @@
 //! - [`Results`] is the summary, one [`Run`] for each host, backend, mechanism and workload; its JSON is the format.
 //! - [`Collection`] is the summary with every sample behind it, as a directory.
 //! - [`Storm`] is what was counted while several virtual CPUs were in the page at once.
+//! - [`Trace`] is what was counted of the functions of a guest's kernel.
 //! - [`table`] and [`svg`] show the summary in a terminal and on a page.
 //! - [`write_bpbench`] writes the samples as bpbench's measurement study keeps them, so that its scripts can plot them.
 
@@ -14,6 +15,7 @@ mod schema;
 mod storm;
 mod table;
 mod ticks;
+mod trace;
 
 pub use bpbench::write_bpbench;
 pub use collection::{Collection, Key};
@@ -22,6 +24,7 @@ pub use schema::{Kind, Machine, Measurement, Results, Run, SCHEMA, TicksAre, Wor
 pub use storm::{Handling, Served, Storm, storm_table, storms_from_json, storms_to_json};
 pub use table::table;
 pub use ticks::Ticks;
+pub use trace::{Trace, TracedFunction};
 
 #[cfg(test)]
 mod samples;

@@ -109,11 +109,7 @@ pub(crate) fn measure(
     progress: &mut dyn FnMut(u64, u64, &str),
 ) -> Result<Collection> {
     let guest = Guest::find(domain)?;
-    // Someone who wants to stop is to leave a guest without breakpoints.
-    let interrupted = Arc::new(AtomicBool::new(false));
-    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM, signal_hook::consts::SIGHUP] {
-        signal_hook::flag::register(signal, Arc::clone(&interrupted)).context("cannot handle signals")?;
-    }
+    let interrupted = interrupted()?;
     let mut collection = Collection::new(machine(domain, plan.kind)?);
     let cells: Vec<_> = plan
         .subjects
@@ -136,6 +132,18 @@ pub(crate) fn measure(
     }
     progress(total, total, "done");
     Ok(collection)
+}
+
+/// Becomes true when this process is to stop: someone who wants that is to leave a guest without breakpoints.
+///
+/// # Errors
+/// If signals cannot be handled.
+pub(crate) fn interrupted() -> Result<Arc<AtomicBool>> {
+    let interrupted = Arc::new(AtomicBool::new(false));
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM, signal_hook::consts::SIGHUP] {
+        signal_hook::flag::register(signal, Arc::clone(&interrupted)).context("cannot handle signals")?;
+    }
+    Ok(interrupted)
 }
 
 fn batch(workload: Workload) -> u32 {

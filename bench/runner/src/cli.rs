@@ -24,6 +24,16 @@ Examples:
 
 Exit code 1 if a hit was lost or doubled by a mechanism that must not, or if the guest saw a breakpoint.";
 
+const TRACE_HELP: &str = "\
+Examples:
+  hyperbp-bench trace --domain web --symbols System.map --function vfs_read --function vfs_write --for 10
+      Ten seconds of reads and writes. Without --for, until Ctrl-C.
+  hyperbp-bench trace --domain web --function 0x1234560
+      Any instruction of any guest, by its guest-physical address: that one must not move.
+
+Needs no more than altp2m=\"external\" in the domain's configuration. The domain is not paused but for a moment, and no
+breakpoint is left behind, also after Ctrl-C.";
+
 const RECOVER_HELP: &str = "\
 A monitor that is killed (SIGKILL, the OOM killer, a crash) cannot take its breakpoints out. The domain stands still at the
 next one, or at the next read of a page that is guarded; it sees none of them. This lets it run on, unmodified.
@@ -49,8 +59,42 @@ pub(crate) enum Command {
     Storm(Storm),
     /// Restore a domain whose monitor was killed: breakpoints, guards, views, steps, waiting virtual CPUs
     Recover(Recover),
+    /// Count calls of functions of the kernel that runs in any domain
+    Trace(Trace),
     /// Wait until the benchmark guest has ended a storm without a monitor, and check what it has counted
     Settle(Settle),
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = TRACE_HELP)]
+pub(crate) struct Trace {
+    /// Name or number of the domain
+    #[arg(long, value_name = "NAME")]
+    pub(crate) domain: String,
+
+    /// The function: a name in the symbols, or a guest-physical address, 0x...; may be repeated or a list
+    #[arg(long = "function", value_name = "NAME", required = true, value_delimiter = ',')]
+    pub(crate) functions: Vec<String>,
+
+    /// System.map of the guest's Linux kernel, or what /proc/kallsyms says in the guest
+    #[arg(long, value_name = "FILE")]
+    pub(crate) symbols: Option<PathBuf>,
+
+    /// Count from the first call of this function, and end with its second
+    #[arg(long, value_name = "NAME")]
+    pub(crate) between: Option<String>,
+
+    /// End after this time, in seconds
+    #[arg(long = "for", value_name = "SECONDS")]
+    pub(crate) limit: Option<u64>,
+
+    /// How the breakpoints work
+    #[arg(long, value_name = "M", default_value = "auto")]
+    pub(crate) mechanism: String,
+
+    /// File for the counts as JSON
+    #[arg(long, value_name = "FILE")]
+    pub(crate) json: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]

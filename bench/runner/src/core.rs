@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use hdrhistogram::Histogram;
-use hyperbp::{BreakpointId, Counters, Engine, Figures, Gpa, Mechanism, Reason, Verdict};
+use hyperbp::{BreakpointId, Counters, Engine, Figures, Gpa, Hit, Mechanism, Reason, Verdict};
 
 use crate::ring::{self, Monitor, PATIENCE};
 use crate::xen::{Domain, Error};
@@ -18,11 +18,48 @@ pub(crate) struct Outcome {
 }
 
 impl Outcome {
+    /// What came of it until now.
+    fn of(engine: &Engine, breakpoints: &[BreakpointId]) -> Result<Self> {
+        let figures = breakpoints.iter().map(|id| engine.figures(*id)).collect::<Result<_, _>>()?;
+        Ok(Self { figures, counters: engine.counters(), handling: engine.handling_time().clone() })
+    }
+
+    /// What of it has come since `begin`, an earlier outcome of the same breakpoints.
+    ///
+    /// # Errors
+    /// If it is not an earlier one.
+    pub(crate) fn since(mut self, begin: &Self) -> Result<Self> {
+        for (end, begin) in self.figures.iter_mut().zip(&begin.figures) {
+            end.hits -= begin.hits;
+            end.fallbacks -= begin.fallbacks;
+            end.rewritten -= begin.rewritten;
+            let (end, begin) = (&mut end.served, begin.served);
+            end.repair -= begin.repair;
+            end.view_step -= begin.view_step;
+            end.view_fast_step -= begin.view_fast_step;
+            end.emulate -= begin.emulate;
+            end.interpret -= begin.interpret;
+        }
+        self.counters.hits -= begin.counters.hits;
+        self.counters.reads -= begin.counters.reads;
+        self.counters.writes -= begin.counters.writes;
+        self.counters.held -= begin.counters.held;
+        self.counters.discarded -= begin.counters.discarded;
+        self.counters.reinjected -= begin.counters.reinjected;
+        self.counters.unexplained -= begin.counters.unexplained;
+        self.counters.failures -= begin.counters.failures;
+        self.handling.subtract(&begin.handling)?;
+        Ok(self)
+    }
+
     /// Hits of all breakpoints.
     pub(crate) fn hits(&self) -> u64 {
         self.figures.iter().map(|figures| figures.hits).sum()
     }
 }
+
+/// Is told which of the addresses was hit, and can ask what came of all until now.
+pub(crate) type OnHit<'a> = dyn FnMut(usize, &dyn Fn() -> Result<Outcome>) + 'a;
 
 /// Sets a breakpoint at each address, serves them until `idle` returns false, and removes them. `idle` is asked after each
 /// batch of events, and from time to time while there are none.
@@ -36,6 +73,21 @@ pub(crate) fn run(
     at: &[Gpa],
     idle: &mut dyn FnMut() -> bool,
 ) -> Result<Outcome> {
+    watch(domain, monitor, mechanism, at, &mut |_, _| {}, idle)
+}
+
+/// The same, and tells `on_hit` of each hit, before its instruction runs.
+///
+/// # Errors
+/// Those of [`run`].
+pub(crate) fn watch(
+    domain: &mut Domain,
+    monitor: &mut Monitor,
+    mechanism: Mechanism,
+    at: &[Gpa],
+    on_hit: &mut OnHit<'_>,
+    idle: &mut dyn FnMut() -> bool,
+) -> Result<Outcome> {
     let mut engine = Engine::new(domain);
     let set: Result<Vec<BreakpointId>> = at
         .iter()
@@ -44,11 +96,15 @@ pub(crate) fn run(
         })
         .collect();
     let served = set.and_then(|breakpoints| {
+        let mut seen = |engine: &Engine, hit: &Hit<'_>| {
+            if let Some(index) = breakpoints.iter().position(|id| *id == hit.breakpoint) {
+                on_hit(index, &|| Outcome::of(engine, &breakpoints));
+            }
+        };
         while idle() {
-            serve(domain, monitor, &mut engine)?;
+            serve(domain, monitor, &mut engine, &mut seen)?;
         }
-        let figures = breakpoints.iter().map(|id| engine.figures(*id)).collect::<Result<_, _>>()?;
-        Ok(Outcome { figures, counters: engine.counters(), handling: engine.handling_time().clone() })
+        Outcome::of(&engine, &breakpoints)
     });
     // Also after a failure: the guest is to be left as it was.
     let left = leave(domain, monitor, &mut engine).context("cannot leave the domain");
@@ -57,7 +113,12 @@ pub(crate) fn run(
 }
 
 /// Waits for events, and answers those there are. Whether there were any.
-fn serve(domain: &mut Domain, monitor: &mut Monitor, engine: &mut Engine) -> Result<bool, Error> {
+fn serve(
+    domain: &mut Domain,
+    monitor: &mut Monitor,
+    engine: &mut Engine,
+    seen: &mut dyn FnMut(&Engine, &Hit<'_>),
+) -> Result<bool, Error> {
     monitor.wait(PATIENCE)?;
     let mut any = false;
     while let Some(request) = monitor.next() {
@@ -66,7 +127,10 @@ fn serve(domain: &mut Domain, monitor: &mut Monitor, engine: &mut Engine) -> Res
             monitor.respond(&ring::plain_response(&request));
             continue;
         };
-        let reply = engine.handle(domain, &event, &mut |_, _, _| Verdict::Keep);
+        let reply = engine.handle(domain, &event, &mut |engine, _, hit| {
+            seen(engine, hit);
+            Verdict::Keep
+        });
         let (response, inject) = ring::response_to(&request, &reply);
         if inject && let Reason::Int3(int3) = event.reason {
             domain.inject_int3(event.vcpu, int3.length)?;
@@ -85,7 +149,7 @@ fn leave(domain: &mut Domain, monitor: &mut Monitor, engine: &mut Engine) -> Res
     engine.leave(domain)?;
     for _ in 0..ROUNDS {
         // Without an event for a while, none is queued.
-        if !serve(domain, monitor, engine)? && engine.is_idle() {
+        if !serve(domain, monitor, engine, &mut |_, _| {})? && engine.is_idle() {
             return Ok(engine.finish(domain)?);
         }
     }

@@ -10,6 +10,8 @@ mod recover;
 mod ring;
 mod snippets;
 mod storm;
+mod symbols;
+mod trace;
 mod xen;
 
 use std::process::ExitCode;
@@ -30,6 +32,7 @@ fn main() -> ExitCode {
         Command::Storm(storm) => self::storm(&storm),
         Command::Recover(recover) => self::recover(&recover),
         Command::Settle(settle) => self::settle(&settle),
+        Command::Trace(trace) => self::trace(&trace),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -133,6 +136,22 @@ fn storm(arguments: &cli::Storm) -> anyhow::Result<()> {
     }
     let wrong: Vec<_> = storms.iter().filter(|storm| !storm.is_right()).map(|storm| &*storm.mechanism).collect();
     anyhow::ensure!(wrong.is_empty(), "something is wrong with {}: see the table", wrong.join(", "));
+    Ok(())
+}
+
+fn trace(arguments: &cli::Trace) -> anyhow::Result<()> {
+    let mechanism = mechanism(&arguments.mechanism)?;
+    let limit = arguments.limit.map(std::time::Duration::from_secs);
+    let mut domain = Domain::open(&arguments.domain)?;
+    let names: Vec<_> = arguments.functions.iter().chain(&arguments.between).map(String::as_str).collect();
+    let mut places = trace::locate(&mut domain, arguments.symbols.as_deref(), &names)?;
+    let between = arguments.between.as_ref().and_then(|_| places.pop());
+    let plan = trace::Plan { functions: places, between, mechanism, limit };
+    let trace = trace::trace(&mut domain, &arguments.domain, &plan)?;
+    print!("{}", trace.table());
+    if let Some(file) = &arguments.json {
+        std::fs::write(file, trace.to_json()?).with_context(|| format!("cannot write {}", file.display()))?;
+    }
     Ok(())
 }
 

@@ -493,6 +493,12 @@ impl Domain {
         Ok(info(&self.xc, self.id)?.is_some_and(|info| info.dying() == 0 && info.shutdown() == 0))
     }
 
+    /// Tells whether it is running, also while it is borrowed for something else.
+    pub(crate) fn watcher(&self) -> impl Fn() -> bool + use<> {
+        let (xc, id) = (Rc::clone(&self.xc), self.id);
+        move || matches!(info(&xc, id), Ok(Some(info)) if info.dying() == 0 && info.shutdown() == 0)
+    }
+
     /// Whether it exists and has crashed.
     ///
     /// # Errors
