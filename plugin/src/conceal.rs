@@ -3,9 +3,10 @@
 //! A read is answered as the page's [`Conceal`] says. A write, and every read that this cannot be right for, runs as a
 //! monitored step on the guest's own bytes: in the own view, or, with breakpoints in place, while these are lifted.
 //!
-//! [`Conceal::Data`] is right only for an instruction that makes one read that lies wholly in the page: Xen gives *every*
-//! read of the instruction the same bytes, and zeros where they end (`set_context_data`, xen/arch/x86/hvm/emulate.c). So
-//! the instruction is decoded first.
+//! Xen's emulator works on the guest's own pages, whatever a view shows or denies, and tells nobody. So
+//! [`Conceal::Emulate`] and [`Conceal::Data`] are right only for an instruction that writes nothing and makes one read that
+//! lies wholly in the page. Besides, Xen gives *every* read of the instruction the same data, and zeros where they end
+//! (`set_context_data`, xen/arch/x86/hvm/emulate.c). So the instruction is decoded first.
 
 use iced_x86::InstructionInfoFactory;
 
@@ -14,19 +15,17 @@ use crate::insn::paging;
 use crate::step::{self, Emulating, Vcpu};
 use crate::views::Views;
 use crate::{
-    Access, Action, Conceal, Event, Hypervisor, PAGE_SIZE, Placement, READ_BYTES, ReadData, Reason, Registers, Reply,
-    insn, placement,
+    Access, Action, Conceal, Event, Gpa, Hypervisor, PAGE_SIZE, Placement, READ_BYTES, ReadData, Reason, Registers,
+    Reply, insn, placement,
 };
 
-/// Answers the access of an event, which the guard of `page` denied. `others_in_place`: the same instruction might read a page with
-/// breakpoints in place, too, and Xen's emulator would see them.
+/// Answers the access of an event, which the guard of `page` denied.
 pub(crate) fn begin<H: Hypervisor>(
     hv: &mut H,
     views: Option<&Views>,
     vcpu: &mut Vcpu,
     factory: &mut InstructionInfoFactory,
     page: &mut Page,
-    others_in_place: bool,
     event: &Event,
 ) -> Result<Reply, H::Error> {
     let Reason::Access(access) = &event.reason else { return Ok(Reply::default()) };
@@ -40,9 +39,12 @@ pub(crate) fn begin<H: Hypervisor>(
             (Conceal::ViewFastStep, Some(views)) => {
                 return Ok(step::fast_step_in_own_view(vcpu, views, event.registers.rip));
             }
-            (Conceal::Emulate, Some(_)) if emulable && !others_in_place => return emulated(vcpu, Action::Emulate),
+            (Conceal::Emulate, Some(_)) if emulable && lone_read(hv, factory, event, access).is_some() => {
+                return emulated(vcpu, Action::Emulate);
+            }
             (Conceal::Data, _) if emulable => {
-                if let Some(data) = data(hv, factory, page, event, access)? {
+                if let Some(size) = lone_read(hv, factory, event, access).filter(|size| *size <= READ_BYTES) {
+                    let data = data(hv, page, access.gpa, size)?;
                     return emulated(vcpu, Action::EmulateRead(data));
                 }
             }
@@ -63,7 +65,11 @@ pub(crate) fn on_own_bytes<H: Hypervisor>(
     write: bool,
 ) -> Result<Reply, H::Error> {
     match (page.placement, views) {
-        (Placement::Shadow, Some(views)) if !write || vcpu.owe(page.gfn) => Ok(step::step_in_own_view(vcpu, views)),
+        (Placement::Shadow, Some(views)) if !write => Ok(step::step_in_own_view(vcpu, views)),
+        (Placement::Shadow, Some(views)) if vcpu.owe(page.gfn) => {
+            views.permit_write(hv, page.gfn)?;
+            Ok(step::step_in_own_view(vcpu, views))
+        }
         (Placement::InPlace, _) => {
             let lift = !vcpu.owes(page.gfn) || page.lifted == 0;
             if !vcpu.owe(page.gfn) {
@@ -72,7 +78,7 @@ pub(crate) fn on_own_bytes<H: Hypervisor>(
             if lift {
                 let linear = registers.cs_base.wrapping_add(registers.rip);
                 let within = paging::translate(hv, registers, linear).is_none_or(|gpa| gpa.gfn() == page.gfn);
-                placement::lift(hv, views, page, within).inspect_err(|_| vcpu.disown(page.gfn))?;
+                placement::lift(hv, views, page, within).inspect_err(|_| vcpu.forget(page.gfn))?;
             }
             Ok(Reply { step: vcpu.step(), ..Reply::default() })
         }
@@ -80,26 +86,27 @@ pub(crate) fn on_own_bytes<H: Hypervisor>(
     }
 }
 
-/// What the instruction is to read, if that can be told.
-fn data<H: Hypervisor>(
+/// How many bytes the instruction reads from where the access is, if that is all it does to memory, and all in this page.
+fn lone_read<H: Hypervisor>(
     hv: &mut H,
     factory: &mut InstructionInfoFactory,
-    page: &Page,
     event: &Event,
     access: &Access,
-) -> Result<Option<ReadData>, H::Error> {
-    let start = access.gpa.offset();
+) -> Option<usize> {
+    let start = usize::from(access.gpa.offset());
     // At the start of a page the access may have begun in the page before.
     if start == 0 {
-        return Ok(None);
+        return None;
     }
-    let Some(size) = insn::single_read(hv, factory, &event.registers) else { return Ok(None) };
+    insn::single_read(hv, factory, &event.registers).filter(|size| start + size <= PAGE_SIZE)
+}
+
+/// What the instruction is to read: the guest's own bytes.
+fn data<H: Hypervisor>(hv: &mut H, page: &Page, gpa: Gpa, size: usize) -> Result<ReadData, H::Error> {
+    let start = gpa.offset();
     let end = usize::from(start) + size;
-    if size > READ_BYTES || end > PAGE_SIZE {
-        return Ok(None);
-    }
     let mut bytes = [0; READ_BYTES];
-    hv.read(access.gpa, &mut bytes[..size])?;
+    hv.read(gpa, &mut bytes[..size])?;
     if page.placement == Placement::InPlace {
         let first = page.index(start).unwrap_or_else(|index| index);
         let hidden = page.breakpoints[first..].iter().take_while(|b| usize::from(b.offset()) < end);
@@ -107,5 +114,5 @@ fn data<H: Hypervisor>(
             bytes[usize::from(breakpoint.offset() - start)] = breakpoint.displaced.byte();
         }
     }
-    Ok(Some(ReadData::new(bytes, size)))
+    Ok(ReadData::new(bytes, size))
 }

@@ -5,7 +5,7 @@ use iced_x86::InstructionInfoFactory;
 
 use crate::breakpoint::{BreakpointId, Page, Registry};
 use crate::error::Doing;
-use crate::insn::Displaced;
+use crate::insn::{Displaced, paging};
 use crate::placement::{self, INT3};
 use crate::stats::HandlingTime;
 use crate::step::{self, Emulating, Vcpu};
@@ -229,6 +229,8 @@ impl Engine {
             disarmed.doing("write the original byte back")?;
         }
         if let Some(page) = self.registry.unsubscribe(id) {
+            // If there are breakpoints in it again before a step is over, that is another page.
+            self.vcpus.iter_mut().for_each(|vcpu| vcpu.forget(page.gfn));
             self.close(hv, page).doing("give the page back")?;
         }
         Ok(())
@@ -278,7 +280,32 @@ impl Engine {
             Reason::Access(access) => self.on_access(hv, index, event, access),
             Reason::EmulationFailed => self.on_emulation_failed(hv, index, event),
         };
-        reply.unwrap_or_else(|error| self.give_way(event, &error))
+        let reply = reply.unwrap_or_else(|error| self.give_way(event, &error));
+        self.bring_home(index, reply)
+    }
+
+    /// A virtual CPU whose fast step was stopped is in the own view, and is not to stay there: unless it is stepped now, it
+    /// goes home at once if its instruction is through with this reply, and after a step if it tries again.
+    fn bring_home(&mut self, index: usize, reply: Reply) -> Reply {
+        let vcpu = &mut self.vcpus[index];
+        if !vcpu.home || vcpu.stepping {
+            return reply;
+        }
+        match (reply.step, reply.action) {
+            (Step::Keep, Action::Resume | Action::Emulate | Action::EmulateRead(_)) => {
+                Reply { step: vcpu.step(), ..reply }
+            }
+            (Step::Keep, Action::EmulateInstruction(_) | Action::SetRegisters(_) | Action::Reinject) => {
+                vcpu.home = false;
+                let home = self.views.as_ref().map(|views| views.exec);
+                Reply { view: home, ..reply }
+            }
+            // A fast step goes home by itself.
+            _ => {
+                vcpu.home = false;
+                reply
+            }
+        }
     }
 
     /// The slot of the event's virtual CPU, with a fast step that is over forgotten.
@@ -315,31 +342,38 @@ impl Engine {
         int3: &Int3,
         on_hit: &mut impl FnMut(&mut Self, &mut H, &Hit<'_>) -> Verdict,
     ) -> Result<Reply, H::Error> {
-        // With prefixes, the 0xCC is the last byte. It cannot be in the next page and ours: that would have been found by
-        // nobody, for the frame there is not known here.
-        let offset = int3.gpa.offset().saturating_add(u16::from(int3.length.max(1)) - 1);
-        if usize::from(offset) >= PAGE_SIZE {
+        // With prefixes, the 0xCC is the last byte, and may be in the next page.
+        let before = u64::from(int3.length.max(1)) - 1;
+        let at = match u64::from(int3.gpa.offset()) + before < PAGE_SIZE as u64 {
+            true => Some(Gpa(int3.gpa.0 + before)),
+            false => {
+                let registers = &event.registers;
+                let linear = registers.cs_base.wrapping_add(registers.rip).wrapping_add(before);
+                paging::translate(hv, registers, linear)
+            }
+        };
+        let Some(at) = at else {
             self.counters.reinjected += 1;
             return Ok(reinject());
-        }
-        let at = int3.gpa.gfn().at(offset);
+        };
         let exec = self.views.as_ref().map(|views| views.exec);
         if !self.registry.at(at).is_some_and(|(page, _)| page.shadow.is_none() || Some(event.view) == exec) {
             return self.on_foreign_int3(hv, at);
         }
         let vcpu = &mut self.vcpus[index];
-        if offset != int3.gpa.offset() {
+        if at != int3.gpa {
             // The guest jumped to a prefix before the breakpoint: that is another instruction, and no hit.
             return self.run_prefixed(hv, index, event, at);
         }
         if vcpu.stepping && vcpu.over == Some(at) {
             // Another virtual CPU has set the breakpoint again before this one was over it: still the same hit.
             return match self.registry.at(at) {
-                Some((page, breakpoint)) => {
+                Some((page, breakpoint)) if page.lifted == 0 => {
                     let views = self.views.as_ref();
                     step::step(hv, views, vcpu, breakpoint, page.placement, event.registers.rip).map(|(reply, _)| reply)
                 }
-                None => Ok(Reply::default()),
+                // Its byte is not there any more, or not now.
+                _ => Ok(Reply::default()),
             };
         }
         if vcpu.stepping
@@ -465,7 +499,7 @@ impl Engine {
         if let Some(gpa) = vcpu.over {
             self.arm_again(hv, gpa);
         }
-        let home = self.views.as_ref().filter(|_| vcpu.home && !self.leaving).map(|views| views.exec);
+        let home = self.views.as_ref().filter(|_| vcpu.home).map(|views| views.exec);
         Reply { view: home, step: Step::Off, action: Action::Resume }
     }
 
@@ -488,18 +522,24 @@ impl Engine {
         access: &Access,
     ) -> Result<Reply, H::Error> {
         let (vcpu, views, gfn) = (&mut self.vcpus[index], self.views.as_ref(), access.gpa.gfn());
-        let in_place = self.registry.has_in_place();
-        let guarded = |page: &&mut Page| page.shadow.is_none() || views.is_some_and(|views| event.view == views.exec);
+        let guarded = |page: &&mut Page| {
+            let shadowed = |views: &Views| event.view == views.exec || (event.view == views.own && access.write);
+            page.shadow.is_none() || views.is_some_and(shadowed)
+        };
         let Some(page) = self.registry.page_mut(gfn).filter(guarded) else {
             if let Some(views) = views.filter(|views| access.write && views.hides(gfn))
                 && vcpu.owe(gfn)
             {
                 self.counters.discarded += 1;
-                views.unseal(hv, gfn)?;
+                views.permit_write(hv, gfn)?;
                 return Ok(step::step_in_own_view(vcpu, views));
             }
-            // Not ours, or not any more. Xen emulates only if the access is still denied, so the guest goes on.
             self.counters.unexplained += 1;
+            if views.is_some_and(|views| event.view != views.exec && event.view != views.own) {
+                // It was queued when the virtual CPU was in another view.
+                return Ok(Reply::default());
+            }
+            // Not ours, or not any more. Xen emulates only if the access is still denied, so the guest goes on.
             return Ok(Reply { action: Action::Emulate, ..Reply::default() });
         };
         placement::catch_up(hv, views, page)?;
@@ -515,7 +555,7 @@ impl Engine {
             true => self.counters.writes += 1,
             false => self.counters.reads += 1,
         }
-        conceal::begin(hv, views, vcpu, &mut self.factory, page, in_place, event)
+        conceal::begin(hv, views, vcpu, &mut self.factory, page, event)
     }
 
     /// Nothing has happened yet; it is done in another way, and the emulator is not asked again.
@@ -571,7 +611,8 @@ impl Engine {
         Reply { action: instruction.map_or(Action::Emulate, Action::EmulateInstruction), ..Reply::default() }
     }
 
-    /// Removes every breakpoint, and takes all virtual CPUs out of our views. Events may still be queued.
+    /// Removes every breakpoint. Events may still be queued, and virtual CPUs stay in our views until
+    /// [`finish`](Self::finish): in the host view they could see the shadows' frames.
     ///
     /// # Errors
     /// If the hypervisor refuses; the rest has been undone nevertheless, and it may be called again.
@@ -581,11 +622,7 @@ impl Engine {
         for id in self.registry.ids() {
             result = result.and(self.remove(hv, id));
         }
-        result = result.and(self.close_again(hv, |_| true).doing("give a page back"));
-        match self.views {
-            Some(_) => result.and(hv.switch_view(ViewId::HOST).doing("leave the view")),
-            None => result,
-        }
+        result.and(self.close_again(hv, |_| true).doing("give a page back"))
     }
 
     /// No virtual CPU is in the middle of a monitored step.
@@ -605,7 +642,6 @@ impl Engine {
             for vcpu in 0..hv.vcpus() {
                 hv.stop_step(VcpuId(vcpu)).doing("end the single-steps")?;
             }
-            // A fast step that has ended since `leave` went back to the execute view.
             hv.switch_view(ViewId::HOST).doing("leave the view")?;
             views.destroy(hv).doing("drop the views")
         })?;

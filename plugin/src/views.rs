@@ -1,11 +1,13 @@
 //! The two views that shadow pages need, and the frames the shadows are in.
 //!
 //! In the *execute* view, where virtual CPUs are but for single steps, a page with breakpoints shows its shadow. In the
-//! *own* view every page is the guest's own.
+//! *own* view every page is the guest's own, but writes to a page that has a shadow are events there, too: the shadow
+//! follows them.
 //!
 //! A shadow page needs a frame number, and so a guest that looks through all of physical memory would find it there. So
-//! both views show a *sink* at these numbers: a page of 0xFF, which is what a frame without memory reads as. What a guest
-//! writes there is gone after the instruction. (No virtual CPU is in the host view, which shows the shadows.)
+//! each view shows a *sink* at these numbers: a page of 0xFF, which is what a frame without memory reads as. What a guest
+//! writes there goes to the sink of the own view, and is gone after the instruction; only a virtual CPU that is stepped
+//! at the same time could see it. (No virtual CPU is in the host view, which shows the shadows.)
 
 use std::collections::HashSet;
 
@@ -16,7 +18,8 @@ use crate::{Gfn, Hypervisor, PAGE_SIZE, Rights, ViewId};
 pub(crate) struct Views {
     pub(crate) exec: ViewId,
     pub(crate) own: ViewId,
-    sink: Gfn,
+    exec_sink: Gfn,
+    own_sink: Gfn,
     /// Frames with a page for a shadow that is not used at the moment. None is given back to the domain while there is a
     /// view: when a frame goes that lies between frames a view has remapped others to, Xen resets the whole view, and all
     /// breakpoints in it are gone (`p2m_altp2m_propagate_change`, xen/arch/x86/mm/p2m.c).
@@ -33,20 +36,34 @@ impl Views {
         let exec = hv.create_view()?;
         let made = (|| {
             let own = hv.create_view()?;
-            let sink = hv.add_shadow_gfn().inspect_err(|_| drop(hv.drop_view(own)))?;
-            Ok((own, sink))
+            let sinks = Self::add_sinks(hv).inspect_err(|_| drop(hv.drop_view(own)))?;
+            Ok((own, sinks))
         })();
         // What failed is what the caller is to hear about, not that undoing it failed too.
-        let (own, sink) = made.inspect_err(|_| drop(hv.drop_view(exec)))?;
-        let (frames, there) = (HashSet::from([sink]), vec![exec, own]);
-        let mut views = Self { exec, own, sink, free: Vec::new(), frames, there };
-        match views.seal(hv, sink) {
+        let (own, [exec_sink, own_sink]) = made.inspect_err(|_| drop(hv.drop_view(exec)))?;
+        let (frames, there) = (HashSet::from([exec_sink, own_sink]), vec![exec, own]);
+        let mut views = Self { exec, own, exec_sink, own_sink, free: Vec::new(), frames, there };
+        match views.hide_sinks(hv) {
             Ok(()) => Ok(views),
             Err(error) => {
                 let _ = views.destroy(hv);
                 Err(error)
             }
         }
+    }
+
+    fn add_sinks<H: Hypervisor>(hv: &mut H) -> Result<[Gfn; 2], H::Error> {
+        let first = hv.add_shadow_gfn()?;
+        let second = hv.add_shadow_gfn().inspect_err(|_| drop(hv.drop_shadow_gfn(first)))?;
+        Ok([first, second])
+    }
+
+    fn hide_sinks<H: Hypervisor>(&self, hv: &mut H) -> Result<(), H::Error> {
+        hv.write(self.exec_sink.at(0), &[0xff; PAGE_SIZE])?;
+        hv.remap(self.exec, self.own_sink, Some(self.exec_sink))?;
+        hv.remap(self.own, self.exec_sink, Some(self.own_sink))?;
+        self.seal(hv, self.exec_sink)?;
+        self.seal(hv, self.own_sink)
     }
 
     /// Drops the views, which no virtual CPU may be in, and gives all frames back. What the hypervisor refuses is done when
@@ -83,9 +100,8 @@ impl Views {
         // (`p2m_change_altp2m_gfn`, xen/arch/x86/mm/p2m.c). So first it must show the shadow where that is.
         hv.remap(self.exec, shadow, None)?;
         hv.remap(self.exec, at, Some(shadow))?;
-        for view in [self.exec, self.own] {
-            hv.remap(view, shadow, Some(self.sink))?;
-        }
+        hv.remap(self.exec, shadow, Some(self.exec_sink))?;
+        hv.remap(self.own, shadow, Some(self.own_sink))?;
         self.seal(hv, shadow)
     }
 
@@ -94,15 +110,21 @@ impl Views {
         self.frames.contains(&gfn)
     }
 
-    /// Lets one instruction write to a frame of ours, in the own view.
-    pub(crate) fn unseal<H: Hypervisor>(&self, hv: &mut H, gfn: Gfn) -> Result<(), H::Error> {
+    /// Lets one instruction write to a frame of ours, or to a page that has a shadow, in the own view.
+    pub(crate) fn permit_write<H: Hypervisor>(&self, hv: &mut H, gfn: Gfn) -> Result<(), H::Error> {
         hv.set_rights(self.own, gfn, Rights::All)
+    }
+
+    /// Makes writes to a page that has a shadow events in the own view.
+    pub(crate) fn deny_write<H: Hypervisor>(&self, hv: &mut H, gfn: Gfn) -> Result<(), H::Error> {
+        hv.set_rights(self.own, gfn, Rights::ReadExecute)
     }
 
     /// Makes a frame of ours look as if there was no memory.
     pub(crate) fn seal<H: Hypervisor>(&self, hv: &mut H, gfn: Gfn) -> Result<(), H::Error> {
-        hv.write(self.sink.at(0), &[0xff; PAGE_SIZE])?;
         hv.set_rights(self.exec, gfn, Rights::ReadExecute)?;
-        hv.set_rights(self.own, gfn, Rights::ReadExecute)
+        hv.set_rights(self.own, gfn, Rights::ReadExecute)?;
+        // Last: until then another virtual CPU may have written there.
+        hv.write(self.own_sink.at(0), &[0xff; PAGE_SIZE])
     }
 }

@@ -1,4 +1,5 @@
-//! A hypervisor that refuses a single call, whichever it is: the guest goes on, and in the end nothing is left behind.
+//! A hypervisor that refuses a single call, whichever it is: the guest goes on, and in the end nothing is left behind. And
+//! what the event fuzzer has found besides.
 
 #[path = "../fuzz/src/machine.rs"]
 #[allow(dead_code, unreachable_pub, reason = "it is the fuzz targets', which use more of it")]
@@ -105,5 +106,24 @@ fn where_the_guest_has_no_memory_there_is_no_breakpoint() {
         engine.leave(&mut machine).unwrap();
         engine.finish(&mut machine).unwrap();
         machine.check_left();
+    }
+}
+
+#[test]
+fn what_one_virtual_cpu_has_written_is_kept_when_another_accesses_the_page() {
+    for mechanism in Mechanism::all() {
+        let machine = Machine::new(2, [0x90; PAGE_SIZE]);
+        let engine = Engine::new(&machine);
+        let mut life = Life { machine, engine };
+        life.call(|engine, machine| engine.insert(machine, AT, mechanism)).unwrap();
+        let access = Access { gpa: AT, read: false, write: true, execute: false, page_walk: false };
+        life.event(0, Gfn(2).at(0), Reason::Access(access));
+        life.machine.guest_writes(0, AT, &[0xf8]);
+        life.event(1, Gfn(2).at(0), Reason::Access(access));
+        life.through(0);
+        life.through(1);
+        life.call(|engine, machine| engine.leave(machine)).unwrap();
+        life.call(|engine, machine| engine.finish(machine)).unwrap();
+        life.machine.check_left();
     }
 }

@@ -40,7 +40,7 @@ pub enum Needs {
     Nothing,
     /// RAX is the address of the last jump of the slot.
     Target,
-    /// And so is what RSP points to.
+    /// What RSP points to is the address of the last jump of the slot.
     Return,
     /// RDI is where extended state of the FPU can be, without any in it; RDX:RAX selects that of the x87.
     ExtendedState,
@@ -112,7 +112,7 @@ pub const SNIPPETS: [Snippet; ARITHMETIC + OTHERS.len()] = {
             let forms = arithmetic(operation, width);
             let mut form = 0;
             while form < forms.len() {
-                // All widths load and take immediates; each operation writes memory, and has AL or RAX for an operand, in one.
+                // The last two, each operation in one width.
                 let wanted = match form {
                     3 => operation % 4 == width,
                     4 => (operation + 1) % 4 == width,
@@ -137,8 +137,8 @@ pub const SNIPPETS: [Snippet; ARITHMETIC + OTHERS.len()] = {
     all
 };
 
-/// ADD, OR, ADC, SBB, AND, SUB, XOR or CMP of 1, 2, 4 or 8 bytes: two registers, an immediate, from memory, to memory, and
-/// the accumulator with an immediate.
+/// ADD, OR, ADC, SBB, AND, SUB, XOR or CMP of 1, 2, 4 or 8 bytes: two registers, an immediate, from memory, to memory,
+/// and the accumulator with an immediate.
 const fn arithmetic(operation: u8, width: u8) -> [Snippet; 5] {
     let opcode = operation << 3;
     let wide = (width > 0) as u8;
@@ -356,8 +356,8 @@ const OTHERS: &[Snippet] = &[
     Snippet::new(&[0xff, 0xc0]).rewriting(1, [0xc0, 0xc8]),
     Snippet::new(&[0xf8]).rewriting(0, [0xf8, 0xf9]),
     Snippet::new(&[0x90]).rewriting(0, [0x90, 0xcc]),
-    // Code that writes what comes next: mov byte [rip + 1], 0x5a and mov al, 0xa5; the same, both with a breakpoint; inc
-    // byte [rip + 1] and mov al, 0xa5; mov byte [rip], 0xf9 and clc, both with a breakpoint.
+    // Code that writes what comes next: mov byte [rip + 1], 0x5a and mov al, 0xa5; the same, both with a breakpoint;
+    // inc byte [rip + 1] and mov al, 0xa5; mov byte [rip], 0xf9 and clc, both with a breakpoint.
     Snippet::new(&[0xc6, 0x05, 1, 0, 0, 0, 0x5a, 0xb0, 0xa5]).rewriting(8, [0xa5, 0xa6]),
     Snippet::new(&[0xc6, 0x05, 1, 0, 0, 0, 0x5a, 0xb0, 0xa5]).breakpoints(0x81, 0x81).rewriting(8, [0xa5, 0xa6]),
     Snippet::new(&[0xfe, 0x05, 1, 0, 0, 0, 0xb0, 0xa5]).rewriting(7, [0xa5, 0xa6]),

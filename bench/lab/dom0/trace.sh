@@ -19,9 +19,9 @@ until_said() {
             echo "the guest is gone before it said \"$1\""
             return 1
         fi
-        last=$(tail -n 1 "$console" | tr -d '\r')
-        [ "$last" = "$told" ] || echo "@progress 0 0 the guest works: $last"
-        told=$last
+        round=$(grep '^round ' "$console" | tail -n 1 | tr -d '\r')
+        [ "$round" = "$told" ] || echo "@progress ${round##* } $SECONDS $round s"
+        told=$round
     done
 }
 until_said ready || exit
@@ -33,7 +33,7 @@ cat /proc/kallsyms >/tmp/symbols
 hyperbp-bench trace --domain linux --symbols /tmp/symbols --json "$OUT/trace.json" $TRACE \
     >"$OUT/table" 2>/tmp/trace.err </dev/null &
 tracer=$!
-echo "@progress 0 0 attaching"
+echo "@progress 0 $SECONDS attaching"
 until grep -q '^Tracing' /tmp/trace.err; do
     if ! kill -0 $tracer 2>/dev/null; then
         cat /tmp/trace.err

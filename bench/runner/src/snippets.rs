@@ -187,8 +187,8 @@ fn figures(outcome: &Outcome) -> String {
 /// # Errors
 /// If there is a difference.
 pub(crate) fn scan(domain: &mut Domain, guest: &Guest, mechanism: Mechanism) -> Result<()> {
-    /// The shadow's, the sink's, and one without any page. Each word of such a one is emulated by Xen.
-    const FRAMES: u32 = 3;
+    /// Those of the two sinks, the shadow, and one without any page. Each word of such a one is emulated by Xen.
+    const FRAMES: u32 = 4;
     guest.set_scan(Gfn(SHADOW_FIRST));
     guest.wait_until_done(STUCK)?;
     let result = || {

@@ -9,8 +9,8 @@ use std::collections::VecDeque;
 
 use arbitrary::Arbitrary;
 use hyperbp::{
-    Access, Engine, Error, Event, Gfn, Gpa, Int3, Mechanism, PAGE_SIZE, Reason, Registers, Reply, VcpuId, Verdict,
-    ViewId,
+    Access, Engine, Error, Event, Gfn, Gpa, Hypervisor, Int3, Mechanism, PAGE_SIZE, Reason, Registers, Reply, VcpuId,
+    Verdict, ViewId,
 };
 use hyperbp_fuzz::AnyRegisters;
 use hyperbp_fuzz::machine::{Machine, PAGES, SHADOWS};
@@ -41,6 +41,8 @@ enum Act {
     Through(u8),
     /// The guest writes, if it may.
     Write(u8, Place, [u8; 3]),
+    /// The guest writes, and what comes of it is gone through to the end.
+    Store(u8, Place, [u8; 3]),
     /// So many calls from now the hypervisor begins to refuse, and so many it refuses.
     Refuse(u8, u8),
     Leave,
@@ -135,6 +137,14 @@ impl World {
             Act::Through(vcpu) => self.through(usize::from(vcpu)),
             Act::Write(vcpu, at, bytes) => {
                 machine.guest_writes(usize::from(vcpu) % machine.cpus.len(), at.gpa(engine), &bytes);
+            }
+            Act::Store(vcpu, at, bytes) => {
+                let (gpa, vcpu) = (at.gpa(engine), vcpu % machine.vcpus() as u8);
+                let what = What::Access { read: false, write: true, execute: false, page_walk: false };
+                self.occur(&Occurrence { vcpu, view: None, registers: false, plain: true, at, what });
+                self.machine.guest_writes(vcpu.into(), gpa, &bytes);
+                self.machine.begin();
+                self.through(vcpu.into());
             }
             Act::Refuse(after, times) => machine.refuse = (after, times % 8),
             Act::Leave => self.left = engine.leave(machine).is_ok(),

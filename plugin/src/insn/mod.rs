@@ -15,10 +15,10 @@ use crate::{Gpa, Hypervisor, PAGE_SIZE, Registers};
 /// Most bytes of an instruction (Intel SDM volume 2, section 2.3.11).
 const LONGEST: usize = 15;
 
-/// If the instruction at RIP makes exactly one read of memory, how many bytes that is.
+/// If the instruction at RIP makes exactly one read of memory and no write, how many bytes that is.
 ///
-/// `None` too if that cannot be told: the instruction is not in memory, is unknown, is repeated, or reads twice; and if Xen's
-/// emulator would do it wrong.
+/// `None` too if that cannot be told: the instruction is not in memory, is unknown, or is repeated; and if Xen's emulator
+/// would do it wrong.
 pub(crate) fn single_read<H: Hypervisor>(
     hv: &mut H,
     factory: &mut InstructionInfoFactory,
@@ -34,7 +34,7 @@ pub(crate) fn single_read<H: Hypervisor>(
     for memory in factory.info(&instruction).used_memory() {
         match memory.access() {
             OpAccess::Read if size.is_none() => size = Some(memory.memory_size().size()),
-            OpAccess::Write | OpAccess::NoMemAccess => {}
+            OpAccess::NoMemAccess => {}
             _ => return None,
         }
     }

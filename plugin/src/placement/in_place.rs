@@ -32,8 +32,10 @@ pub(crate) fn lift<H: Hypervisor>(
     from_within: bool,
 ) -> Result<(), H::Error> {
     // At no moment may somebody execute the page without breakpoints, or read them.
+    // If they are out already, the guest may have written there since.
+    let there = if page.lifted == 0 { page.breakpoints.as_slice() } else { &[] };
     let lifted = set_rights(hv, views, page.gfn, Rights::None)
-        .and_then(|()| page.breakpoints.iter().try_for_each(|b| hv.replace(b.gpa, b.displaced.byte())))
+        .and_then(|()| there.iter().try_for_each(|b| hv.replace(b.gpa, b.displaced.byte())))
         .and_then(|()| match from_within {
             true => uncover(hv, views, page.gfn),
             false => set_rights(hv, views, page.gfn, Rights::ReadWrite),

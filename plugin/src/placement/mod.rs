@@ -72,7 +72,7 @@ pub(crate) fn catch_up<H: Hypervisor>(hv: &mut H, views: Option<&Views>, page: &
         return Ok(());
     }
     match page.shadow {
-        Some(shadow) => shadow::refresh(hv, page, shadow)?,
+        Some(shadow) => shadow::refresh(hv, views, page, shadow)?,
         None => in_place::lower(hv, views, page)?,
     }
     page.unsettled = false;

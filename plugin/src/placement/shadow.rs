@@ -10,10 +10,13 @@ pub(super) fn open<H: Hypervisor>(hv: &mut H, views: &mut Views, gfn: Gfn) -> Re
     let mut bytes = [0; PAGE_SIZE];
     hv.read(gfn.at(0), &mut bytes)?;
     let shadow = views.take_frame(hv, &bytes)?;
-    let shown = views.show(hv, shadow, gfn).and_then(|()| hv.set_rights(views.exec, gfn, Rights::Execute));
+    let shown = views
+        .show(hv, shadow, gfn)
+        .and_then(|()| hv.set_rights(views.exec, gfn, Rights::Execute))
+        .and_then(|()| views.deny_write(hv, gfn));
     if let Err(error) = shown {
         // What failed is what the caller is to hear about, not that undoing it failed too.
-        let _ = hv.remap(views.exec, gfn, None);
+        let _ = hv.remap(views.exec, gfn, None).and(hv.remap(views.own, gfn, None));
         views.give_frame(shadow);
         return Err(error);
     }
@@ -22,12 +25,22 @@ pub(super) fn open<H: Hypervisor>(hv: &mut H, views: &mut Views, gfn: Gfn) -> Re
 
 pub(super) fn close<H: Hypervisor>(hv: &mut H, views: &mut Views, gfn: Gfn, shadow: Gfn) -> Result<(), H::Error> {
     hv.remap(views.exec, gfn, None)?;
+    hv.remap(views.own, gfn, None)?;
     views.give_frame(shadow);
     Ok(())
 }
 
 /// The guest has written to its page: the copy follows.
-pub(super) fn refresh<H: Hypervisor>(hv: &mut H, page: &mut Page, shadow: Gfn) -> Result<(), H::Error> {
+pub(super) fn refresh<H: Hypervisor>(
+    hv: &mut H,
+    views: Option<&Views>,
+    page: &mut Page,
+    shadow: Gfn,
+) -> Result<(), H::Error> {
+    // First: what another virtual CPU writes from here on is an event of its own.
+    if let Some(views) = views {
+        views.deny_write(hv, page.gfn)?;
+    }
     let mut bytes = [0; PAGE_SIZE];
     hv.read(page.gfn.at(0), &mut bytes)?;
     adopt(&bytes, &mut page.breakpoints);

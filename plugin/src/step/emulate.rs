@@ -10,16 +10,19 @@ use crate::breakpoint::Breakpoint;
 use crate::insn::{Form, MemoryUse};
 use crate::{Action, Hypervisor, Reply};
 
-/// Whether the emulator can be let loose.
+/// Whether the emulator can be let loose: what the instruction accesses is [plain](Guest), or most certainly is.
 pub(super) fn is_right<H: Hypervisor>(guest: &mut Guest<'_, H>, form: &Form) -> bool {
     match form.memory {
         MemoryUse::None => true,
         _ if guest.registers.has_debugger() => false,
-        MemoryUse::Reads if !guest.registry.has_in_place() => true,
-        MemoryUse::Reads | MemoryUse::Writes => form.op.is_some_and(|op| {
-            let mut registers = *guest.registers;
-            op.run(&mut registers, &mut Rehearsal(guest)).is_some()
-        }),
+        MemoryUse::Reads | MemoryUse::Writes => match form.op {
+            Some(op) => {
+                let mut registers = *guest.registers;
+                op.run(&mut registers, &mut Rehearsal(guest)).is_some()
+            }
+            // Then it reads the stack, the code, or what is a thread's.
+            None => form.certain && !guest.registry.has_in_place(),
+        },
     }
 }
 

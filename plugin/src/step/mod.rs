@@ -56,11 +56,6 @@ impl Vcpu {
         self.pages.contains(&Some(gfn))
     }
 
-    /// Forgets that a page is to be settled.
-    pub(crate) fn disown(&mut self, gfn: Gfn) {
-        self.pages.iter_mut().filter(|slot| **slot == Some(gfn)).for_each(|slot| *slot = None);
-    }
-
     /// Remembers that a page is to be settled. False if there is no room left to.
     pub(crate) fn owe(&mut self, gfn: Gfn) -> bool {
         if self.owes(gfn) {
@@ -68,6 +63,11 @@ impl Vcpu {
         }
         let free = self.pages.iter_mut().find(|slot| slot.is_none());
         free.map(|slot| *slot = Some(gfn)).is_some()
+    }
+
+    /// A page is not to be settled any more.
+    pub(crate) fn forget(&mut self, gfn: Gfn) {
+        self.pages.iter_mut().filter(|slot| **slot == Some(gfn)).for_each(|slot| *slot = None);
     }
 }
 

@@ -1,0 +1,189 @@
+//! What was once wrong, each as small as it gets, and what the model has no randomness for.
+
+use hyperbp::{
+    Access, Engine, Error, Event, Gfn, Gpa, Int3, Mechanism, Placement, Reason, Registers, VcpuId, Verdict, ViewId,
+};
+use proptest::prelude::*;
+
+use crate::guest::{Guest, Piece, Place, Recipe};
+use crate::script::{Action, Script};
+use crate::world::World;
+
+/// How often each virtual CPU goes on.
+const ROUNDS: usize = 60;
+
+/// All virtual CPUs run and are answered by turns, with a breakpoint of this mechanism on every site that `on` names by
+/// its number in the program.
+fn by_turns(programs: &[&[Piece]], mechanism: Mechanism, on: impl Fn(usize) -> bool) {
+    let recipe = Recipe::plain(programs);
+    let Guest { sites, .. } = recipe.build();
+    let sites: Vec<Gpa> = sites.into_iter().enumerate().filter(|(number, _)| on(*number)).map(|(_, gpa)| gpa).collect();
+    let mut actions: Vec<_> = (0..sites.len() as u8).map(|site| Action::Insert(site, 0)).collect();
+    for _ in 0..ROUNDS {
+        (0..programs.len() as u8).for_each(|vcpu| actions.extend([Action::Run(vcpu), Action::Answer(vcpu, false)]));
+    }
+    Script::plain(recipe, mechanism, sites, actions).run();
+}
+
+/// The same with every mechanism, and a breakpoint everywhere.
+fn everywhere(program: &[Piece]) {
+    Mechanism::all().for_each(|mechanism| by_turns(&[program], mechanism, |_| true));
+}
+
+/// The instruction that writes the code is under a breakpoint itself, or runs in a step for another reason.
+#[test]
+fn code_that_is_written_by_a_stepped_instruction_is_followed() {
+    everywhere(&[
+        Piece::Cell(true, 0),
+        Piece::Patch(0, 1),
+        Piece::Cell(true, 2),
+        Piece::Patch(1, 3),
+        Piece::Patch(0, 2),
+    ]);
+    everywhere(&[
+        Piece::LoadCode(0, 0x1234),
+        Piece::PushFrom(Place::Scratch(1, 0)),
+        Piece::Copy(Place::Scratch(1, 8), Place::Scratch(0, 0)),
+    ]);
+}
+
+/// A breakpoint on the prefix: in its step the instruction is an INT3, and the virtual CPU must not stay in that view.
+#[test]
+fn the_guests_own_int3_ends_a_fast_step() {
+    everywhere(&[Piece::Nop, Piece::PrefixedInt3, Piece::Nop]);
+    for mechanism in Mechanism::all() {
+        for number in 0..8 {
+            by_turns(&[&[Piece::Nop, Piece::PrefixedInt3, Piece::Nop, Piece::Nop]], mechanism, |site| site == number);
+        }
+    }
+}
+
+/// The prefix is the last byte of a page, the breakpoint the first of the next.
+#[test]
+fn a_prefix_may_be_in_the_page_before() {
+    // Whatever the program is long, for one of these the page ends between the two.
+    for before in 0..12 {
+        let mut pieces = vec![Piece::Nop; before];
+        pieces.push(Piece::LongNop);
+        for mechanism in [Mechanism::REPAIR, Mechanism::AUTO] {
+            by_turns(&[&pieces], mechanism, |site| site == before + 3);
+        }
+    }
+}
+
+/// Where the engine keeps its shadows there is no memory, also for the emulator.
+#[test]
+fn an_emulated_read_finds_no_shadow() {
+    everywhere(&[
+        Piece::Load(0, Place::Hidden(0, 0)),
+        Piece::LoadRelative(1, Place::Hidden(1, 0)),
+        Piece::Copy(Place::Hidden(2, 0), Place::Data(0)),
+        Piece::AddTo(1, Place::Hidden(2, 8)),
+    ]);
+}
+
+/// One virtual CPU writes where there is no memory, another one reads there.
+#[test]
+fn what_is_written_to_no_memory_is_seen_by_nobody() {
+    let (write, read) = (Piece::Store(0, Place::Hidden(0, 0)), Piece::Load(0, Place::Hidden(0, 0)));
+    for mechanism in Mechanism::all().filter(|mechanism| mechanism.placement() == Placement::Shadow) {
+        by_turns(&[&[write], &[read]], mechanism, |site| site == 0);
+    }
+}
+
+/// The last breakpoint of a page is removed, and one is set again, while a virtual CPU is in the middle of an access.
+#[test]
+fn a_page_that_is_opened_again_is_another_one() {
+    let recipe = Recipe::plain(&[&[Piece::Store(0, Place::Scratch(0, 0)), Piece::Nop]]);
+    let site = recipe.build().sites[0];
+    for mechanism in Mechanism::all() {
+        let mut actions = vec![Action::Run(0), Action::Insert(0, 0), Action::Run(0), Action::Answer(0, false)];
+        actions.extend([Action::Run(0), Action::Remove(0), Action::Insert(0, 0)]);
+        actions.extend([Action::Answer(0, false), Action::Run(0), Action::Answer(0, false)]);
+        Script::plain(recipe.clone(), mechanism, vec![Gfn(site.gfn().0).at(0x909)], actions).run();
+    }
+}
+
+/// One virtual CPU is stepped over a breakpoint, and another one's access sets it again before the step is over: that is
+/// no second hit.
+#[test]
+fn a_breakpoint_that_is_set_again_in_the_middle_of_a_step_is_hit_once() {
+    let recipe = Recipe::plain(&[&[Piece::Nop], &[Piece::Store(0, Place::Scratch(0, 0))]]);
+    // After the one in data, the first instruction.
+    let site = recipe.build().sites[1];
+    let (run, answer) = (Action::Run, |vcpu| Action::Answer(vcpu, false));
+    let actions = vec![
+        Action::Insert(0, 0),
+        run(0),
+        answer(0),
+        run(1),
+        run(1),
+        answer(1),
+        run(1),
+        answer(1),
+        run(0),
+        answer(0),
+        run(0),
+        answer(0),
+    ];
+    Script::plain(recipe, Mechanism::REPAIR, vec![site], actions).run();
+}
+
+/// Two virtual CPUs write to a page with breakpoints in place at once: what the first has written stays.
+#[test]
+fn a_page_that_is_lifted_twice_keeps_what_was_written() {
+    let write = Piece::Store(0, Place::Scratch(0, 0));
+    let recipe = Recipe::plain(&[&[write], &[write]]);
+    let site = Gfn(recipe.build().sites[0].gfn().0).at(0x904);
+    let mut actions = vec![Action::Insert(0, 0)];
+    actions.extend([0, 1, 0, 1].map(Action::Run));
+    actions.extend([Action::Answer(0, false), Action::Run(0), Action::Answer(1, false), Action::Run(1)]);
+    Script::plain(recipe, Mechanism::REPAIR, vec![site], actions).run();
+}
+
+proptest! {
+    /// Events that nothing explains, from virtual CPUs and views that do not exist: no panic.
+    #[test]
+    fn nothing_a_guest_sends_makes_the_engine_panic(
+        mechanism in prop::sample::select(Mechanism::all().collect::<Vec<_>>()),
+        events in prop::collection::vec((0..2_u16, 0..5_u16, 0..3_usize, any::<u16>(), any::<u8>(), 0..5_u8), 1..40),
+    ) {
+        let Guest { machine, sites } = Recipe::plain(&[&[Piece::Nop]]).build();
+        let mut world = World::new(machine, Vec::new());
+        let mut engine = Engine::new(&world);
+        engine.insert(&mut world, sites[0], Mechanism::EMULATE).unwrap();
+        engine.insert(&mut world, sites[sites.len() - 1], mechanism).unwrap();
+        for (vcpu, view, site, offset, bits, kind) in events {
+            let gpa = [sites[0], sites[sites.len() - 1].gfn().at(offset), Gfn(0x100).at(offset)][site];
+            let has = |bit: u8| bits & bit != 0;
+            let access = Access { gpa, read: has(1), write: has(2), execute: has(4), page_walk: has(8) };
+            let reason = match kind {
+                0 => Reason::Int3(Int3 { gpa, length: bits }),
+                1 => Reason::Step,
+                2 => Reason::EmulationFailed,
+                _ => Reason::Access(access),
+            };
+            let registers = Registers { rip: gpa.0, ..Registers::default() };
+            let event = Event { vcpu: VcpuId(vcpu), view: ViewId(view), registers, reason };
+            engine.handle(&mut world, &event, &mut |_, _, _| Verdict::Keep);
+        }
+    }
+}
+
+#[test]
+fn what_cannot_work_is_refused_and_changes_nothing() {
+    let Guest { machine, sites } = Recipe::plain(&[&[Piece::Nop]]).build();
+    let mut world = World::new(machine, Vec::new());
+    let mut engine = Engine::new(&world);
+    let at = |offset| sites[0].gfn().at(offset);
+    let id = engine.insert(&mut world, at(0x900), Mechanism::EMULATE).unwrap();
+    assert!(matches!(engine.insert(&mut world, at(0x900), Mechanism::AUTO), Err(Error::StepOverConflict(_))));
+    assert!(matches!(engine.insert(&mut world, at(0x901), Mechanism::REPAIR), Err(Error::PageConflict(_))));
+    assert_eq!(engine.breakpoints(), [id]);
+    engine.remove(&mut world, id).unwrap();
+    assert!(matches!(engine.remove(&mut world, id), Err(Error::NoSuchBreakpoint)));
+    engine.insert(&mut world, at(0x901), Mechanism::REPAIR).unwrap();
+    engine.leave(&mut world).unwrap();
+    engine.finish(&mut world).unwrap();
+    world.check_left();
+}

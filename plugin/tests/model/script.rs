@@ -1,0 +1,247 @@
+//! What happens to a guest: its virtual CPUs run and are answered in some order, breakpoints come and go, and the monitor
+//! leaves, or is killed.
+
+use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+
+use hyperbp::{BreakpointId, Engine, Error, Gpa, Hit, Mechanism, Verdict};
+use proptest::prelude::*;
+use proptest::sample::Index;
+
+use crate::guest::{Recipe, recipe};
+use crate::world::{Killed, World};
+
+/// How often every virtual CPU is let go on at the end.
+const ROUNDS: usize = 40;
+/// A virtual CPU comes out of its step after so many rounds, or never.
+const PATIENCE: usize = 1000;
+
+#[derive(Clone, Debug)]
+pub(crate) enum Action {
+    /// A virtual CPU goes on.
+    Run(u8),
+    /// It is answered, if it waits; perhaps Xen's emulator cannot do what it is asked to.
+    Answer(u8, bool),
+    Insert(u8, u8),
+    Remove(u8),
+}
+
+/// What a subscriber does when it is told.
+#[derive(Clone, Debug)]
+pub(crate) enum Reaction {
+    Nothing,
+    Leave,
+    Remove(u8),
+    Insert(u8, u8),
+}
+
+#[derive(Clone)]
+pub(crate) struct Script {
+    recipe: Recipe,
+    palette: Vec<Mechanism>,
+    /// Where breakpoints are set.
+    sites: Vec<Gpa>,
+    actions: Vec<Action>,
+    reactions: Vec<Reaction>,
+    meanwhile: Vec<u8>,
+    kill_in: Option<u32>,
+}
+
+pub(crate) fn script(vcpus: usize, palette: impl Strategy<Value = Vec<Mechanism>>) -> impl Strategy<Value = Script> {
+    let vcpu = 0..vcpus as u8;
+    let action = prop_oneof![
+        8 => vcpu.clone().prop_map(Action::Run),
+        8 => (vcpu, prop::bool::weighted(0.2)).prop_map(|(vcpu, fails)| Action::Answer(vcpu, fails)),
+        2 => (any::<u8>(), any::<u8>()).prop_map(|(site, mechanism)| Action::Insert(site, mechanism)),
+        1 => any::<u8>().prop_map(Action::Remove),
+    ];
+    let reaction = prop_oneof![
+        8 => Just(Reaction::Nothing),
+        1 => Just(Reaction::Leave),
+        1 => any::<u8>().prop_map(Reaction::Remove),
+        1 => (any::<u8>(), any::<u8>()).prop_map(|(site, mechanism)| Reaction::Insert(site, mechanism)),
+    ];
+    (
+        recipe(vcpus),
+        palette,
+        prop::collection::vec(any::<Index>(), 4),
+        prop::collection::vec(action, 1..200),
+        prop::collection::vec(reaction, 0..40),
+        // Of most calls nobody makes use.
+        prop::collection::vec(0..12_u8, 0..if vcpus > 1 { 200 } else { 1 }),
+        prop_oneof![2 => Just(None), 1 => (0..400_u32).prop_map(Some)],
+    )
+        .prop_map(|(recipe, palette, pairs, actions, reactions, meanwhile, kill_in)| {
+            let all = recipe.build().sites;
+            // Neighbours.
+            let pair = |index: Index| {
+                let first = index.index(all.len());
+                [all[first], all[(first + 1) % all.len()]]
+            };
+            let sites = pairs.into_iter().flat_map(pair).collect();
+            Script { recipe, palette, sites, actions, reactions, meanwhile, kill_in }
+        })
+}
+
+/// On few lines.
+impl fmt::Debug for Script {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { recipe, palette, sites, actions, reactions, meanwhile, kill_in } = self;
+        let palette: Vec<_> = palette.iter().map(Mechanism::to_string).collect();
+        writeln!(f, "{recipe:?}\nof {palette:?} at {sites:x?}")?;
+        write!(f, "{actions:?}\nreactions {reactions:?}\nmeanwhile {meanwhile:?}, killed {kill_in:?}")
+    }
+}
+
+impl Script {
+    /// Breakpoints of one kind, nobody is killed, and nobody runs meanwhile.
+    pub(crate) fn plain(recipe: Recipe, mechanism: Mechanism, sites: Vec<Gpa>, actions: Vec<Action>) -> Self {
+        Self {
+            recipe,
+            palette: vec![mechanism],
+            sites,
+            actions,
+            reactions: Vec::new(),
+            meanwhile: Vec::new(),
+            kill_in: None,
+        }
+    }
+
+    pub(crate) fn run(&self) {
+        let guest = self.recipe.build();
+        let mut world = World::new(guest.machine, self.meanwhile.clone());
+        world.kill_in = self.kill_in;
+        let engine = Engine::new(&world);
+        let reactions = self.reactions.clone().into_iter();
+        let mut session =
+            Session { world, engine, sites: self.sites.clone(), palette: &self.palette, reactions, failing: false };
+        let lived = catch_unwind(AssertUnwindSafe(|| session.live(&self.actions)));
+        let mut world = session.world;
+        if let Err(payload) = lived {
+            match payload.downcast::<Killed>() {
+                Ok(_) => world.recover(),
+                Err(panic) => resume_unwind(panic),
+            }
+        }
+        world.check_left();
+        world.machine.monitored = false;
+        for _ in 0..ROUNDS {
+            (0..world.machine.vcpus.len()).for_each(|index| world.run(index));
+        }
+        world.check_left();
+    }
+}
+
+/// A monitor that lives.
+struct Session<'a> {
+    world: World,
+    engine: Engine,
+    sites: Vec<Gpa>,
+    palette: &'a [Mechanism],
+    reactions: std::vec::IntoIter<Reaction>,
+    failing: bool,
+}
+
+impl Session<'_> {
+    fn live(&mut self, actions: &[Action]) {
+        for action in actions {
+            match action {
+                Action::Run(vcpu) => self.world.run(usize::from(*vcpu)),
+                Action::Answer(vcpu, fails) => {
+                    self.failing = *fails;
+                    self.answer(usize::from(*vcpu));
+                }
+                Action::Insert(site, mechanism) => {
+                    insert(&mut self.engine, &mut self.world, &self.sites, self.palette, *site, *mechanism);
+                }
+                Action::Remove(which) => remove(&mut self.engine, &mut self.world, *which),
+            }
+            self.world.check();
+        }
+        self.leave();
+    }
+
+    fn answer(&mut self, index: usize) {
+        let Some(event) = self.world.machine.vcpus[index].waiting else { return };
+        self.world.answering = Some(index);
+        let Self { world, engine, sites, palette, reactions, failing } = self;
+        let reply = engine.handle(world, &event, &mut |engine, world: &mut World, hit: &Hit<'_>| {
+            world.told(hit.vcpu, hit.breakpoint);
+            match reactions.next().unwrap_or(Reaction::Nothing) {
+                Reaction::Nothing => {}
+                Reaction::Leave => {
+                    world.unsubscribed(hit.breakpoint);
+                    return Verdict::Remove;
+                }
+                Reaction::Remove(which) => remove(engine, world, which),
+                Reaction::Insert(site, mechanism) => insert(engine, world, sites, palette, site, mechanism),
+            }
+            Verdict::Keep
+        });
+        world.answering = None;
+        if world.machine.answer(index, &reply, *failing) {
+            world.through(index);
+        }
+    }
+
+    fn leave(&mut self) {
+        let leaving: Vec<BreakpointId> = self.world.subscribers().collect();
+        leaving.into_iter().for_each(|breakpoint| self.world.unsubscribed(breakpoint));
+        self.engine.leave(&mut self.world).unwrap();
+        assert!(matches!(self.engine.insert(&mut self.world, self.sites[0], Mechanism::AUTO), Err(Error::Leaving)));
+        self.failing = false;
+        for _ in 0..PATIENCE {
+            let waiting = self.world.machine.vcpus.iter().any(|vcpu| vcpu.waiting.is_some());
+            if !waiting && self.engine.is_idle() {
+                self.engine.finish(&mut self.world).unwrap();
+                assert_eq!(self.engine.counters().failures, 0);
+                return;
+            }
+            for index in 0..self.world.machine.vcpus.len() {
+                self.answer(index);
+                if !self.engine.is_idle() {
+                    self.world.run(index);
+                }
+            }
+            self.world.check();
+        }
+        panic!("a virtual CPU does not come out of its step");
+    }
+}
+
+/// One of the calls that setting a breakpoint takes is refused: it is set nevertheless, or not, and in the end nothing is
+/// left.
+pub(crate) fn refuse(recipe: &Recipe, mechanism: Mechanism, site: &Index, refuse_in: u32) {
+    let guest = recipe.build();
+    let gpa = guest.sites[site.index(guest.sites.len())];
+    let mut world = World::new(guest.machine, Vec::new());
+    let mut engine = Engine::new(&world);
+    world.refuse_in = Some(refuse_in);
+    let set = engine.insert(&mut world, gpa, mechanism);
+    world.refuse_in = None;
+    if let Ok(breakpoint) = set {
+        engine.remove(&mut world, breakpoint).unwrap();
+    }
+    assert_eq!(engine.breakpoints(), []);
+    engine.finish(&mut world).unwrap();
+    world.check_left();
+}
+
+fn insert(engine: &mut Engine, world: &mut World, sites: &[Gpa], palette: &[Mechanism], site: u8, mechanism: u8) {
+    let gpa = sites[usize::from(site) % sites.len()];
+    let mechanism = palette[usize::from(mechanism) % palette.len()];
+    match engine.insert(world, gpa, mechanism) {
+        Ok(breakpoint) => world.subscribed(breakpoint, mechanism.placement()),
+        Err(Error::PageConflict(at) | Error::StepOverConflict(at)) => assert!(at == gpa && palette.len() > 1),
+        Err(error) => panic!("{error}"),
+    }
+}
+
+fn remove(engine: &mut Engine, world: &mut World, which: u8) {
+    let subscribers: Vec<BreakpointId> = world.subscribers().collect();
+    if !subscribers.is_empty() {
+        let breakpoint = subscribers[usize::from(which) % subscribers.len()];
+        world.unsubscribed(breakpoint);
+        engine.remove(world, breakpoint).unwrap();
+    }
+}
