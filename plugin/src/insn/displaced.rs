@@ -167,7 +167,8 @@ fn memory_use(instruction: &Instruction) -> MemoryUse {
 }
 
 /// Whether Xen's emulator can be relied on: it knows every plain integer instruction since 4.0 (xen/arch/x86/x86_emulate),
-/// and one that writes no memory, and reads none that could be a device's, is done at once.
+/// and one that writes no memory, and reads none that could be a device's, is done at once. CPUID is emulated anyhow, with the
+/// same leaves (`hvmemul_cpuid`, xen/arch/x86/hvm/emulate.c), and a step over it would end too late.
 fn is_certain(instruction: &Instruction, memory: MemoryUse) -> bool {
     let plain = instruction.cpuid_features().iter().all(|feature| {
         matches!(
@@ -185,12 +186,13 @@ fn is_certain(instruction: &Instruction, memory: MemoryUse) -> bool {
         FlowControl::Next | FlowControl::UnconditionalBranch | FlowControl::ConditionalBranch
     );
     let prefixed = instruction.has_lock_prefix() || instruction.has_rep_prefix() || instruction.has_repne_prefix();
-    plain
+    let plain = plain
         && flow
         && !prefixed
         && is_integer(instruction.mnemonic())
         && has_general_operands(instruction)
-        && no_device(instruction, memory)
+        && no_device(instruction, memory);
+    plain || instruction.mnemonic() == Mnemonic::Cpuid
 }
 
 /// What it reads is the stack's, the code's or a thread's, not a device's.
@@ -331,6 +333,7 @@ mod tests {
         assert!(certain(&[0x48, 0x0f, 0xaf, 0xc3]), "imul rax, rbx");
         assert!(certain(&[0x65, 0x48, 0x8b, 0x04, 0x25, 0x28, 0, 0, 0]), "mov rax, gs:[0x28]");
         assert!(certain(&[0xeb, 0x10]), "jmp");
+        assert!(certain(&[0x0f, 0xa2]), "cpuid");
         assert!(!certain(&[0x55]), "push rbp writes");
         assert!(!certain(&[0x8b, 0x07]), "mov eax, [rdi] may be a device's register");
         assert!(!certain(&[0x0f, 0x20, 0xc0]), "mov rax, cr0");

@@ -30,6 +30,30 @@ fn everywhere(program: &[Piece]) {
     Mechanism::all().for_each(|mechanism| by_turns(&[program], mechanism, |_| true));
 }
 
+/// Every instruction, under every mechanism, with operands that set the flags one way and the other.
+#[test]
+fn every_instruction_does_what_it_does_without_a_breakpoint() {
+    let arithmetic = |op| {
+        let (left, right) = (Piece::MoveImmediate(1, -128), Piece::ArithmeticImmediate(op % 6, 1, 127));
+        [Piece::Arithmetic(op, 0, 0), left, right, Piece::Arithmetic(op, 2, 1), Piece::JumpIf(op * 2, 1), Piece::Nop]
+    };
+    (0..7).for_each(|op| everywhere(&arithmetic(op)));
+    everywhere(&[
+        Piece::Push(8),
+        Piece::Pop(3),
+        Piece::WideNop,
+        Piece::Endbr,
+        Piece::Carry(0xf5),
+        Piece::Lea(3, 5, -3),
+    ]);
+    everywhere(&[Piece::StoreStack(8, 4), Piece::LoadStack(8, 15), Piece::Hypercall, Piece::Jump(1), Piece::Int3]);
+    let (data, end) = (Place::Data(8), Place::Data(0xffd));
+    everywhere(&[Piece::Load(0, data), Piece::LoadByte(3, end), Piece::Compare(0, end), Piece::LoadRelative(1, end)]);
+    everywhere(&[Piece::Store(4, end), Piece::StoreByte(0, data), Piece::AddTo(4, end), Piece::PushFrom(end)]);
+    everywhere(&[Piece::Load(0, Place::Absent(0)), Piece::LoadCode(0, 0xffe)]);
+    everywhere(&[Piece::Store(0, Place::ReadOnly(0)), Piece::Nop]);
+}
+
 /// The instruction that writes the code is under a breakpoint itself, or runs in a step for another reason.
 #[test]
 fn code_that_is_written_by_a_stepped_instruction_is_followed() {
