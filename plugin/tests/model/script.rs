@@ -94,11 +94,11 @@ impl fmt::Debug for Script {
 }
 
 impl Script {
-    /// Breakpoints of one kind, nobody is killed, and nobody runs meanwhile.
-    pub(crate) fn plain(recipe: Recipe, mechanism: Mechanism, sites: Vec<Gpa>, actions: Vec<Action>) -> Self {
+    /// Nobody is killed, and nobody runs meanwhile.
+    pub(crate) fn plain(recipe: Recipe, palette: &[Mechanism], sites: Vec<Gpa>, actions: Vec<Action>) -> Self {
         Self {
             recipe,
-            palette: vec![mechanism],
+            palette: palette.to_vec(),
             sites,
             actions,
             reactions: Vec::new(),
