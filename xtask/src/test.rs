@@ -10,6 +10,7 @@ use hyperbp_lab::{Bench, Host, Lab, Outcome, Program, Progress};
 use hyperbp_report::{Collection, Results, Run, Workload};
 
 use crate::fuzz::Fuzz;
+use crate::trace::Trace;
 use crate::{deny, tools};
 
 /// Run all tests: formatting, lints, unit and property tests, documentation, dependencies, a little fuzzing, and checks on a
@@ -81,6 +82,9 @@ const STORM_CALLS: u32 = 20;
 /// How often the runner is killed, and how often it attaches and detaches.
 const KILLS: u32 = 10;
 const ATTACHES: u32 = 24;
+
+/// How long a Linux guest is traced.
+const TRACED_SECONDS: u32 = 3;
 
 /// What the core may cost, in hundredths of what the bare loop costs.
 const FLOOR_PERCENT: u64 = 110;
@@ -165,7 +169,8 @@ fn in_the_lab(lab: &Lab, bench: &Bench<'_>, checks: &mut Checks) -> Result<()> {
     }
     let storm = bench.storm(&runner, 2, &STORM_VCPUS, STORM_CALLS, &[]);
     let recover = bench.recover(&runner, 2, KILLS, ATTACHES);
-    for job in [storm, recover] {
+    let trace = Trace::short(TRACED_SECONDS);
+    for job in [storm, recover, trace.job(bench, &runner)] {
         let image = bench.image(&job)?;
         jobs.push((job, image));
     }
@@ -191,6 +196,8 @@ fn in_the_lab(lab: &Lab, bench: &Bench<'_>, checks: &mut Checks) -> Result<()> {
     storms(&dirs[4], checks)?;
     println!("Killed and recovered, attached and detached:");
     checks.add(&fs::read_to_string(dirs[5].join("checks")).context("the kills left nothing")?);
+    println!("A Linux guest's kernel:");
+    checks.add(&trace.results(&dirs[6])?.1);
     Ok(())
 }
 

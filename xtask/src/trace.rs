@@ -2,10 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
-use hyperbp_lab::{Host, Lab, Program, Progress};
+use hyperbp::Mechanism;
+use hyperbp_lab::{Bench, Host, Job, Lab, Program, Progress};
 use hyperbp_report::Trace as Report;
 
 /// System calls the guest's load makes, as the kernel names the functions that carry them out.
@@ -75,27 +77,43 @@ impl Trace {
         let lab = Lab::open(&crate::repo(), &crate::target(), Host::this(), Progress::new())?;
         let bench = lab.prepare(false)?;
         let runner = lab.build(Program::Runner, Some(&bench.sysroot))?;
-        let counted = COUNTED.iter().map(|(function, _)| function);
-        let functions: Vec<_> = SYSTEM_CALLS.iter().chain(counted).chain(UNCOUNTED).copied().collect();
-        let (mechanism, seconds) = (&*self.mechanism, self.seconds);
-        let what = hyperbp_lab::Trace { functions: &functions, between: BETWEEN, mechanism, seconds };
-        let job = bench.trace(&runner, self.cpus, self.vcpus, &what);
+        let job = self.job(&bench, &runner);
         let image = bench.image(&job)?;
         let outcome = bench.run(&[(job, image)], 1)?.remove(0);
         let dir = crate::target().join("trace");
         outcome.unpack(&dir)?;
-        let read = |name: &str| {
-            let file = dir.join(name);
-            fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))
-        };
-        let trace = Report::from_json(&read("trace.json")?)?;
+        let (trace, checks) = self.results(&dir)?;
         println!("{}", trace.table());
-        let checks = read("checks")? + &compare(&trace, &Said::parse(&read("console")?), self.seconds);
         print!("{checks}");
         println!("Results:  {}", dir.display());
         let failed = checks.lines().filter(|line| !line.starts_with("ok: ")).count();
         ensure!(failed == 0, "{failed} checks failed");
         Ok(())
+    }
+
+    /// A short one, under `auto`.
+    pub(crate) fn short(seconds: u32) -> Self {
+        Self { seconds, mechanism: Mechanism::AUTO.to_string(), vcpus: 2, cpus: 1 }
+    }
+
+    /// What the lab is to do.
+    pub(crate) fn job(&self, bench: &Bench<'_>, runner: &Path) -> Job {
+        let counted = COUNTED.iter().map(|(function, _)| function);
+        let functions: Vec<_> = SYSTEM_CALLS.iter().chain(counted).chain(UNCOUNTED).copied().collect();
+        let (mechanism, seconds) = (&*self.mechanism, self.seconds);
+        let what = hyperbp_lab::Trace { functions: &functions, between: BETWEEN, mechanism, seconds };
+        bench.trace(runner, self.cpus, self.vcpus, &what)
+    }
+
+    /// What came of it: what was counted, and a line for each check.
+    pub(crate) fn results(&self, dir: &Path) -> Result<(Report, String)> {
+        let read = |name: &str| {
+            let file = dir.join(name);
+            fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))
+        };
+        let trace = Report::from_json(&read("trace.json")?)?;
+        let checks = read("checks")? + &compare(&trace, &Said::parse(&read("console")?), self.seconds);
+        Ok((trace, checks))
     }
 }
 
