@@ -80,8 +80,8 @@ impl Engine {
     /// Sets a breakpoint on the instruction at a guest-physical address, or subscribes to the one that is there.
     ///
     /// # Errors
-    /// If its page, or the breakpoint there, is used in another way, or if the hypervisor refuses: then nothing has changed
-    /// in the guest.
+    /// If its page, or the breakpoint there, is used in another way, or if the hypervisor refuses: then there is no
+    /// breakpoint. (What the hypervisor refuses to undo is undone at the next attempt, or by [`finish`](Self::finish).)
     pub fn insert<H: Hypervisor>(&mut self, hv: &mut H, gpa: Gpa, mechanism: Mechanism) -> Result<BreakpointId, Error> {
         if self.leaving {
             return Err(Error::Leaving);

@@ -247,4 +247,9 @@ fn results(results: &Results, checks: &mut Checks) {
     let ticks = |mechanism| find("hyperbp", mechanism, Workload::ExecBp).map_or(0, |run| run.ticks.median);
     let order = ticks("view-step") > ticks("view-fast-step") && ticks("view-fast-step") > ticks("emulate");
     checks.check("view-step costs more than view-fast-step, and that more than emulate", order);
+    for mechanism in ["interpret", "auto"] {
+        let (ours, emulate) = (ticks(mechanism), ticks("emulate"));
+        let what = format!("a hit of {mechanism} costs {ours} ticks, no more than one of emulate");
+        checks.check(&what, ours > 0 && ours <= emulate);
+    }
 }
