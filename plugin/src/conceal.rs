@@ -65,10 +65,10 @@ pub(crate) fn on_own_bytes<H: Hypervisor>(
     write: bool,
 ) -> Result<Reply, H::Error> {
     match (page.placement, views) {
-        (Placement::Shadow, Some(views)) if !write => Ok(step::step_in_own_view(vcpu, views)),
+        (Placement::Shadow, Some(views)) if !write => Ok(step::step_on_own_pages(vcpu, views)),
         (Placement::Shadow, Some(views)) if vcpu.owe(page.gfn) => {
             views.permit_write(hv, page.gfn)?;
-            Ok(step::step_in_own_view(vcpu, views))
+            Ok(step::step_on_own_pages(vcpu, views))
         }
         (Placement::InPlace, _) => {
             let lift = !vcpu.owes(page.gfn) || page.lifted == 0;

@@ -176,8 +176,7 @@ impl Engine {
         let mut in_place = self.registry.pages().filter(|page| page.placement == Placement::InPlace);
         let entered = in_place
             .try_for_each(|page| {
-                hv.set_rights(views.exec, page.gfn, Rights::Execute)?;
-                hv.set_rights(views.own, page.gfn, Rights::Execute)
+                views.all().into_iter().try_for_each(|view| hv.set_rights(view, page.gfn, Rights::Execute))
             })
             .and_then(|()| hv.switch_view(views.exec));
         if let Err(error) = entered {
@@ -496,11 +495,27 @@ impl Engine {
                 self.counters.failures += 1;
             }
         }
+        if vcpu.pages.iter().any(Option::is_some) {
+            self.follow_others(hv);
+        }
         if let Some(gpa) = vcpu.over {
             self.arm_again(hv, gpa);
         }
         let home = self.views.as_ref().filter(|_| vcpu.home).map(|views| views.exec);
         Reply { view: home, step: Step::Off, action: Action::Resume }
+    }
+
+    /// A virtual CPU that was in the write view may have written to the pages that others are there for, too.
+    fn follow_others<H: Hypervisor>(&mut self, hv: &mut H) {
+        for gfn in self.vcpus.iter().flat_map(|vcpu| vcpu.pages).flatten() {
+            if let Some(page) = self.registry.page_mut(gfn)
+                && let Err(error) = placement::follow(hv, page)
+            {
+                // The others' steps will end, too.
+                log::warn!("the shadow of {gfn} could not follow: {error}");
+                self.counters.failures += 1;
+            }
+        }
     }
 
     /// Sets a breakpoint again that a virtual CPU has been stepped over.
@@ -523,7 +538,8 @@ impl Engine {
     ) -> Result<Reply, H::Error> {
         let (vcpu, views, gfn) = (&mut self.vcpus[index], self.views.as_ref(), access.gpa.gfn());
         let guarded = |page: &&mut Page| {
-            let shadowed = |views: &Views| event.view == views.exec || (event.view == views.own && access.write);
+            let shadowed =
+                |views: &Views| event.view == views.exec || (views.all().contains(&event.view) && access.write);
             page.shadow.is_none() || views.is_some_and(shadowed)
         };
         let Some(page) = self.registry.page_mut(gfn).filter(guarded) else {
@@ -532,10 +548,10 @@ impl Engine {
             {
                 self.counters.discarded += 1;
                 views.permit_write(hv, gfn)?;
-                return Ok(step::step_in_own_view(vcpu, views));
+                return Ok(step::step_on_own_pages(vcpu, views));
             }
             self.counters.unexplained += 1;
-            if views.is_some_and(|views| event.view != views.exec && event.view != views.own) {
+            if views.is_some_and(|views| !views.all().contains(&event.view)) {
                 // It was queued when the virtual CPU was in another view.
                 return Ok(Reply::default());
             }

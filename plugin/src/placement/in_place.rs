@@ -16,11 +16,7 @@ pub(super) fn unguard<H: Hypervisor>(hv: &mut H, views: Option<&Views>, gfn: Gfn
 fn set_rights<H: Hypervisor>(hv: &mut H, views: Option<&Views>, gfn: Gfn, rights: Rights) -> Result<(), H::Error> {
     // Xen carries a change of the host view into the others, so these come last.
     hv.set_rights(ViewId::HOST, gfn, rights)?;
-    if let Some(views) = views {
-        hv.set_rights(views.exec, gfn, rights)?;
-        hv.set_rights(views.own, gfn, rights)?;
-    }
-    Ok(())
+    views.map_or(Ok(()), |views| views.all().into_iter().try_for_each(|view| hv.set_rights(view, gfn, rights)))
 }
 
 /// Takes the breakpoints of a page out so that one instruction can access it. Meanwhile nobody may execute the page: it

@@ -65,6 +65,14 @@ pub(crate) fn settle<H: Hypervisor>(hv: &mut H, views: Option<&Views>, page: &mu
     catch_up(hv, views, page)
 }
 
+/// Another virtual CPU may have written to the page while it could be written to: its shadow follows.
+pub(crate) fn follow<H: Hypervisor>(hv: &mut H, page: &mut Page) -> Result<(), H::Error> {
+    match page.shadow {
+        Some(shadow) => shadow::follow(hv, page, shadow),
+        None => Ok(()),
+    }
+}
+
 /// Settles the page if that is still to be done: because the hypervisor refused something when it was tried.
 pub(crate) fn catch_up<H: Hypervisor>(hv: &mut H, views: Option<&Views>, page: &mut Page) -> Result<(), H::Error> {
     // While it is lifted, another virtual CPU is in the middle of its access.

@@ -3,20 +3,16 @@
 use super::{INT3, adopt};
 use crate::breakpoint::Page;
 use crate::views::Views;
-use crate::{Gfn, Hypervisor, PAGE_SIZE, Rights};
+use crate::{Gfn, Hypervisor, PAGE_SIZE};
 
 /// No virtual CPU may run: it could write to the page between two of these calls.
 pub(super) fn open<H: Hypervisor>(hv: &mut H, views: &mut Views, gfn: Gfn) -> Result<Gfn, H::Error> {
     let mut bytes = [0; PAGE_SIZE];
     hv.read(gfn.at(0), &mut bytes)?;
     let shadow = views.take_frame(hv, &bytes)?;
-    let shown = views
-        .show(hv, shadow, gfn)
-        .and_then(|()| hv.set_rights(views.exec, gfn, Rights::Execute))
-        .and_then(|()| views.deny_write(hv, gfn));
-    if let Err(error) = shown {
+    if let Err(error) = views.show(hv, shadow, gfn) {
         // What failed is what the caller is to hear about, not that undoing it failed too.
-        let _ = hv.remap(views.exec, gfn, None).and(hv.remap(views.own, gfn, None));
+        let _ = views.unshow(hv, gfn);
         views.give_frame(shadow);
         return Err(error);
     }
@@ -24,8 +20,7 @@ pub(super) fn open<H: Hypervisor>(hv: &mut H, views: &mut Views, gfn: Gfn) -> Re
 }
 
 pub(super) fn close<H: Hypervisor>(hv: &mut H, views: &mut Views, gfn: Gfn, shadow: Gfn) -> Result<(), H::Error> {
-    hv.remap(views.exec, gfn, None)?;
-    hv.remap(views.own, gfn, None)?;
+    views.unshow(hv, gfn)?;
     views.give_frame(shadow);
     Ok(())
 }
@@ -41,6 +36,11 @@ pub(super) fn refresh<H: Hypervisor>(
     if let Some(views) = views {
         views.deny_write(hv, page.gfn)?;
     }
+    follow(hv, page, shadow)
+}
+
+/// The guest may still be writing to its page: the copy follows so far.
+pub(super) fn follow<H: Hypervisor>(hv: &mut H, page: &mut Page, shadow: Gfn) -> Result<(), H::Error> {
     let mut bytes = [0; PAGE_SIZE];
     hv.read(page.gfn.at(0), &mut bytes)?;
     adopt(&bytes, &mut page.breakpoints);

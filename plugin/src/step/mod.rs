@@ -7,7 +7,7 @@ mod view_fast_step;
 mod view_step;
 
 pub(crate) use view_fast_step::begin as fast_step_in_own_view;
-pub(crate) use view_step::begin as step_in_own_view;
+pub(crate) use view_step::begin as step_on_own_pages;
 
 use crate::breakpoint::{Breakpoint, Registry};
 use crate::views::Views;
