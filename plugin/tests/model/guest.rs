@@ -123,11 +123,9 @@ pub(crate) enum Piece {
 
 impl Piece {
     /// What several virtual CPUs are not promised is left out. None both reads and writes where there is no memory: see
-    /// `World::sees_spill`. And none writes code: while another one is in the middle of a write to the same page, a write
-    /// by a stepped virtual CPU may be taken over only when that one is through.
+    /// `World::sees_spill`.
     fn be_modest(&mut self) {
         match self {
-            Self::Patch(..) => *self = Self::Nop,
             Self::AddTo(_, place @ Place::Hidden(..)) | Self::Copy(place @ Place::Hidden(..), Place::Hidden(..)) => {
                 *place = Place::Data(0);
             }
