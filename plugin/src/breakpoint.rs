@@ -1,9 +1,13 @@
-//! The registry: which pages have breakpoints, and where. The only place that maps an address to a breakpoint.
+//! The registry: which pages have breakpoints, and where, and which are watched. The only place that maps an address to a
+//! breakpoint.
 
 use std::collections::HashMap;
 
+use rustc_hash::FxBuildHasher;
+
 use crate::insn::Displaced;
 use crate::stats::Figures;
+use crate::watch::Watches;
 use crate::{Conceal, Error, Gfn, Gpa, Placement, StepOver};
 
 /// The name of a breakpoint: one subscriber's interest in one instruction.
@@ -76,13 +80,21 @@ impl Page {
 /// All pages with breakpoints.
 #[derive(Debug, Default)]
 pub(crate) struct Registry {
-    pages: HashMap<Gfn, Page>,
+    /// Hashed without a secret: which pages these are is the host's choice, not the guest's.
+    pages: HashMap<Gfn, Page, FxBuildHasher>,
+    /// Pages whose accesses somebody wants to hear of.
+    pub(crate) watches: Watches,
     /// How many of them have their breakpoints in place.
     in_place: usize,
     serial: u64,
 }
 
 impl Registry {
+    /// Whether it must be the guest that accesses a page, for somebody wants to hear of it.
+    pub(crate) fn is_watched(&self, gfn: Gfn) -> bool {
+        self.watches.get(gfn).is_some()
+    }
+
     pub(crate) fn page(&self, gfn: Gfn) -> Option<&Page> {
         self.pages.get(&gfn)
     }

@@ -10,9 +10,10 @@ use crate::placement::{self, INT3};
 use crate::stats::HandlingTime;
 use crate::step::{self, Emulating, Vcpu};
 use crate::views::Views;
+use crate::watch::{self, Watch};
 use crate::{
-    Access, Action, Counters, Error, Event, Figures, Gfn, Gpa, Hypervisor, Int3, Mechanism, PAGE_SIZE, Placement,
-    Reason, Registers, Reply, Rights, Step, StepOver, VcpuId, ViewId, conceal,
+    Access, Accesses, Action, Counters, Error, Event, Figures, Gfn, Gpa, Hypervisor, Int3, Mechanism, PAGE_SIZE,
+    Placement, Reason, Registers, Reply, Rights, Step, StepOver, VcpuId, ViewId, conceal,
 };
 
 /// A breakpoint was hit; its instruction has not run yet.
@@ -24,6 +25,25 @@ pub struct Hit<'a> {
     pub vcpu: VcpuId,
     /// The registers before the instruction.
     pub registers: &'a Registers,
+}
+
+/// What an event is, before it is answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Observed {
+    /// Nobody needs to be told: this is the answer.
+    Nothing(Reply),
+    /// The breakpoint at this address was hit; its instruction has not run yet. Tell its subscribers.
+    Hit(Gpa),
+    /// A watched page is about to be accessed. Tell whoever watches it.
+    Access {
+        /// How.
+        access: Access,
+        /// It is made to fetch the instruction at this breakpoint: tell its subscribers, too. There will be no
+        /// [`Hit`](Self::Hit).
+        breakpoint: Option<Gpa>,
+    },
+    /// A watched page has been accessed.
+    Accessed(Access),
 }
 
 /// What becomes of a breakpoint that was hit.
@@ -39,6 +59,10 @@ pub enum Verdict {
 /// The breakpoints of one domain.
 ///
 /// The engine owns no connection: each call is given it. All calls must be given the same.
+///
+/// An event is answered in two halves: [`begin`](Self::begin) says what it is, and once the host has told whom it concerns,
+/// [`end`](Self::end) says what to do. Between them the host may call what it likes. [`handle`](Self::handle) is both, with a
+/// closure between them.
 ///
 /// - A breakpoint is at a guest-physical address, and stays there: if the guest writes a new instruction to it, it is set
 ///   on that one ([`Figures::rewritten`] counts), and if the guest frees the page and uses it for something else, it is a
@@ -59,6 +83,8 @@ pub struct Engine {
     factory: InstructionInfoFactory,
     counters: Counters,
     handling: HandlingTime,
+    /// When the hit that is being handled began.
+    hit_at: u64,
     leaving: bool,
 }
 
@@ -67,12 +93,13 @@ impl Engine {
     pub fn new<H: Hypervisor>(hv: &H) -> Self {
         Self {
             registry: Registry::default(),
-            vcpus: vec![Vcpu::default(); usize::from(hv.vcpus())],
+            vcpus: vec![Vcpu::at_home(true); usize::from(hv.vcpus())],
             views: None,
             unclosed: Vec::new(),
             factory: InstructionInfoFactory::new(),
             counters: Counters::default(),
             handling: HandlingTime::new(),
+            hit_at: 0,
             leaving: false,
         }
     }
@@ -123,7 +150,7 @@ impl Engine {
 
     /// Makes a page whose last breakpoint is gone the guest's own again, or remembers that it is not yet.
     fn close<H: Hypervisor>(&mut self, hv: &mut H, page: Page) -> Result<(), H::Error> {
-        let closed = placement::close(hv, self.views.as_mut(), &page);
+        let closed = placement::close(hv, self.views.as_mut(), &page).and_then(|()| self.restrict(hv, page.gfn));
         if closed.is_err() {
             self.unclosed.push(page);
         }
@@ -143,6 +170,10 @@ impl Engine {
     /// Prepares a page for breakpoints.
     fn open<H: Hypervisor>(&mut self, hv: &mut H, gfn: Gfn, mechanism: Mechanism) -> Result<(), Error> {
         let placement = mechanism.placement();
+        let watch = self.registry.watches.get(gfn);
+        if placement == Placement::InPlace && watch.is_some_and(|watch| watch.accesses.execute) {
+            return Err(Error::WatchConflict(gfn));
+        }
         self.close_again(hv, |page| page.gfn == gfn).doing("prepare the page")?;
         // Nobody is to write to the page while we look at it, nor to run between two of the steps.
         let shadow = paused(hv, |hv| {
@@ -165,7 +196,122 @@ impl Engine {
             lifted: 0,
             unsettled: false,
         });
+        if let Err(error) = self.restrict(hv, gfn)
+            && let Some(page) = self.registry.remove_page(gfn)
+        {
+            // What failed is what the caller is to hear about, not that undoing it failed too.
+            let _ = self.close(hv, page);
+            return Err(error).doing("watch the page");
+        }
         Ok(())
+    }
+
+    /// Lets the execute view permit on a page what its breakpoints and whoever watches it leave.
+    fn restrict<H: Hypervisor>(&mut self, hv: &mut H, gfn: Gfn) -> Result<(), H::Error> {
+        let rights = match self.registry.page(gfn) {
+            None => Rights::All,
+            Some(page) if page.shadow.is_some() => Rights::Execute,
+            // With breakpoints in place it is guarded in all views, against all that may be watched there.
+            Some(_) => return Ok(()),
+        };
+        match (self.registry.watches.get(gfn), &self.views) {
+            (Some(Watch { accesses, .. }), Some(views)) => watch::apply(hv, views, gfn, accesses, rights),
+            _ => Ok(()),
+        }
+    }
+
+    /// Watches a page: these kinds of accesses are reported before they are made and, if `after`, when they have been made,
+    /// too (which costs a second event). Replaces the watch that is there; [`Accesses::NONE`] ends it.
+    ///
+    /// An instruction is reported for the first watched page that it accesses. One that is stepped over a breakpoint is not
+    /// reported, and one that has not read but written may be, to those who watch reads (EPT knows no right to write alone).
+    ///
+    /// # Errors
+    /// If the page has breakpoints in place and what is executed there is to be watched, or if the hypervisor refuses: then
+    /// the watch is as it was.
+    pub fn watch<H: Hypervisor>(&mut self, hv: &mut H, gfn: Gfn, accesses: Accesses, after: bool) -> Result<(), Error> {
+        let before = self.registry.watches.get(gfn);
+        let result = match accesses {
+            // Its rights are to be set once more.
+            Accesses::NONE if before.is_none() => return Ok(()),
+            Accesses::NONE => {
+                self.registry.watches.set(gfn, Watch { accesses, after });
+                self.restrict(hv, gfn)
+            }
+            _ => {
+                if self.leaving {
+                    return Err(Error::Leaving);
+                }
+                if accesses.execute && self.registry.page(gfn).is_some_and(|page| page.shadow.is_none()) {
+                    return Err(Error::WatchConflict(gfn));
+                }
+                self.enter_if_needed(hv)?;
+                if self.views.as_ref().is_some_and(|views| views.hides(gfn)) {
+                    return Err(Error::NoMemory(gfn.at(0)));
+                }
+                self.registry.watches.set(gfn, Watch { accesses, after });
+                self.restrict(hv, gfn)
+            }
+        };
+        match (&result, before) {
+            (Ok(()), _) if accesses == Accesses::NONE => drop(self.registry.watches.remove(gfn)),
+            (Ok(()), _) => {}
+            (Err(_), Some(before)) => self.registry.watches.set(gfn, before),
+            (Err(_), None) => drop(self.registry.watches.remove(gfn)),
+        }
+        result.doing("watch the page")
+    }
+
+    /// Makes the views, which are otherwise made with the first shadow or watch, and lets all virtual CPUs run in the execute
+    /// view. Returns that.
+    ///
+    /// # Errors
+    /// If the hypervisor refuses.
+    pub fn enter<H: Hypervisor>(&mut self, hv: &mut H) -> Result<ViewId, Error> {
+        paused(hv, |hv| self.ensure_views(hv))?;
+        Ok(self.views.as_ref().map_or(ViewId::HOST, |views| views.exec))
+    }
+
+    /// Whether a virtual CPU is to meet breakpoints in shadows, and watches: for a host that is interested in some of what
+    /// it runs only. If not, it runs on the guest's own pages; what it writes to a page that has a shadow goes there, too.
+    ///
+    /// It is the caller who lets it enter the view that is returned: with the response to the event at hand.
+    ///
+    /// # Errors
+    /// If there is no such virtual CPU, or the views have to be made and the hypervisor refuses.
+    pub fn monitor<H: Hypervisor>(&mut self, hv: &mut H, vcpu: VcpuId, monitored: bool) -> Result<ViewId, Error> {
+        self.enter_if_needed(hv)?;
+        let slot = self.vcpus.get_mut(usize::from(vcpu.0)).ok_or(Error::NoSuchVcpu(vcpu.0))?;
+        if slot.monitored != monitored && slot.fast.take().is_some() {
+            // It may not be over, and would take it back to where it was at home.
+            hv.stop_step(vcpu).doing("end a single-step")?;
+        }
+        slot.monitored = monitored;
+        let view = |views: &Views| if slot.stepping { step::view_of(slot, views) } else { views.home(monitored) };
+        Ok(self.views.as_ref().map_or(ViewId::HOST, view))
+    }
+
+    /// The same for all virtual CPUs at once, which are switched here.
+    ///
+    /// # Errors
+    /// If the hypervisor refuses.
+    pub fn monitor_all<H: Hypervisor>(&mut self, hv: &mut H, monitored: bool) -> Result<(), Error> {
+        self.enter_if_needed(hv)?;
+        let Some(views) = &self.views else { return Ok(()) };
+        paused(hv, |hv| {
+            for (vcpu, slot) in (0..).map(VcpuId).zip(&mut self.vcpus) {
+                // A fast step would take it back to where it was at home.
+                if slot.fast.take().is_some() {
+                    hv.stop_step(vcpu).doing("end a single-step")?;
+                }
+                slot.monitored = monitored;
+            }
+            hv.switch_view(views.home(monitored)).doing("enter the view")
+        })
+    }
+
+    fn enter_if_needed<H: Hypervisor>(&mut self, hv: &mut H) -> Result<(), Error> {
+        if self.views.is_none() { self.enter(hv).map(drop) } else { Ok(()) }
     }
 
     fn ensure_views<H: Hypervisor>(&mut self, hv: &mut H) -> Result<(), Error> {
@@ -261,26 +407,77 @@ impl Engine {
         self.handling.histogram()
     }
 
-    /// Answers an event. `on_hit` is called for every hit, once for each subscriber, before the instruction runs. It is
-    /// given the engine and the connection, and may insert and remove what it likes.
+    /// Looks what an event is. Its [`end`](Self::end) must follow before that of another.
     ///
     /// Nothing the guest does makes this fail or panic; where the hypervisor refuses something, it is counted, logged
     /// once, and the guest goes on.
+    pub fn begin<H: Hypervisor>(&mut self, hv: &mut H, event: &Event) -> Observed {
+        let Some(index) = self.slot(hv, event) else { return Observed::Nothing(Reply::default()) };
+        let observed = match &event.reason {
+            Reason::Int3(int3) => self.on_int3(hv, index, event, int3),
+            Reason::Step => Ok(self.on_step(hv, index)),
+            Reason::Access(access) => self.on_access(hv, index, event, access),
+            Reason::EmulationFailed => self.on_emulation_failed(hv, index, event).map(Observed::Nothing),
+        };
+        match observed {
+            Ok(Observed::Nothing(reply)) => Observed::Nothing(self.bring_home(index, reply)),
+            Ok(observed) => observed,
+            Err(error) => {
+                let reply = self.give_way(event, &error);
+                Observed::Nothing(self.bring_home(index, reply))
+            }
+        }
+    }
+
+    /// Answers an event, after those it concerns have been told. `observed` is what [`begin`](Self::begin) said; `registers`
+    /// are the event's, or what those who were told have made of them. If they have changed RIP, what was to happen at the
+    /// old one does not. (At an INT3 of the guest's own, under a breakpoint, its registers are left alone.)
+    pub fn end<H: Hypervisor>(
+        &mut self,
+        hv: &mut H,
+        event: &Event,
+        observed: &Observed,
+        registers: &Registers,
+    ) -> Reply {
+        let index = usize::from(event.vcpu.0);
+        if index >= self.vcpus.len() {
+            return Reply::default();
+        }
+        let moved = registers.rip != event.registers.rip;
+        let reply = match observed {
+            Observed::Nothing(reply) => return *reply,
+            Observed::Hit(_) | Observed::Access { .. } if moved => Ok(Reply::default()),
+            Observed::Hit(at) => match &event.reason {
+                Reason::Access(access) => self.permit(hv, index, event, access, true, registers),
+                _ => self.step_over(hv, index, event, *at, registers),
+            },
+            Observed::Access { access, breakpoint } => {
+                self.permit(hv, index, event, access, breakpoint.is_some(), registers)
+            }
+            Observed::Accessed(_) => Ok(self.back_home(index)),
+        };
+        let mut reply = reply.unwrap_or_else(|error| self.give_way(event, &error));
+        if reply.action == Action::Resume && registers != &event.registers {
+            reply.action = Action::SetRegisters(*registers);
+        }
+        if matches!(observed, Observed::Hit(_)) {
+            self.handling.record(hv.now().saturating_sub(self.hit_at));
+        }
+        self.bring_home(index, reply)
+    }
+
+    /// Answers an event: [`begin`](Self::begin) and [`end`](Self::end). `on_hit` is called for every hit, once for each
+    /// subscriber, before the instruction runs. It is given the engine and the connection, and may insert and remove what
+    /// it likes.
     pub fn handle<H: Hypervisor>(
         &mut self,
         hv: &mut H,
         event: &Event,
         on_hit: &mut impl FnMut(&mut Self, &mut H, &Hit<'_>) -> Verdict,
     ) -> Reply {
-        let Some(index) = self.begin(hv, event) else { return Reply::default() };
-        let reply = match &event.reason {
-            Reason::Int3(int3) => self.on_int3(hv, index, event, int3, on_hit),
-            Reason::Step => Ok(self.on_step(hv, index)),
-            Reason::Access(access) => self.on_access(hv, index, event, access),
-            Reason::EmulationFailed => self.on_emulation_failed(hv, index, event),
-        };
-        let reply = reply.unwrap_or_else(|error| self.give_way(event, &error));
-        self.bring_home(index, reply)
+        let observed = self.begin(hv, event);
+        self.tell(hv, event, &observed, on_hit);
+        self.end(hv, event, &observed, &event.registers)
     }
 
     /// A virtual CPU whose fast step was stopped is in the own view, and is not to stay there: unless it is stepped now, it
@@ -296,7 +493,7 @@ impl Engine {
             }
             (Step::Keep, Action::EmulateInstruction(_) | Action::SetRegisters(_) | Action::Reinject) => {
                 vcpu.home = false;
-                let home = self.views.as_ref().map(|views| views.exec);
+                let home = self.views.as_ref().map(|views| views.home(vcpu.monitored));
                 Reply { view: home, ..reply }
             }
             // A fast step goes home by itself.
@@ -308,7 +505,7 @@ impl Engine {
     }
 
     /// The slot of the event's virtual CPU, with a fast step that is over forgotten.
-    fn begin<H: Hypervisor>(&mut self, hv: &mut H, event: &Event) -> Option<usize> {
+    fn slot<H: Hypervisor>(&mut self, hv: &mut H, event: &Event) -> Option<usize> {
         let index = usize::from(event.vcpu.0);
         let Some(vcpu) = self.vcpus.get_mut(index) else {
             self.counters.unexplained += 1;
@@ -339,8 +536,7 @@ impl Engine {
         index: usize,
         event: &Event,
         int3: &Int3,
-        on_hit: &mut impl FnMut(&mut Self, &mut H, &Hit<'_>) -> Verdict,
-    ) -> Result<Reply, H::Error> {
+    ) -> Result<Observed, H::Error> {
         // With prefixes, the 0xCC is the last byte, and may be in the next page.
         let before = u64::from(int3.length.max(1)) - 1;
         let at = match u64::from(int3.gpa.offset()) + before < PAGE_SIZE as u64 {
@@ -353,20 +549,20 @@ impl Engine {
         };
         let Some(at) = at else {
             self.counters.reinjected += 1;
-            return Ok(reinject());
+            return Ok(Observed::Nothing(reinject()));
         };
         let exec = self.views.as_ref().map(|views| views.exec);
         if !self.registry.at(at).is_some_and(|(page, _)| page.shadow.is_none() || Some(event.view) == exec) {
-            return self.on_foreign_int3(hv, at);
+            return self.on_foreign_int3(hv, at).map(Observed::Nothing);
         }
         let vcpu = &mut self.vcpus[index];
         if at != int3.gpa {
             // The guest jumped to a prefix before the breakpoint: that is another instruction, and no hit.
-            return self.run_prefixed(hv, index, event, at);
+            return self.run_prefixed(hv, index, event, at).map(Observed::Nothing);
         }
         if vcpu.stepping && vcpu.over == Some(at) {
             // Another virtual CPU has set the breakpoint again before this one was over it: still the same hit.
-            return match self.registry.at(at) {
+            let reply = match self.registry.at(at) {
                 Some((page, breakpoint)) if page.lifted == 0 => {
                     let views = self.views.as_ref();
                     step::step(hv, views, vcpu, breakpoint, page.placement, event.registers.rip).map(|(reply, _)| reply)
@@ -374,6 +570,7 @@ impl Engine {
                 // Its byte is not there any more, or not now.
                 _ => Ok(Reply::default()),
             };
+            return reply.map(Observed::Nothing);
         }
         if vcpu.stepping
             && let Some(before) = vcpu.over.take()
@@ -381,24 +578,31 @@ impl Engine {
             // The step went on to the next breakpoint: an instruction that exits to the hypervisor ends without one.
             self.arm_again(hv, before);
         }
-        let start = hv.now();
-        let reply = self.on_hit(hv, index, event, at, on_hit);
-        self.handling.record(hv.now().saturating_sub(start));
-        reply
+        self.hit_at = hv.now();
+        self.count_hit(at);
+        Ok(Observed::Hit(at))
     }
 
-    fn on_hit<H: Hypervisor>(
-        &mut self,
-        hv: &mut H,
-        index: usize,
-        event: &Event,
-        at: Gpa,
-        on_hit: &mut impl FnMut(&mut Self, &mut H, &Hit<'_>) -> Verdict,
-    ) -> Result<Reply, H::Error> {
+    fn count_hit(&mut self, at: Gpa) {
         self.counters.hits += 1;
         if let Some(breakpoint) = self.registry.at_mut(at) {
             breakpoint.figures.hits += 1;
         }
+    }
+
+    /// Between [`begin`](Self::begin) and [`end`](Self::end): tells the subscribers of a breakpoint, if one was hit.
+    pub fn tell<H: Hypervisor>(
+        &mut self,
+        hv: &mut H,
+        event: &Event,
+        observed: &Observed,
+        on_hit: &mut impl FnMut(&mut Self, &mut H, &Hit<'_>) -> Verdict,
+    ) {
+        let at = match observed {
+            Observed::Hit(at) => *at,
+            Observed::Access { breakpoint: Some(at), .. } => *at,
+            Observed::Nothing(_) | Observed::Access { .. } | Observed::Accessed(_) => return,
+        };
         let (mut last, until) = (None, self.registry.now());
         while let Some(breakpoint) = self.registry.next_subscriber(at, last, until) {
             let verdict = on_hit(self, hv, &Hit { breakpoint, vcpu: event.vcpu, registers: &event.registers });
@@ -410,7 +614,6 @@ impl Engine {
             }
             last = Some(breakpoint);
         }
-        self.step_over(hv, index, event, at)
     }
 
     /// Lets the instruction under the breakpoint at `at` run, if there still is one.
@@ -420,6 +623,7 @@ impl Engine {
         index: usize,
         event: &Event,
         at: Gpa,
+        registers: &Registers,
     ) -> Result<Reply, H::Error> {
         let (vcpu, views) = (&mut self.vcpus[index], self.views.as_ref());
         let Some((page, breakpoint)) = self.registry.at(at) else { return Ok(Reply::default()) };
@@ -427,9 +631,12 @@ impl Engine {
             self.counters.reinjected += 1;
             return Ok(reinject());
         }
-        let (placement, registers) = (page.placement, &event.registers);
+        let placement = page.placement;
         let lifted = placement == Placement::InPlace && page.lifted > 0;
-        let (reply, served) = match step::at_once(hv, views, vcpu, &self.registry, breakpoint, placement, registers) {
+        let at_once = step::at_once(hv, views, vcpu, &self.registry, breakpoint, placement, registers);
+        // A response has room for new registers or for what to emulate, but not for both.
+        let fits = |reply: &Reply| registers == &event.registers || matches!(reply.action, Action::SetRegisters(_));
+        let (reply, served) = match at_once.filter(|(reply, _)| fits(reply)) {
             Some(served) => served,
             None if lifted => {
                 // Its byte is not there now, and nobody may execute the page: this virtual CPU joins the one that
@@ -479,8 +686,9 @@ impl Engine {
         Ok(reinject())
     }
 
-    fn on_step<H: Hypervisor>(&mut self, hv: &mut H, index: usize) -> Reply {
-        let vcpu = std::mem::take(&mut self.vcpus[index]);
+    fn on_step<H: Hypervisor>(&mut self, hv: &mut H, index: usize) -> Observed {
+        let at_home = Vcpu::at_home(self.vcpus[index].monitored);
+        let vcpu = std::mem::replace(&mut self.vcpus[index], at_home);
         if !vcpu.stepping {
             self.counters.unexplained += 1;
         }
@@ -501,7 +709,16 @@ impl Engine {
         if let Some(gpa) = vcpu.over {
             self.arm_again(hv, gpa);
         }
-        let home = self.views.as_ref().filter(|_| vcpu.home).map(|views| views.exec);
+        match vcpu.accessing {
+            Some(access) => Observed::Accessed(access),
+            None if vcpu.home => Observed::Nothing(self.back_home(index)),
+            None => Observed::Nothing(Reply { step: Step::Off, ..Reply::default() }),
+        }
+    }
+
+    /// A step is over: the virtual CPU goes back to the view it is at home in.
+    fn back_home(&self, index: usize) -> Reply {
+        let home = self.views.as_ref().map(|views| views.home(self.vcpus[index].monitored));
         Reply { view: home, step: Step::Off, action: Action::Resume }
     }
 
@@ -530,6 +747,90 @@ impl Engine {
     }
 
     fn on_access<H: Hypervisor>(
+        &mut self,
+        hv: &mut H,
+        index: usize,
+        event: &Event,
+        access: &Access,
+    ) -> Result<Observed, H::Error> {
+        let gfn = access.gpa.gfn();
+        let exec = self.views.as_ref().map(|views| views.exec);
+        if Some(event.view) != exec {
+            return self.on_guarded(hv, index, event, access).map(Observed::Nothing);
+        }
+        let watched = self.registry.watches.get(gfn).is_some_and(|watch| watch.accesses.include(access));
+        let stepped = self.registry.is_watched(gfn) || self.registry.page(gfn).is_some();
+        let breakpoint = if stepped { self.fetched(hv, event, access) } else { None };
+        if let Some(at) = breakpoint {
+            self.count_hit(at);
+        }
+        match (watched, breakpoint) {
+            (true, breakpoint) => Ok(Observed::Access { access: *access, breakpoint }),
+            (false, Some(at)) => Ok(Observed::Hit(at)),
+            // Denied with what is watched: a write, where nobody wants to hear but of reads.
+            (false, None) if self.registry.is_watched(gfn) && self.registry.page(gfn).is_none() => {
+                self.step_in_own_view(index, &event.registers).map(Observed::Nothing)
+            }
+            (false, None) => self.on_guarded(hv, index, event, access).map(Observed::Nothing),
+        }
+    }
+
+    /// The breakpoint whose instruction an access is to fetch. That instruction is stepped in another view now, and so its
+    /// breakpoint, in a shadow, will not be met.
+    fn fetched<H: Hypervisor>(&self, hv: &mut H, event: &Event, access: &Access) -> Option<Gpa> {
+        let lifts = self.registry.page(access.gpa.gfn()).is_some_and(|page| page.shadow.is_none());
+        if lifts || !(access.execute || access.page_walk) {
+            return None;
+        }
+        let registers = &event.registers;
+        let at = paging::translate(hv, registers, registers.cs_base.wrapping_add(registers.rip))?;
+        self.registry.at(at).filter(|(page, _)| page.shadow.is_some()).map(|_| at)
+    }
+
+    /// Lets an access that was reported, or whose instruction was a `hit`, be made: by the guest itself, for Xen emulates only what is still denied.
+    fn permit<H: Hypervisor>(
+        &mut self,
+        hv: &mut H,
+        index: usize,
+        event: &Event,
+        access: &Access,
+        hit: bool,
+        registers: &Registers,
+    ) -> Result<Reply, H::Error> {
+        let gfn = access.gpa.gfn();
+        let watch = self.registry.watches.get(gfn).filter(|watch| watch.accesses.include(access));
+        let after = watch.is_some_and(|watch| watch.after);
+        self.vcpus[index].accessing = after.then_some(*access);
+        let monitored = after || self.vcpus[index].stepping;
+        let (vcpu, views) = (&mut self.vcpus[index], self.views.as_ref());
+        match (self.registry.page_mut(gfn), views) {
+            (Some(page), views) if monitored || registers != &event.registers => {
+                placement::catch_up(hv, views, page)?;
+                conceal::on_own_bytes(hv, views, vcpu, page, registers, access.write)
+            }
+            (Some(page), Some(views)) if page.shadow.is_some() && !access.read && !access.write => {
+                Ok(step::fast_step_in_own_view(vcpu, views, registers.rip))
+            }
+            (Some(_), _) => self.on_guarded(hv, index, event, access),
+            // It is not watched any more. But what would try again is not to be hit again.
+            (None, _) if watch.is_none() && !hit => Ok(Reply::default()),
+            (None, Some(views)) if after => Ok(step::step_on_own_pages(vcpu, views)),
+            (None, _) => self.step_in_own_view(index, registers),
+        }
+    }
+
+    /// Lets the instruction at RIP run on the guest's own pages.
+    fn step_in_own_view<E>(&mut self, index: usize, registers: &Registers) -> Result<Reply, E> {
+        let (vcpu, views) = (&mut self.vcpus[index], self.views.as_ref());
+        Ok(match views {
+            Some(views) if vcpu.stepping => step::step_on_own_pages(vcpu, views),
+            Some(views) => step::fast_step_in_own_view(vcpu, views, registers.rip),
+            None => Reply::default(),
+        })
+    }
+
+    /// Answers an access that nobody wants to hear of.
+    fn on_guarded<H: Hypervisor>(
         &mut self,
         hv: &mut H,
         index: usize,
@@ -598,7 +899,7 @@ impl Engine {
                     served.emulate = served.emulate.saturating_sub(1);
                     *fallbacks = fallbacks.saturating_sub(u64::from(fallback));
                 }
-                self.step_over(hv, index, event, gpa)
+                self.step_over(hv, index, event, gpa, &event.registers)
             }
             Some(Emulating::Access(gfn)) => {
                 let (vcpu, views) = (&mut self.vcpus[index], self.views.as_ref());
@@ -635,6 +936,9 @@ impl Engine {
     pub fn leave<H: Hypervisor>(&mut self, hv: &mut H) -> Result<(), Error> {
         self.leaving = true;
         let mut result = Ok(());
+        for gfn in self.registry.watches.gfns() {
+            result = result.and(self.watch(hv, gfn, Accesses::NONE, false));
+        }
         for id in self.registry.ids() {
             result = result.and(self.remove(hv, id));
         }

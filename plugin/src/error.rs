@@ -1,6 +1,6 @@
 //! What can go wrong when a breakpoint is set, and what to do about it.
 
-use crate::Gpa;
+use crate::{Gfn, Gpa};
 
 /// Why the engine could not do what it was asked to.
 #[derive(Debug, thiserror::Error)]
@@ -22,9 +22,18 @@ pub enum Error {
     /// The page has breakpoints with another placement or concealment.
     #[error("the page of {0} has breakpoints with another placement or concealment: use theirs, or remove them first")]
     PageConflict(Gpa),
+    /// What a watch and breakpoints want of a page cannot be had together.
+    #[error(
+        "{0} cannot have breakpoints in place while somebody watches what is executed there: use the placement shadow, or \
+         remove one of them first"
+    )]
+    WatchConflict(Gfn),
     /// The guest has no memory at this address: the engine keeps a shadow there.
     #[error("the guest has no memory at {0}")]
     NoMemory(Gpa),
+    /// The domain has fewer virtual CPUs.
+    #[error("there is no virtual CPU {0}")]
+    NoSuchVcpu(u16),
     /// There is no such breakpoint, or it has been removed.
     #[error("there is no such breakpoint: it has been removed, or belongs to another engine")]
     NoSuchBreakpoint,

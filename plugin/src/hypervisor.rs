@@ -13,6 +13,8 @@ pub enum Rights {
     ReadWrite,
     /// Everything but writes.
     ReadExecute,
+    /// Reads alone.
+    Read,
     /// Nothing.
     None,
 }
@@ -58,12 +60,6 @@ pub trait Hypervisor {
     /// Those of [`write`](Self::write).
     fn replace(&mut self, gpa: Gpa, original: u8) -> Result<(), Self::Error> {
         self.write(gpa, &[original])
-    }
-
-    /// Whether somebody else wants to see the guest's accesses to a page, so that it must be the guest that makes them.
-    fn watches(&self, gfn: Gfn) -> bool {
-        let _ = gfn;
-        false
     }
 
     /// The time, from any start and in any unit, for figures of how long handling takes.

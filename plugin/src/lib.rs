@@ -25,6 +25,7 @@ mod reply;
 mod stats;
 mod step;
 mod views;
+mod watch;
 
 /// A forked child holds the locks of its parent's files. Tests that fork, and tests that lock, run one after another.
 #[cfg(test)]
@@ -32,7 +33,7 @@ static FORKING: std::sync::Mutex<()> = std::sync::Mutex::new(());
 
 pub use addr::{Gfn, Gpa, PAGE_SIZE};
 pub use breakpoint::BreakpointId;
-pub use engine::{Engine, Hit, Verdict};
+pub use engine::{Engine, Hit, Observed, Verdict};
 pub use error::Error;
 pub use event::{Access, Event, Int3, Reason, VcpuId, ViewId};
 pub use hypervisor::{Hypervisor, Rights};
@@ -40,3 +41,4 @@ pub use mechanism::{Conceal, Mechanism, Placement, StepOver};
 pub use registers::{CodeMode, Registers};
 pub use reply::{Action, INSTRUCTION_BYTES, READ_BYTES, ReadData, Reply, Step};
 pub use stats::{Counters, Figures, Served};
+pub use watch::Accesses;

@@ -46,7 +46,8 @@ pub enum Action {
     EmulateRead(ReadData),
     /// The hypervisor emulates this instruction in its place.
     EmulateInstruction([u8; INSTRUCTION_BYTES]),
-    /// It counts as done, with these registers.
+    /// It goes on with these registers, of which the general ones, RIP and RFLAGS count: with the next instruction, or where
+    /// else they say. The only one of these that comes with a step, too.
     SetRegisters(Registers),
     /// It was the guest's own INT3: deliver it.
     Reinject,

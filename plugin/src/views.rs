@@ -12,6 +12,8 @@
 
 use std::collections::HashSet;
 
+use rustc_hash::FxBuildHasher;
+
 use crate::{Gfn, Hypervisor, PAGE_SIZE, Rights, ViewId};
 
 /// The views.
@@ -27,7 +29,7 @@ pub(crate) struct Views {
     /// breakpoints in it are gone (`p2m_altp2m_propagate_change`, xen/arch/x86/mm/p2m.c).
     free: Vec<Gfn>,
     /// All frames that are not the guest's.
-    frames: HashSet<Gfn>,
+    frames: HashSet<Gfn, FxBuildHasher>,
     /// Those of the views that have not been dropped.
     there: Vec<ViewId>,
 }
@@ -35,13 +37,17 @@ pub(crate) struct Views {
 impl Views {
     /// Makes the views. No virtual CPU is in one yet.
     pub(crate) fn create<H: Hypervisor>(hv: &mut H) -> Result<Self, H::Error> {
-        let (mut there, mut frames) = (Vec::new(), HashSet::new());
+        let (mut there, mut frames) = (Vec::new(), HashSet::default());
         let made = Self::make(hv, &mut there, &mut frames);
         // What failed is what the caller is to hear about, not that undoing it failed too.
         made.inspect_err(|_| drop(Self::unmake(hv, &mut there, &mut frames)))
     }
 
-    fn make<H: Hypervisor>(hv: &mut H, there: &mut Vec<ViewId>, frames: &mut HashSet<Gfn>) -> Result<Self, H::Error> {
+    fn make<H: Hypervisor>(
+        hv: &mut H,
+        there: &mut Vec<ViewId>,
+        frames: &mut HashSet<Gfn, FxBuildHasher>,
+    ) -> Result<Self, H::Error> {
         let mut view = |hv: &mut H| hv.create_view().inspect(|view| there.push(*view));
         let (exec, own, write) = (view(hv)?, view(hv)?, view(hv)?);
         let mut frame = |hv: &mut H| hv.add_shadow_gfn().inspect(|gfn| _ = frames.insert(*gfn));
@@ -63,12 +69,21 @@ impl Views {
         Self::unmake(hv, &mut self.there, &mut self.frames)
     }
 
-    fn unmake<H: Hypervisor>(hv: &mut H, there: &mut Vec<ViewId>, frames: &mut HashSet<Gfn>) -> Result<(), H::Error> {
+    fn unmake<H: Hypervisor>(
+        hv: &mut H,
+        there: &mut Vec<ViewId>,
+        frames: &mut HashSet<Gfn, FxBuildHasher>,
+    ) -> Result<(), H::Error> {
         let mut result = Ok(());
         let mut refused = |done: Result<(), H::Error>| done.map_err(|error| result = Err(error)).is_err();
         there.retain(|view| refused(hv.drop_view(*view)));
         frames.retain(|gfn| refused(hv.drop_shadow_gfn(*gfn)));
         result
+    }
+
+    /// Where a virtual CPU is but for single steps.
+    pub(crate) const fn home(&self, monitored: bool) -> ViewId {
+        if monitored { self.exec } else { self.own }
     }
 
     /// All of them.

@@ -689,6 +689,7 @@ impl Hypervisor for Domain {
             Rights::Execute => sys::XENMEM_access_x,
             Rights::ReadWrite => sys::XENMEM_access_rw,
             Rights::ReadExecute => sys::XENMEM_access_rx,
+            Rights::Read => sys::XENMEM_access_r,
             Rights::None => sys::XENMEM_access_n,
         };
         if view != ViewId::HOST {

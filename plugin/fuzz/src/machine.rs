@@ -199,7 +199,7 @@ impl Hypervisor for Machine {
         self.call()?;
         self.bytes(gpa, bytes.len())?.copy_from_slice(bytes);
         // An instruction was interpreted.
-        let watched = self.watches(gpa.gfn());
+        let watched = gpa.gfn().0 < PAGES && self.watched >> gpa.gfn().0 & 1 != 0;
         if let Some(own) = self.own(gpa, bytes.len()) {
             assert!(!watched, "a page that somebody watches was written to");
             own.copy_from_slice(bytes);
@@ -221,10 +221,6 @@ impl Hypervisor for Machine {
         assert!(own == original || self.stubborn, "the byte that is replaced at {gpa} is not the guest's");
         self.bytes(gpa, 1)?[0] = original;
         Ok(())
-    }
-
-    fn watches(&self, gfn: Gfn) -> bool {
-        gfn.0 < PAGES && self.watched >> gfn.0 & 1 != 0
     }
 
     fn now(&self) -> u64 {

@@ -9,8 +9,8 @@ use std::collections::VecDeque;
 
 use arbitrary::Arbitrary;
 use hyperbp::{
-    Access, Engine, Error, Event, Gfn, Gpa, Hypervisor, Int3, Mechanism, PAGE_SIZE, Reason, Registers, Reply, VcpuId,
-    Verdict, ViewId,
+    Access, Accesses, Engine, Error, Event, Gfn, Gpa, Hypervisor, Int3, Mechanism, PAGE_SIZE, Reason, Registers, Reply,
+    VcpuId, Verdict, ViewId,
 };
 use hyperbp_fuzz::AnyRegisters;
 use hyperbp_fuzz::machine::{Machine, PAGES, SHADOWS};
@@ -26,8 +26,6 @@ struct Input {
     /// What the guest's pages are filled with, over and over.
     fill: [u8; 16],
     registers: [AnyRegisters; 2],
-    /// A bit for each page that somebody watches.
-    watched: u8,
     acts: Vec<Act>,
     callbacks: VecDeque<Callback>,
 }
@@ -36,6 +34,11 @@ struct Input {
 enum Act {
     Insert(Place, u8),
     Remove(u8),
+    /// Watches a page: three bits for what, one for afterwards, too.
+    Watch(Place, u8),
+    /// A virtual CPU is of interest, or not.
+    Monitor(u8, bool),
+    MonitorAll(bool),
     Event(Occurrence),
     /// A virtual CPU gets to the end of an instruction.
     Through(u8),
@@ -82,6 +85,9 @@ enum Callback {
     RemoveThis,
     Remove(u8),
     Insert(Place, u8),
+    Watch(Place, u8),
+    /// The registers are changed; RIP, too, or not.
+    Change(bool),
 }
 
 /// An address.
@@ -133,6 +139,15 @@ impl World {
         match act {
             Act::Insert(at, mechanism) => insert(engine, machine, at, mechanism),
             Act::Remove(number) => remove(engine, machine, number),
+            Act::Watch(at, what) => watch(engine, machine, at, what),
+            Act::Monitor(vcpu, monitored) => {
+                let vcpu = usize::from(vcpu) % (machine.cpus.len() + 1);
+                match (engine.monitor(machine, VcpuId(vcpu as u16), monitored), machine.cpus.get_mut(vcpu)) {
+                    (Ok(view), Some(cpu)) => cpu.view = view,
+                    (result, _) => assert!(result.is_err(), "there is no such virtual CPU"),
+                }
+            }
+            Act::MonitorAll(monitored) => drop(engine.monitor_all(machine, monitored)),
             Act::Event(occurrence) => self.occur(&occurrence),
             Act::Through(vcpu) => self.through(usize::from(vcpu)),
             Act::Write(vcpu, at, bytes) => {
@@ -202,17 +217,27 @@ impl World {
     fn handle(&mut self, vcpu: usize, event: &Event) {
         let Self { machine, engine, callbacks, .. } = self;
         let mut hits = engine.breakpoints().len();
-        let reply = engine.handle(machine, event, &mut |engine, machine, hit| {
-            hits = hits.checked_sub(1).expect("no more hits than there are subscribers");
-            assert!(engine.figures(hit.breakpoint).is_ok(), "a hit of a breakpoint that is not there");
-            match callbacks.pop_front() {
-                None | Some(Callback::Keep) => {}
-                Some(Callback::RemoveThis) => return Verdict::Remove,
-                Some(Callback::Remove(number)) => remove(engine, machine, number),
-                Some(Callback::Insert(at, mechanism)) => insert(engine, machine, at, mechanism),
-            }
-            Verdict::Keep
-        });
+        let reply = if let Some(Callback::Change(rip)) = callbacks.front().copied() {
+            callbacks.pop_front();
+            let observed = engine.begin(machine, event);
+            let mut registers = event.registers;
+            registers.gpr[0] ^= 1;
+            registers.rip ^= u64::from(rip);
+            engine.end(machine, event, &observed, &registers)
+        } else {
+            engine.handle(machine, event, &mut |engine, machine, hit| {
+                hits = hits.checked_sub(1).expect("no more hits than there are subscribers");
+                assert!(engine.figures(hit.breakpoint).is_ok(), "a hit of a breakpoint that is not there");
+                match callbacks.pop_front() {
+                    None | Some(Callback::Keep | Callback::Change(_)) => {}
+                    Some(Callback::RemoveThis) => return Verdict::Remove,
+                    Some(Callback::Remove(number)) => remove(engine, machine, number),
+                    Some(Callback::Insert(at, mechanism)) => insert(engine, machine, at, mechanism),
+                    Some(Callback::Watch(at, what)) => watch(engine, machine, at, what),
+                }
+                Verdict::Keep
+            })
+        };
         if vcpu < self.machine.cpus.len() {
             self.machine.carry_out(vcpu, &reply, self.possible);
         } else {
@@ -265,6 +290,17 @@ fn insert(engine: &mut Engine, machine: &mut Machine, at: Place, mechanism: u8) 
     assert!(inserted.is_err() || there, "a breakpoint where the guest has no memory");
 }
 
+/// Watches a page, or does not any more.
+fn watch(engine: &mut Engine, machine: &mut Machine, at: Place, what: u8) {
+    let gfn = at.gpa(engine).gfn();
+    let [read, write, execute, after] = [1, 2, 4, 8].map(|bit| what & bit != 0);
+    let accesses = Accesses { read, write, execute };
+    if engine.watch(machine, gfn, accesses, after).is_ok() && gfn.0 < PAGES {
+        let bit = 1 << gfn.0;
+        machine.watched = if accesses == Accesses::NONE { machine.watched & !bit } else { machine.watched | bit };
+    }
+}
+
 /// Removes a breakpoint, if there are any.
 fn remove(engine: &mut Engine, machine: &mut Machine, number: u8) {
     if let Some(id) = nth(&engine.breakpoints(), number) {
@@ -277,7 +313,6 @@ fuzz_target!(|input: Input| {
     let mut page = [0; PAGE_SIZE];
     page.iter_mut().zip(input.fill.iter().cycle()).for_each(|(byte, fill)| *byte = *fill);
     let mut machine = Machine::new(usize::from(input.vcpus) % MOST_VCPUS + 1, page);
-    machine.watched = input.watched;
     let engine = Engine::new(&machine);
     let registers = input.registers.map(Registers::from);
     let mut world = World {

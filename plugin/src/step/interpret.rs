@@ -30,7 +30,9 @@ impl<H: Hypervisor> Guest<'_, H> {
     }
 
     fn is_plain(&self, gfn: Gfn) -> bool {
-        self.registry.page(gfn).is_none() && !self.views.is_some_and(|views| views.hides(gfn)) && !self.hv.watches(gfn)
+        self.registry.page(gfn).is_none()
+            && !self.registry.is_watched(gfn)
+            && !self.views.is_some_and(|views| views.hides(gfn))
     }
 }
 

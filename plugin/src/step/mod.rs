@@ -7,17 +7,17 @@ mod view_fast_step;
 mod view_step;
 
 pub(crate) use view_fast_step::begin as fast_step_in_own_view;
-pub(crate) use view_step::begin as step_on_own_pages;
+pub(crate) use view_step::{begin as step_on_own_pages, view_of};
 
 use crate::breakpoint::{Breakpoint, Registry};
 use crate::views::Views;
-use crate::{Gfn, Gpa, Hypervisor, Placement, Registers, Reply, Step, StepOver};
+use crate::{Access, Gfn, Gpa, Hypervisor, Placement, Registers, Reply, Step, StepOver};
 
 /// Pages one instruction can access: an operand and a destination that both cross a page, twice over for the walks.
 const PAGES: usize = 8;
 
 /// What a virtual CPU is in the middle of, and what is to be done when it is through.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Vcpu {
     /// A monitored single step is on.
     pub(crate) stepping: bool,
@@ -25,12 +25,16 @@ pub(crate) struct Vcpu {
     pub(crate) fast: Option<u64>,
     /// What the hypervisor was last asked to emulate. Nobody says when it has.
     pub(crate) emulating: Option<Emulating>,
-    /// Owed after the step: switch back to the execute view.
+    /// Owed after the step: switch back to the view it is at home in.
     pub(crate) home: bool,
     /// The breakpoint it is stepped over. Owed after the step, if it is in place: set it again.
     pub(crate) over: Option<Gpa>,
     /// Owed after the step: [`settle`](crate::placement::settle) these pages.
     pub(crate) pages: [Option<Gfn>; PAGES],
+    /// Owed after the step: tell whoever watches the page that it has been accessed.
+    pub(crate) accessing: Option<Access>,
+    /// It is at home in the execute view; else in the own view.
+    pub(crate) monitored: bool,
 }
 
 /// What the hypervisor was asked to emulate.
@@ -43,6 +47,20 @@ pub(crate) enum Emulating {
 }
 
 impl Vcpu {
+    /// In the middle of nothing.
+    pub(crate) const fn at_home(monitored: bool) -> Self {
+        Self {
+            stepping: false,
+            fast: None,
+            emulating: None,
+            home: false,
+            over: None,
+            pages: [None; PAGES],
+            accessing: None,
+            monitored,
+        }
+    }
+
     /// Turns single-stepping on, if it is off.
     pub(crate) fn step(&mut self) -> Step {
         match std::mem::replace(&mut self.stepping, true) {

@@ -6,5 +6,5 @@ use crate::{Reply, Step};
 
 pub(crate) fn begin(vcpu: &mut Vcpu, views: &Views, rip: u64) -> Reply {
     vcpu.fast = Some(rip);
-    Reply { view: Some(views.own), step: Step::Fast(views.exec), ..Reply::default() }
+    Reply { view: Some(views.own), step: Step::Fast(views.home(vcpu.monitored)), ..Reply::default() }
 }

@@ -1,12 +1,17 @@
 //! Single-step on the guest's own pages, then back to the execute view: two events.
 
 use super::Vcpu;
-use crate::Reply;
 use crate::views::Views;
+use crate::{Reply, ViewId};
 
 /// In the write view, if the virtual CPU is to write to a page that has a shadow.
 pub(crate) fn begin(vcpu: &mut Vcpu, views: &Views) -> Reply {
     vcpu.home = true;
+    Reply { view: Some(view_of(vcpu, views)), step: vcpu.step(), ..Reply::default() }
+}
+
+/// The view a virtual CPU is stepped in.
+pub(crate) fn view_of(vcpu: &Vcpu, views: &Views) -> ViewId {
     let writes = vcpu.pages.iter().any(Option::is_some);
-    Reply { view: Some(if writes { views.write } else { views.own }), step: vcpu.step(), ..Reply::default() }
+    if writes { views.write } else { views.own }
 }

@@ -4,7 +4,7 @@
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
-use hyperbp::{BreakpointId, Engine, Error, Gpa, Hit, Mechanism, Verdict};
+use hyperbp::{Accesses, BreakpointId, Engine, Error, Gfn, Gpa, Hit, Mechanism, Placement, Verdict};
 use proptest::prelude::*;
 use proptest::sample::Index;
 
@@ -24,6 +24,8 @@ pub(crate) enum Action {
     Answer(u8, bool),
     Insert(u8, u8),
     Remove(u8),
+    /// A page is watched: three bits for what, one for afterwards, too.
+    Watch(u8, u8),
 }
 
 /// What a subscriber does when it is told.
@@ -54,6 +56,7 @@ pub(crate) fn script(vcpus: usize, palette: impl Strategy<Value = Vec<Mechanism>
         8 => (vcpu, prop::bool::weighted(0.2)).prop_map(|(vcpu, fails)| Action::Answer(vcpu, fails)),
         2 => (any::<u8>(), any::<u8>()).prop_map(|(site, mechanism)| Action::Insert(site, mechanism)),
         1 => any::<u8>().prop_map(Action::Remove),
+        1 => (any::<u8>(), any::<u8>()).prop_map(|(page, what)| Action::Watch(page, what)),
     ];
     let reaction = prop_oneof![
         8 => Just(Reaction::Nothing),
@@ -155,6 +158,7 @@ impl Session<'_> {
                     insert(&mut self.engine, &mut self.world, &self.sites, self.palette, *site, *mechanism);
                 }
                 Action::Remove(which) => remove(&mut self.engine, &mut self.world, *which),
+                Action::Watch(page, what) => watch(&mut self.engine, &mut self.world, *page, *what),
             }
             self.world.check();
         }
@@ -165,7 +169,9 @@ impl Session<'_> {
         let Some(event) = self.world.machine.vcpus[index].waiting else { return };
         self.world.answering = Some(index);
         let Self { world, engine, sites, palette, reactions, failing } = self;
-        let reply = engine.handle(world, &event, &mut |engine, world: &mut World, hit: &Hit<'_>| {
+        let observed = engine.begin(world, &event);
+        world.observed(&event, &observed);
+        let mut on_hit = |engine: &mut Engine, world: &mut World, hit: &Hit<'_>| {
             world.told(hit.vcpu, hit.breakpoint);
             match reactions.next().unwrap_or(Reaction::Nothing) {
                 Reaction::Nothing => {}
@@ -177,7 +183,9 @@ impl Session<'_> {
                 Reaction::Insert(site, mechanism) => insert(engine, world, sites, palette, site, mechanism),
             }
             Verdict::Keep
-        });
+        };
+        engine.tell(world, &event, &observed, &mut on_hit);
+        let reply = engine.end(world, &event, &observed, &event.registers);
         world.answering = None;
         if world.machine.answer(index, &reply, *failing) {
             world.through(index);
@@ -233,6 +241,19 @@ fn insert(engine: &mut Engine, world: &mut World, sites: &[Gpa], palette: &[Mech
     match engine.insert(world, gpa, mechanism) {
         Ok(breakpoint) => world.subscribed(breakpoint, mechanism.placement()),
         Err(Error::PageConflict(at) | Error::StepOverConflict(at)) => assert!(at == gpa && palette.len() > 1),
+        Err(Error::WatchConflict(gfn)) => assert!(gfn == gpa.gfn() && mechanism.placement() == Placement::InPlace),
+        Err(error) => panic!("{error}"),
+    }
+}
+
+fn watch(engine: &mut Engine, world: &mut World, page: u8, what: u8) {
+    let frames: Vec<Gfn> = world.twin.frames().collect();
+    let gfn = frames[usize::from(page) % frames.len()];
+    let [read, write, execute, after] = [1, 2, 4, 8].map(|bit| what & bit != 0);
+    let accesses = Accesses { read, write, execute };
+    match engine.watch(world, gfn, accesses, after) {
+        Ok(()) => world.watched(gfn, accesses, after),
+        Err(Error::WatchConflict(at)) => assert!(at == gfn && execute),
         Err(error) => panic!("{error}"),
     }
 }

@@ -11,7 +11,10 @@ use std::ops::Range;
 use std::panic::resume_unwind;
 
 use hyperbp::ledger::Note;
-use hyperbp::{BreakpointId, Gfn, Gpa, Hypervisor, PAGE_SIZE, Placement, Reason, Rights, VcpuId, ViewId};
+use hyperbp::{
+    Access, Accesses, BreakpointId, Event, Gfn, Gpa, Hypervisor, Observed, PAGE_SIZE, Placement, Reason, Rights,
+    VcpuId, ViewId,
+};
 
 use crate::machine::{self, Machine, Ran, SHADOWS, is_int3};
 
@@ -57,6 +60,10 @@ pub(crate) struct World {
     pub(crate) kill_in: Option<u32>,
     /// Calls until one is refused.
     pub(crate) refuse_in: Option<u32>,
+    /// What of which pages is to be reported, and whether afterwards, too.
+    watches: BTreeMap<Gfn, (Accesses, bool)>,
+    /// For each virtual CPU: an access that was reported, and is to be again when it has been made.
+    accessing: Vec<Option<Access>>,
     /// What came of it, all in all.
     pub(crate) tally: Tally,
 }
@@ -65,6 +72,7 @@ pub(crate) struct World {
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Tally {
     pub(crate) instructions: u64,
+    pub(crate) accesses: u64,
     pub(crate) hits: u64,
 }
 
@@ -90,6 +98,8 @@ impl World {
             answering: None,
             kill_in: None,
             refuse_in: None,
+            watches: BTreeMap::new(),
+            accessing: vec![None; vcpus],
             tally: Tally::default(),
         };
         world.machine.monitored = true;
@@ -168,6 +178,37 @@ impl World {
         assert!(self.subscribers().any(|known| known == breakpoint), "a hit for who has left: {breakpoint:?}");
         self.tally.hits += 1;
         self.told[usize::from(vcpu.0)].push(breakpoint);
+    }
+
+    /// A page is watched, or not any more.
+    pub(crate) fn watched(&mut self, gfn: Gfn, accesses: Accesses, after: bool) {
+        match accesses {
+            Accesses::NONE => drop(self.watches.remove(&gfn)),
+            _ => drop(self.watches.insert(gfn, (accesses, after))),
+        }
+    }
+
+    /// What the engine takes an event for: accesses are reported if they are watched, once before and, if that is wanted,
+    /// once after they are made.
+    pub(crate) fn observed(&mut self, event: &Event, observed: &Observed) {
+        let index = usize::from(event.vcpu.0);
+        match observed {
+            Observed::Access { access, .. } => {
+                assert_eq!(event.reason, Reason::Access(*access));
+                let (accesses, after) = self.watches.get(&access.gpa.gfn()).expect("the page is watched");
+                assert!(accesses.include(access), "a report of {access:?}, which nobody asked for");
+                self.accessing[index] = after.then_some(*access);
+                self.tally.accesses += 1;
+            }
+            Observed::Accessed(access) => {
+                assert_eq!(self.accessing[index].take(), Some(*access), "a report after what was not reported before");
+            }
+            Observed::Hit(_) | Observed::Nothing(_) => {
+                if event.reason == Reason::Step {
+                    assert_eq!(self.accessing[index], None, "an access was made, and not reported");
+                }
+            }
+        }
     }
 
     /// The guest's memory is what it would be without breakpoints, and what virtual CPUs can see of it is that, too.
