@@ -1,0 +1,302 @@
+//! What may happen between the two halves of an event: breakpoints and watches come and go, registers change.
+
+use std::collections::HashMap;
+use std::convert::Infallible;
+
+use hyperbp::{
+    Access, Accesses, Action, CodeMode, Conceal, Engine, Error, Event, Gfn, Gpa, Hypervisor, Int3, Mechanism, Observed,
+    PAGE_SIZE, Placement, Reason, Registers, Reply, Rights, Step, StepOver, VcpuId, ViewId,
+};
+
+const CODE: Gfn = Gfn(7);
+const DATA: Gfn = Gfn(8);
+/// `mov eax, ebx`, which everything can do.
+const MOVE: Gpa = Gpa(0x7010);
+const EXEC: ViewId = ViewId(1);
+const OWN: ViewId = ViewId(2);
+const WRITE: ViewId = ViewId(3);
+
+/// Pages, and what the views permit on them.
+#[derive(Default)]
+struct Machine {
+    pages: HashMap<Gfn, Box<[u8; PAGE_SIZE]>>,
+    rights: HashMap<(ViewId, Gfn), Rights>,
+    views: u16,
+    current: ViewId,
+}
+
+impl Machine {
+    fn new() -> Self {
+        let mut machine = Self::default();
+        for gfn in [CODE, DATA] {
+            machine.pages.insert(gfn, Box::new([0x90; PAGE_SIZE]));
+        }
+        machine.pages.get_mut(&CODE).unwrap()[0x10..0x12].copy_from_slice(&[0x89, 0xd8]);
+        machine
+    }
+
+    fn rights(&self, gfn: Gfn) -> Rights {
+        self.rights.get(&(EXEC, gfn)).copied().unwrap_or(Rights::All)
+    }
+}
+
+impl Hypervisor for Machine {
+    type Error = Infallible;
+
+    fn vcpus(&self) -> u16 {
+        2
+    }
+
+    fn read(&mut self, gpa: Gpa, into: &mut [u8]) -> Result<(), Infallible> {
+        into.copy_from_slice(&self.pages[&gpa.gfn()][usize::from(gpa.offset())..][..into.len()]);
+        Ok(())
+    }
+
+    fn write(&mut self, gpa: Gpa, bytes: &[u8]) -> Result<(), Infallible> {
+        let page = self.pages.get_mut(&gpa.gfn()).unwrap();
+        page[usize::from(gpa.offset())..][..bytes.len()].copy_from_slice(bytes);
+        Ok(())
+    }
+
+    fn now(&self) -> u64 {
+        0
+    }
+
+    fn add_shadow_gfn(&mut self) -> Result<Gfn, Infallible> {
+        let gfn = Gfn(0x100 + self.pages.len() as u64);
+        self.pages.insert(gfn, Box::new([0; PAGE_SIZE]));
+        Ok(gfn)
+    }
+
+    fn drop_shadow_gfn(&mut self, gfn: Gfn) -> Result<(), Infallible> {
+        self.pages.remove(&gfn);
+        Ok(())
+    }
+
+    fn create_view(&mut self) -> Result<ViewId, Infallible> {
+        self.views += 1;
+        Ok(ViewId(self.views))
+    }
+
+    fn switch_view(&mut self, view: ViewId) -> Result<(), Infallible> {
+        self.current = view;
+        Ok(())
+    }
+
+    fn drop_view(&mut self, _: ViewId) -> Result<(), Infallible> {
+        Ok(())
+    }
+
+    fn remap(&mut self, view: ViewId, gfn: Gfn, _: Option<Gfn>) -> Result<(), Infallible> {
+        self.rights.remove(&(view, gfn));
+        Ok(())
+    }
+
+    fn set_rights(&mut self, view: ViewId, gfn: Gfn, rights: Rights) -> Result<(), Infallible> {
+        self.rights.insert((view, gfn), rights);
+        Ok(())
+    }
+
+    fn stop_step(&mut self, _: VcpuId) -> Result<(), Infallible> {
+        Ok(())
+    }
+
+    fn pause(&mut self) -> Result<(), Infallible> {
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), Infallible> {
+        Ok(())
+    }
+}
+
+fn event(view: ViewId, rip: u64, reason: Reason) -> Event {
+    // Without paging: linear addresses are guest-physical ones.
+    let registers = Registers { rip, rflags: 2, mode: CodeMode::Bits32, flat: true, ..Registers::default() };
+    Event { vcpu: VcpuId(0), view, registers, reason }
+}
+
+fn hit(at: Gpa) -> Event {
+    event(EXEC, at.0, Reason::Int3(Int3 { gpa: at, length: 1 }))
+}
+
+fn access(view: ViewId, rip: u64, gpa: Gpa, accesses: Accesses) -> Event {
+    let Accesses { read, write, execute } = accesses;
+    event(view, rip, Reason::Access(Access { gpa, read, write, execute, page_walk: false }))
+}
+
+const READ: Accesses = Accesses { read: true, write: false, execute: false };
+const WRITES: Accesses = Accesses { read: false, write: true, execute: false };
+const EXECUTE: Accesses = Accesses { read: false, write: false, execute: true };
+
+/// The whole of an event, with nobody told.
+fn through(engine: &mut Engine, machine: &mut Machine, event: &Event) -> Reply {
+    let observed = engine.begin(machine, event);
+    engine.end(machine, event, &observed, &event.registers)
+}
+
+#[test]
+fn whoever_moves_rip_has_done_the_instruction() {
+    for mechanism in Mechanism::all() {
+        let (mut machine, mut event) = (Machine::new(), hit(MOVE));
+        let mut engine = Engine::new(&machine);
+        engine.insert(&mut machine, MOVE, mechanism).unwrap();
+        event.view = if mechanism.placement() == Placement::Shadow { EXEC } else { ViewId::HOST };
+        let observed = engine.begin(&mut machine, &event);
+        assert_eq!(observed, Observed::Hit(MOVE));
+        let registers = Registers { rip: 0x1234, gpr: [5; 16], ..event.registers };
+        let reply = engine.end(&mut machine, &event, &observed, &registers);
+        assert_eq!(reply, Reply { action: Action::SetRegisters(registers), ..Reply::default() }, "{mechanism}");
+        assert!(engine.is_idle());
+    }
+}
+
+#[test]
+fn with_other_registers_the_instruction_runs_on_these() {
+    for mechanism in Mechanism::all() {
+        let (mut machine, mut event) = (Machine::new(), hit(MOVE));
+        let mut engine = Engine::new(&machine);
+        engine.insert(&mut machine, MOVE, mechanism).unwrap();
+        event.view = if mechanism.placement() == Placement::Shadow { EXEC } else { ViewId::HOST };
+        let observed = engine.begin(&mut machine, &event);
+        let mut registers = event.registers;
+        registers.gpr[3] = 99;
+        let reply = engine.end(&mut machine, &event, &observed, &registers);
+        let Action::SetRegisters(set) = reply.action else { panic!("{mechanism}: {reply:?}") };
+        match mechanism.step_over() {
+            StepOver::Interpret | StepOver::Auto => {
+                assert_eq!((set.rip, set.gpr[0], reply.step), (event.registers.rip + 2, 99, Step::Keep), "{mechanism}");
+            }
+            // Emulated it cannot be: a response has no room for both.
+            _ => {
+                assert_eq!(set, registers, "{mechanism}");
+                assert_ne!(reply.step, Step::Keep, "{mechanism}");
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_removed_between_the_halves_is_not_stepped_over() {
+    let mut machine = Machine::new();
+    let mut engine = Engine::new(&machine);
+    let id = engine.insert(&mut machine, MOVE, Mechanism::VIEW_STEP).unwrap();
+    let observed = engine.begin(&mut machine, &hit(MOVE));
+    engine.remove(&mut machine, id).unwrap();
+    let reply = engine.end(&mut machine, &hit(MOVE), &observed, &hit(MOVE).registers);
+    assert_eq!(reply, Reply::default());
+}
+
+#[test]
+fn an_access_is_reported_before_and_after_it_is_made() {
+    let mut machine = Machine::new();
+    let mut engine = Engine::new(&machine);
+    engine.watch(&mut machine, DATA, WRITES, true).unwrap();
+    assert_eq!((machine.current, machine.rights(DATA)), (EXEC, Rights::ReadExecute));
+    let write = access(EXEC, 0x7020, DATA.at(8), WRITES);
+    let Reason::Access(made) = write.reason else { unreachable!() };
+    let observed = engine.begin(&mut machine, &write);
+    assert_eq!(observed, Observed::Access { access: made, breakpoint: None });
+    let reply = engine.end(&mut machine, &write, &observed, &write.registers);
+    assert_eq!(reply, Reply { view: Some(OWN), step: Step::On, action: Action::Resume });
+    let step = event(OWN, 0x7022, Reason::Step);
+    let observed = engine.begin(&mut machine, &step);
+    assert_eq!(observed, Observed::Accessed(made));
+    let reply = engine.end(&mut machine, &step, &observed, &step.registers);
+    assert_eq!(reply, Reply { view: Some(EXEC), step: Step::Off, action: Action::Resume });
+}
+
+#[test]
+fn an_access_that_is_reported_before_only_costs_one_event() {
+    let mut machine = Machine::new();
+    let mut engine = Engine::new(&machine);
+    engine.watch(&mut machine, DATA, READ, false).unwrap();
+    // EPT knows no right to write without one to read.
+    assert_eq!(machine.rights(DATA), Rights::Execute);
+    let reply = through(&mut engine, &mut machine, &access(EXEC, 0x7020, DATA.at(8), READ));
+    assert_eq!(reply, Reply { view: Some(OWN), step: Step::Fast(EXEC), action: Action::Resume });
+    let write = access(EXEC, 0x7020, DATA.at(8), WRITES);
+    assert_eq!(engine.begin(&mut machine, &write), Observed::Nothing(reply), "nobody wants to hear of writes");
+}
+
+#[test]
+fn a_watch_goes_with_the_breakpoints_of_its_page() {
+    let mut machine = Machine::new();
+    let mut engine = Engine::new(&machine);
+    let id = engine.insert(&mut machine, MOVE, Mechanism::AUTO).unwrap();
+    assert_eq!(machine.rights(CODE), Rights::Execute);
+    engine.watch(&mut machine, CODE, EXECUTE, false).unwrap();
+    assert_eq!(machine.rights(CODE), Rights::None);
+    let fetch = access(EXEC, MOVE.0, MOVE, EXECUTE);
+    let Reason::Access(made) = fetch.reason else { unreachable!() };
+    let observed = engine.begin(&mut machine, &fetch);
+    assert_eq!(observed, Observed::Access { access: made, breakpoint: Some(MOVE) });
+    assert_eq!(engine.figures(id).unwrap().hits, 1);
+    engine.remove(&mut machine, id).unwrap();
+    assert_eq!(machine.rights(CODE), Rights::ReadWrite);
+    let reply = engine.end(&mut machine, &fetch, &observed, &fetch.registers);
+    assert_eq!(reply.view, Some(OWN), "once told, it must not be met again");
+    engine.insert(&mut machine, MOVE, Mechanism::AUTO).unwrap();
+    assert_eq!(machine.rights(CODE), Rights::None);
+    engine.watch(&mut machine, CODE, Accesses::NONE, false).unwrap();
+    assert_eq!(machine.rights(CODE), Rights::Execute);
+}
+
+#[test]
+fn what_is_executed_cannot_be_watched_with_breakpoints_in_place() {
+    let mut machine = Machine::new();
+    let mut engine = Engine::new(&machine);
+    let id = engine.insert(&mut machine, MOVE, Mechanism::REPAIR).unwrap();
+    let refused = engine.watch(&mut machine, CODE, EXECUTE, false);
+    assert!(matches!(refused, Err(Error::WatchConflict(CODE))), "{refused:?}");
+    engine.watch(&mut machine, CODE, WRITES, true).unwrap();
+    engine.watch(&mut machine, DATA, EXECUTE, true).unwrap();
+    let refused = engine.insert(&mut machine, DATA.at(0), Mechanism::REPAIR);
+    assert!(matches!(refused, Err(Error::WatchConflict(DATA))), "{refused:?}");
+    engine.insert(&mut machine, DATA.at(0), Mechanism::AUTO).unwrap();
+    engine.remove(&mut machine, id).unwrap();
+    assert_eq!(machine.rights(CODE), Rights::ReadExecute, "the guard goes, the watch stays");
+}
+
+#[test]
+fn leaving_ends_watches() {
+    let mut machine = Machine::new();
+    let mut engine = Engine::new(&machine);
+    engine.watch(&mut machine, DATA, Accesses::ALL, true).unwrap();
+    engine.leave(&mut machine).unwrap();
+    assert_eq!(machine.rights(DATA), Rights::All);
+    assert!(matches!(engine.watch(&mut machine, DATA, READ, false), Err(Error::Leaving)));
+    engine.finish(&mut machine).unwrap();
+    assert_eq!(machine.current, ViewId::HOST);
+}
+
+#[test]
+fn a_virtual_cpu_of_no_interest_meets_nothing_and_is_followed_when_it_writes() {
+    let mut machine = Machine::new();
+    let mut engine = Engine::new(&machine);
+    let mechanism = Mechanism::new(Placement::Shadow, StepOver::Auto, Conceal::ViewFastStep).unwrap();
+    engine.insert(&mut machine, MOVE, mechanism).unwrap();
+    assert_eq!(engine.monitor(&mut machine, VcpuId(0), false).unwrap(), OWN);
+    assert!(matches!(engine.monitor(&mut machine, VcpuId(2), false), Err(Error::NoSuchVcpu(2))));
+    // It has an INT3 of its own there.
+    machine.pages.get_mut(&CODE).unwrap()[0x50] = 0xcc;
+    let own = event(OWN, CODE.at(0x50).0, Reason::Int3(Int3 { gpa: CODE.at(0x50), length: 1 }));
+    assert_eq!(through(&mut engine, &mut machine, &own).action, Action::Reinject);
+    // It writes to the page, and goes back to where it was.
+    let write = access(OWN, 0x8000, MOVE, WRITES);
+    assert_eq!(through(&mut engine, &mut machine, &write).view, Some(WRITE));
+    machine.pages.get_mut(&CODE).unwrap()[0x10] = 0x90;
+    let step = event(WRITE, 0x8002, Reason::Step);
+    assert_eq!(
+        through(&mut engine, &mut machine, &step),
+        Reply { view: Some(OWN), step: Step::Off, ..Reply::default() }
+    );
+    // Breakpoints are in what it has written.
+    let id = engine.breakpoints()[0];
+    assert_eq!(engine.figures(id).unwrap().rewritten, 1);
+    assert_eq!(engine.monitor(&mut machine, VcpuId(0), true).unwrap(), EXEC);
+    engine.monitor_all(&mut machine, false).unwrap();
+    assert_eq!(machine.current, OWN);
+    engine.monitor_all(&mut machine, true).unwrap();
+    assert_eq!(machine.current, EXEC);
+}
