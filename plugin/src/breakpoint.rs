@@ -77,11 +77,19 @@ impl Page {
     }
 }
 
+/// Where a breakpoint is in the registry, until that changes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Located {
+    page: usize,
+    breakpoint: usize,
+}
+
 /// All pages with breakpoints.
 #[derive(Debug, Default)]
 pub(crate) struct Registry {
-    /// Hashed without a secret: which pages these are is the host's choice, not the guest's.
-    pages: HashMap<Gfn, Page, FxBuildHasher>,
+    pages: Vec<Page>,
+    /// Where in `pages` they are. Hashed without a secret: which pages these are is the host's choice, not the guest's.
+    index: HashMap<Gfn, usize, FxBuildHasher>,
     /// Pages whose accesses somebody wants to hear of.
     pub(crate) watches: Watches,
     /// How many of them have their breakpoints in place.
@@ -96,26 +104,39 @@ impl Registry {
     }
 
     pub(crate) fn page(&self, gfn: Gfn) -> Option<&Page> {
-        self.pages.get(&gfn)
+        self.index.get(&gfn).map(|index| &self.pages[*index])
     }
 
     pub(crate) fn page_mut(&mut self, gfn: Gfn) -> Option<&mut Page> {
-        self.pages.get_mut(&gfn)
+        self.index.get(&gfn).map(|index| &mut self.pages[*index])
     }
 
     pub(crate) fn pages(&self) -> impl Iterator<Item = &Page> {
-        self.pages.values()
+        self.pages.iter()
+    }
+
+    /// Where the breakpoint at `gpa` is, until something is inserted or removed.
+    pub(crate) fn locate(&self, gpa: Gpa) -> Option<Located> {
+        let page = *self.index.get(&gpa.gfn())?;
+        let breakpoint = self.pages[page].index(gpa.offset()).ok()?;
+        Some(Located { page, breakpoint })
+    }
+
+    pub(crate) fn located(&self, at: Located) -> (&Page, &Breakpoint) {
+        let page = &self.pages[at.page];
+        (page, &page.breakpoints[at.breakpoint])
+    }
+
+    pub(crate) fn located_mut(&mut self, at: Located) -> &mut Breakpoint {
+        &mut self.pages[at.page].breakpoints[at.breakpoint]
     }
 
     pub(crate) fn at(&self, gpa: Gpa) -> Option<(&Page, &Breakpoint)> {
-        let page = self.pages.get(&gpa.gfn())?;
-        Some((page, page.at(gpa.offset())?))
+        self.locate(gpa).map(|at| self.located(at))
     }
 
     pub(crate) fn at_mut(&mut self, gpa: Gpa) -> Option<&mut Breakpoint> {
-        let page = self.pages.get_mut(&gpa.gfn())?;
-        let index = page.index(gpa.offset()).ok()?;
-        page.breakpoints.get_mut(index)
+        self.locate(gpa).map(|at| self.located_mut(at))
     }
 
     /// The breakpoint a subscriber has subscribed to.
@@ -137,28 +158,30 @@ impl Registry {
 
     pub(crate) fn add_page(&mut self, page: Page) {
         self.in_place += usize::from(page.placement == Placement::InPlace);
-        self.pages.insert(page.gfn, page);
+        self.index.insert(page.gfn, self.pages.len());
+        self.pages.push(page);
     }
 
     /// Adds a subscriber at `gpa`, whose page there must be, with what the guest has there if it is the first one.
     pub(crate) fn subscribe(&mut self, gpa: Gpa, step_over: StepOver, displaced: Displaced) -> Option<BreakpointId> {
-        let page = self.pages.get_mut(&gpa.gfn())?;
         self.serial += 1;
+        let serial = self.serial;
+        let page = self.page_mut(gpa.gfn())?;
         let index = page.index(gpa.offset()).unwrap_or_else(|at| {
             let (figures, subscribers) = (Figures::default(), Vec::new());
             let new = Breakpoint { gpa, step_over, displaced, not_emulable: false, figures, subscribers };
             page.breakpoints.insert(at, new);
             at
         });
-        page.breakpoints[index].subscribers.push(self.serial);
-        Some(BreakpointId { gpa, serial: self.serial })
+        page.breakpoints[index].subscribers.push(serial);
+        Some(BreakpointId { gpa, serial })
     }
 
     /// Takes a subscriber out, its breakpoint if it was the last one there, and the page if it was the last in that.
     /// Returns the page in that case.
     pub(crate) fn unsubscribe(&mut self, id: BreakpointId) -> Option<Page> {
         let gfn = id.gpa.gfn();
-        let page = self.pages.get_mut(&gfn)?;
+        let page = self.page_mut(gfn)?;
         let index = page.index(id.gpa.offset()).ok()?;
         page.breakpoints[index].subscribers.retain(|serial| *serial != id.serial);
         if page.breakpoints[index].subscribers.is_empty() {
@@ -171,7 +194,11 @@ impl Registry {
     }
 
     pub(crate) fn remove_page(&mut self, gfn: Gfn) -> Option<Page> {
-        let page = self.pages.remove(&gfn)?;
+        let index = self.index.remove(&gfn)?;
+        let page = self.pages.swap_remove(index);
+        if let Some(moved) = self.pages.get(index) {
+            self.index.insert(moved.gfn, index);
+        }
         self.in_place -= usize::from(page.placement == Placement::InPlace);
         Some(page)
     }
@@ -191,7 +218,7 @@ impl Registry {
             let gpa = breakpoint.gpa;
             breakpoint.subscribers.iter().map(|&serial| BreakpointId { gpa, serial }).collect()
         };
-        let mut ids: Vec<_> = self.pages.values().flat_map(|page| page.breakpoints.iter().flat_map(of)).collect();
+        let mut ids: Vec<_> = self.pages.iter().flat_map(|page| page.breakpoints.iter().flat_map(of)).collect();
         ids.sort_by_key(|id| (id.gpa, id.serial));
         ids
     }

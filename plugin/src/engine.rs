@@ -3,7 +3,7 @@
 use hdrhistogram::Histogram;
 use iced_x86::InstructionInfoFactory;
 
-use crate::breakpoint::{BreakpointId, Page, Registry};
+use crate::breakpoint::{BreakpointId, Located, Page, Registry};
 use crate::error::Doing;
 use crate::insn::{Displaced, paging};
 use crate::placement::{self, INT3};
@@ -444,12 +444,13 @@ impl Engine {
             return Reply::default();
         }
         let moved = registers.rip != event.registers.rip;
+        let changed = registers != &event.registers;
         let reply = match observed {
             Observed::Nothing(reply) => return *reply,
             Observed::Hit(_) | Observed::Access { .. } if moved => Ok(Reply::default()),
             Observed::Hit(at) => match &event.reason {
                 Reason::Access(access) => self.permit(hv, index, event, access, true, registers),
-                _ => self.step_over(hv, index, event, *at, registers),
+                _ => self.step_over(hv, index, *at, registers, changed),
             },
             Observed::Access { access, breakpoint } => {
                 self.permit(hv, index, event, access, breakpoint.is_some(), registers)
@@ -457,7 +458,7 @@ impl Engine {
             Observed::Accessed(_) => Ok(self.back_home(index)),
         };
         let mut reply = reply.unwrap_or_else(|error| self.give_way(event, &error));
-        if reply.action == Action::Resume && registers != &event.registers {
+        if changed && reply.action == Action::Resume {
             reply.action = Action::SetRegisters(*registers);
         }
         if matches!(observed, Observed::Hit(_)) {
@@ -552,9 +553,10 @@ impl Engine {
             return Ok(Observed::Nothing(reinject()));
         };
         let exec = self.views.as_ref().map(|views| views.exec);
-        if !self.registry.at(at).is_some_and(|(page, _)| page.shadow.is_none() || Some(event.view) == exec) {
+        let met = |page: &Page| page.shadow.is_none() || Some(event.view) == exec;
+        let Some(breakpoint) = self.registry.locate(at).filter(|at| met(self.registry.located(*at).0)) else {
             return self.on_foreign_int3(hv, at).map(Observed::Nothing);
-        }
+        };
         let vcpu = &mut self.vcpus[index];
         if at != int3.gpa {
             // The guest jumped to a prefix before the breakpoint: that is another instruction, and no hit.
@@ -579,15 +581,13 @@ impl Engine {
             self.arm_again(hv, before);
         }
         self.hit_at = hv.now();
-        self.count_hit(at);
+        self.count_hit(breakpoint);
         Ok(Observed::Hit(at))
     }
 
-    fn count_hit(&mut self, at: Gpa) {
+    fn count_hit(&mut self, at: Located) {
         self.counters.hits += 1;
-        if let Some(breakpoint) = self.registry.at_mut(at) {
-            breakpoint.figures.hits += 1;
-        }
+        self.registry.located_mut(at).figures.hits += 1;
     }
 
     /// Between [`begin`](Self::begin) and [`end`](Self::end): tells the subscribers of a breakpoint, if one was hit.
@@ -621,12 +621,13 @@ impl Engine {
         &mut self,
         hv: &mut H,
         index: usize,
-        event: &Event,
         at: Gpa,
         registers: &Registers,
+        changed: bool,
     ) -> Result<Reply, H::Error> {
         let (vcpu, views) = (&mut self.vcpus[index], self.views.as_ref());
-        let Some((page, breakpoint)) = self.registry.at(at) else { return Ok(Reply::default()) };
+        let Some(located) = self.registry.locate(at) else { return Ok(Reply::default()) };
+        let (page, breakpoint) = self.registry.located(located);
         if breakpoint.displaced.byte() == INT3 {
             self.counters.reinjected += 1;
             return Ok(reinject());
@@ -635,7 +636,7 @@ impl Engine {
         let lifted = placement == Placement::InPlace && page.lifted > 0;
         let at_once = step::at_once(hv, views, vcpu, &self.registry, breakpoint, placement, registers);
         // A response has room for new registers or for what to emulate, but not for both.
-        let fits = |reply: &Reply| registers == &event.registers || matches!(reply.action, Action::SetRegisters(_));
+        let fits = |reply: &Reply| !changed || matches!(reply.action, Action::SetRegisters(_));
         let (reply, served) = match at_once.filter(|(reply, _)| fits(reply)) {
             Some(served) => served,
             None if lifted => {
@@ -648,11 +649,10 @@ impl Engine {
             }
             None => step::step(hv, views, vcpu, breakpoint, placement, registers.rip)?,
         };
-        if let Some(breakpoint) = self.registry.at_mut(at) {
-            let fallback = step::is_fallback(breakpoint, registers, served);
-            breakpoint.figures.served.count(served);
-            breakpoint.figures.fallbacks += u64::from(fallback);
-        }
+        let breakpoint = self.registry.located_mut(located);
+        let fallback = step::is_fallback(breakpoint, registers, served);
+        breakpoint.figures.served.count(served);
+        breakpoint.figures.fallbacks += u64::from(fallback);
         Ok(reply)
     }
 
@@ -761,7 +761,7 @@ impl Engine {
         let watched = self.registry.watches.get(gfn).is_some_and(|watch| watch.accesses.include(access));
         let stepped = self.registry.is_watched(gfn) || self.registry.page(gfn).is_some();
         let breakpoint = if stepped { self.fetched(hv, event, access) } else { None };
-        if let Some(at) = breakpoint {
+        if let Some(at) = breakpoint.and_then(|at| self.registry.locate(at)) {
             self.count_hit(at);
         }
         match (watched, breakpoint) {
@@ -899,7 +899,7 @@ impl Engine {
                     served.emulate = served.emulate.saturating_sub(1);
                     *fallbacks = fallbacks.saturating_sub(u64::from(fallback));
                 }
-                self.step_over(hv, index, event, gpa, &event.registers)
+                self.step_over(hv, index, gpa, &event.registers, false)
             }
             Some(Emulating::Access(gfn)) => {
                 let (vcpu, views) = (&mut self.vcpus[index], self.views.as_ref());
