@@ -419,14 +419,11 @@ impl Engine {
             Reason::Access(access) => self.on_access(hv, index, event, access),
             Reason::EmulationFailed => self.on_emulation_failed(hv, index, event).map(Observed::Nothing),
         };
-        match observed {
-            Ok(Observed::Nothing(reply)) => Observed::Nothing(self.bring_home(index, reply)),
-            Ok(observed) => observed,
-            Err(error) => {
-                let reply = self.give_way(event, &error);
-                Observed::Nothing(self.bring_home(index, reply))
-            }
+        let mut observed = observed.unwrap_or_else(|error| Observed::Nothing(self.give_way(event, &error)));
+        if let Observed::Nothing(reply) = &mut observed {
+            self.bring_home(index, reply);
         }
+        observed
     }
 
     /// Answers an event, after those it concerns have been told. `observed` is what [`begin`](Self::begin) said; `registers`
@@ -464,7 +461,8 @@ impl Engine {
         if matches!(observed, Observed::Hit(_)) {
             self.handling.record(hv.now().saturating_sub(self.hit_at));
         }
-        self.bring_home(index, reply)
+        self.bring_home(index, &mut reply);
+        reply
     }
 
     /// Answers an event: [`begin`](Self::begin) and [`end`](Self::end). `on_hit` is called for every hit, once for each
@@ -483,25 +481,19 @@ impl Engine {
 
     /// A virtual CPU whose fast step was stopped is in the own view, and is not to stay there: unless it is stepped now, it
     /// goes home at once if its instruction is through with this reply, and after a step if it tries again.
-    fn bring_home(&mut self, index: usize, reply: Reply) -> Reply {
+    fn bring_home(&mut self, index: usize, reply: &mut Reply) {
         let vcpu = &mut self.vcpus[index];
         if !vcpu.home || vcpu.stepping {
-            return reply;
+            return;
         }
-        match (reply.step, reply.action) {
-            (Step::Keep, Action::Resume | Action::Emulate | Action::EmulateRead(_)) => {
-                Reply { step: vcpu.step(), ..reply }
-            }
+        match (reply.step, &reply.action) {
+            (Step::Keep, Action::Resume | Action::Emulate | Action::EmulateRead(_)) => reply.step = vcpu.step(),
             (Step::Keep, Action::EmulateInstruction(_) | Action::SetRegisters(_) | Action::Reinject) => {
                 vcpu.home = false;
-                let home = self.views.as_ref().map(|views| views.home(vcpu.monitored));
-                Reply { view: home, ..reply }
+                reply.view = self.views.as_ref().map(|views| views.home(vcpu.monitored));
             }
             // A fast step goes home by itself.
-            _ => {
-                vcpu.home = false;
-                reply
-            }
+            _ => vcpu.home = false,
         }
     }
 
@@ -692,7 +684,7 @@ impl Engine {
         if !vcpu.stepping {
             self.counters.unexplained += 1;
         }
-        for gfn in vcpu.pages.into_iter().flatten() {
+        for &gfn in vcpu.pages.as_slice() {
             let settled = match (self.registry.page_mut(gfn), &self.views) {
                 (Some(page), views) => placement::settle(hv, views.as_ref(), page),
                 (None, Some(views)) if views.hides(gfn) => views.seal(hv, gfn),
@@ -703,7 +695,7 @@ impl Engine {
                 self.counters.failures += 1;
             }
         }
-        if vcpu.pages.iter().any(Option::is_some) {
+        if !vcpu.pages.is_empty() {
             self.follow_others(hv);
         }
         if let Some(gpa) = vcpu.over {
@@ -724,7 +716,7 @@ impl Engine {
 
     /// A virtual CPU that was in the write view may have written to the pages that others are there for, too.
     fn follow_others<H: Hypervisor>(&mut self, hv: &mut H) {
-        for gfn in self.vcpus.iter().flat_map(|vcpu| vcpu.pages).flatten() {
+        for &gfn in self.vcpus.iter().flat_map(|vcpu| vcpu.pages.as_slice()) {
             if let Some(page) = self.registry.page_mut(gfn)
                 && let Err(error) = placement::follow(hv, page)
             {
@@ -916,6 +908,7 @@ impl Engine {
     }
 
     /// The hypervisor refused something in the middle of a hit: the guest goes on without it.
+    #[cold]
     fn give_way(&mut self, event: &Event, error: &dyn std::error::Error) -> Reply {
         if self.counters.failures == 0 {
             log::error!("virtual CPU {} goes on without its breakpoint: {error}", event.vcpu.0);

@@ -13,8 +13,38 @@ use crate::breakpoint::{Breakpoint, Registry};
 use crate::views::Views;
 use crate::{Access, Gfn, Gpa, Hypervisor, Placement, Registers, Reply, Step, StepOver};
 
-/// Pages one instruction can access: an operand and a destination that both cross a page, twice over for the walks.
-const PAGES: usize = 8;
+/// The pages that are to be settled after a step: as many as one instruction can access. An operand and a destination that
+/// both cross a page, twice over for the walks.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Pages {
+    gfns: [Gfn; 8],
+    count: usize,
+}
+
+impl Pages {
+    pub(crate) fn as_slice(&self) -> &[Gfn] {
+        &self.gfns[..self.count]
+    }
+
+    pub(crate) const fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+
+    /// False if there is no room left.
+    fn add(&mut self, gfn: Gfn) -> bool {
+        let Some(free) = self.gfns.get_mut(self.count) else { return false };
+        *free = gfn;
+        self.count += 1;
+        true
+    }
+
+    fn remove(&mut self, gfn: Gfn) {
+        if let Some(at) = self.as_slice().iter().position(|other| *other == gfn) {
+            self.count -= 1;
+            self.gfns[at] = self.gfns[self.count];
+        }
+    }
+}
 
 /// What a virtual CPU is in the middle of, and what is to be done when it is through.
 #[derive(Clone, Copy, Debug)]
@@ -30,7 +60,7 @@ pub(crate) struct Vcpu {
     /// The breakpoint it is stepped over. Owed after the step, if it is in place: set it again.
     pub(crate) over: Option<Gpa>,
     /// Owed after the step: [`settle`](crate::placement::settle) these pages.
-    pub(crate) pages: [Option<Gfn>; PAGES],
+    pub(crate) pages: Pages,
     /// Owed after the step: tell whoever watches the page that it has been accessed.
     pub(crate) accessing: Option<Access>,
     /// It is at home in the execute view; else in the own view.
@@ -55,7 +85,7 @@ impl Vcpu {
             emulating: None,
             home: false,
             over: None,
-            pages: [None; PAGES],
+            pages: Pages { gfns: [Gfn(0); 8], count: 0 },
             accessing: None,
             monitored,
         }
@@ -71,21 +101,17 @@ impl Vcpu {
 
     /// Whether a page is to be settled.
     pub(crate) fn owes(&self, gfn: Gfn) -> bool {
-        self.pages.contains(&Some(gfn))
+        self.pages.as_slice().contains(&gfn)
     }
 
     /// Remembers that a page is to be settled. False if there is no room left to.
     pub(crate) fn owe(&mut self, gfn: Gfn) -> bool {
-        if self.owes(gfn) {
-            return true;
-        }
-        let free = self.pages.iter_mut().find(|slot| slot.is_none());
-        free.map(|slot| *slot = Some(gfn)).is_some()
+        self.owes(gfn) || self.pages.add(gfn)
     }
 
     /// A page is not to be settled any more.
     pub(crate) fn forget(&mut self, gfn: Gfn) {
-        self.pages.iter_mut().filter(|slot| **slot == Some(gfn)).for_each(|slot| *slot = None);
+        self.pages.remove(gfn);
     }
 }
 

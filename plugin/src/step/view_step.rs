@@ -12,6 +12,5 @@ pub(crate) fn begin(vcpu: &mut Vcpu, views: &Views) -> Reply {
 
 /// The view a virtual CPU is stepped in.
 pub(crate) fn view_of(vcpu: &Vcpu, views: &Views) -> ViewId {
-    let writes = vcpu.pages.iter().any(Option::is_some);
-    if writes { views.write } else { views.own }
+    if vcpu.pages.is_empty() { views.own } else { views.write }
 }
