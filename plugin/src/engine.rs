@@ -441,20 +441,27 @@ impl Engine {
             return Reply::default();
         }
         let moved = registers.rip != event.registers.rip;
-        let changed = registers != &event.registers;
-        let reply = match observed {
+        // Whoever has changed nothing may give them as they are in the event.
+        let changed = !std::ptr::eq(registers, &event.registers) && registers != &event.registers;
+        let mut reply = Reply::default();
+        let done = match observed {
             Observed::Nothing(reply) => return *reply,
-            Observed::Hit(_) | Observed::Access { .. } if moved => Ok(Reply::default()),
+            Observed::Hit(_) | Observed::Access { .. } if moved => Ok(()),
             Observed::Hit(at) => match &event.reason {
-                Reason::Access(access) => self.permit(hv, index, event, access, true, registers),
-                _ => self.step_over(hv, index, *at, registers, changed),
+                Reason::Access(access) => self.permit(hv, index, event, access, true, registers).map(|to| reply = to),
+                _ => self.step_over(hv, index, *at, registers, changed, &mut reply),
             },
             Observed::Access { access, breakpoint } => {
-                self.permit(hv, index, event, access, breakpoint.is_some(), registers)
+                self.permit(hv, index, event, access, breakpoint.is_some(), registers).map(|to| reply = to)
             }
-            Observed::Accessed(_) => Ok(self.back_home(index)),
+            Observed::Accessed(_) => {
+                reply = self.back_home(index);
+                Ok(())
+            }
         };
-        let mut reply = reply.unwrap_or_else(|error| self.give_way(event, &error));
+        if let Err(error) = done {
+            reply = self.give_way(event, &error);
+        }
         if changed && reply.action == Action::Resume {
             reply.action = Action::SetRegisters(*registers);
         }
@@ -556,15 +563,12 @@ impl Engine {
         }
         if vcpu.stepping && vcpu.over == Some(at) {
             // Another virtual CPU has set the breakpoint again before this one was over it: still the same hit.
-            let reply = match self.registry.at(at) {
-                Some((page, breakpoint)) if page.lifted == 0 => {
-                    let views = self.views.as_ref();
-                    step::step(hv, views, vcpu, breakpoint, page.placement, event.registers.rip).map(|(reply, _)| reply)
-                }
-                // Its byte is not there any more, or not now.
-                _ => Ok(Reply::default()),
-            };
-            return reply.map(Observed::Nothing);
+            let mut reply = Reply::default();
+            // Else its byte is not there any more, or not now.
+            if let Some(found) = self.registry.at(at).filter(|(page, _)| page.lifted == 0) {
+                step::step(hv, self.views.as_ref(), vcpu, found, event.registers.rip, &mut reply)?;
+            }
+            return Ok(Observed::Nothing(reply));
         }
         if vcpu.stepping
             && let Some(before) = vcpu.over.take()
@@ -616,36 +620,37 @@ impl Engine {
         at: Gpa,
         registers: &Registers,
         changed: bool,
-    ) -> Result<Reply, H::Error> {
+        reply: &mut Reply,
+    ) -> Result<(), H::Error> {
         let (vcpu, views) = (&mut self.vcpus[index], self.views.as_ref());
-        let Some(located) = self.registry.locate(at) else { return Ok(Reply::default()) };
+        let Some(located) = self.registry.locate(at) else { return Ok(()) };
         let (page, breakpoint) = self.registry.located(located);
         if breakpoint.displaced.byte() == INT3 {
             self.counters.reinjected += 1;
-            return Ok(reinject());
+            *reply = reinject();
+            return Ok(());
         }
-        let placement = page.placement;
-        let lifted = placement == Placement::InPlace && page.lifted > 0;
-        let at_once = step::at_once(hv, views, vcpu, &self.registry, breakpoint, placement, registers);
+        let lifted = page.placement == Placement::InPlace && page.lifted > 0;
+        let at_once = step::at_once(hv, views, vcpu, &self.registry, (page, breakpoint), registers, reply);
         // A response has room for new registers or for what to emulate, but not for both.
-        let fits = |reply: &Reply| !changed || matches!(reply.action, Action::SetRegisters(_));
-        let (reply, served) = match at_once.filter(|(reply, _)| fits(reply)) {
+        let fits = !changed || matches!(reply.action, Action::SetRegisters(_));
+        let served = match at_once.filter(|_| fits) {
             Some(served) => served,
             None if lifted => {
                 // Its byte is not there now, and nobody may execute the page: this virtual CPU joins the one that
                 // the page is lifted for.
                 vcpu.over = Some(at);
-                let Some(page) = self.registry.page_mut(at.gfn()) else { return Ok(Reply::default()) };
-                let reply = conceal::on_own_bytes(hv, views, vcpu, page, registers, false)?;
-                (reply, StepOver::Repair)
+                let Some(page) = self.registry.page_mut(at.gfn()) else { return Ok(()) };
+                *reply = conceal::on_own_bytes(hv, views, vcpu, page, registers, false)?;
+                StepOver::Repair
             }
-            None => step::step(hv, views, vcpu, breakpoint, placement, registers.rip)?,
+            None => step::step(hv, views, vcpu, (page, breakpoint), registers.rip, reply)?,
         };
         let breakpoint = self.registry.located_mut(located);
         let fallback = step::is_fallback(breakpoint, registers, served);
         breakpoint.figures.served.count(served);
         breakpoint.figures.fallbacks += u64::from(fallback);
-        Ok(reply)
+        Ok(())
     }
 
     /// Runs an instruction that ends in the breakpoint at `at`, on the guest's own bytes.
@@ -891,7 +896,9 @@ impl Engine {
                     served.emulate = served.emulate.saturating_sub(1);
                     *fallbacks = fallbacks.saturating_sub(u64::from(fallback));
                 }
-                self.step_over(hv, index, gpa, &event.registers, false)
+                let mut reply = Reply::default();
+                self.step_over(hv, index, gpa, &event.registers, false, &mut reply)?;
+                Ok(reply)
             }
             Some(Emulating::Access(gfn)) => {
                 let (vcpu, views) = (&mut self.vcpus[index], self.views.as_ref());

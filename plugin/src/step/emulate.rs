@@ -26,7 +26,7 @@ pub(super) fn is_right<H: Hypervisor>(guest: &mut Guest<'_, H>, form: &Form) -> 
     }
 }
 
-pub(super) fn begin(vcpu: &mut Vcpu, breakpoint: &Breakpoint) -> Reply {
+pub(super) fn begin(vcpu: &mut Vcpu, breakpoint: &Breakpoint, reply: &mut Reply) {
     vcpu.emulating = Some(Emulating::Displaced(breakpoint.gpa));
-    Reply { action: Action::EmulateInstruction(breakpoint.displaced.bytes()), ..Reply::default() }
+    reply.action = Action::EmulateInstruction(breakpoint.displaced.bytes());
 }

@@ -6,10 +6,11 @@ use crate::insn::paging::{self, Intent};
 use crate::views::Views;
 use crate::{Action, Gfn, Gpa, Hypervisor, Registers, Reply};
 
-pub(super) fn begin<H: Hypervisor>(guest: &mut Guest<'_, H>, op: &Op) -> Option<Reply> {
+pub(super) fn begin<H: Hypervisor>(guest: &mut Guest<'_, H>, op: &Op, reply: &mut Reply) -> Option<()> {
     let mut registers = *guest.registers;
     op.run(&mut registers, guest)?;
-    Some(Reply { action: Action::SetRegisters(registers), ..Reply::default() })
+    reply.action = Action::SetRegisters(registers);
+    Some(())
 }
 
 /// The guest's memory, as the virtual CPU would access it with these registers.

@@ -9,7 +9,7 @@ mod view_step;
 pub(crate) use view_fast_step::begin as fast_step_in_own_view;
 pub(crate) use view_step::{begin as step_on_own_pages, view_of};
 
-use crate::breakpoint::{Breakpoint, Registry};
+use crate::breakpoint::{Breakpoint, Page, Registry};
 use crate::views::Views;
 use crate::{Access, Gfn, Gpa, Hypervisor, Placement, Registers, Reply, Step, StepOver};
 
@@ -121,32 +121,36 @@ pub(crate) fn at_once<H: Hypervisor>(
     views: Option<&Views>,
     vcpu: &mut Vcpu,
     registry: &Registry,
-    breakpoint: &Breakpoint,
-    placement: Placement,
+    (page, breakpoint): (&Page, &Breakpoint),
     registers: &Registers,
-) -> Option<(Reply, StepOver)> {
+    reply: &mut Reply,
+) -> Option<StepOver> {
     // A virtual CPU that is being stepped can only be stepped further: after anything else the step would fall on the
     // next instruction.
     if vcpu.stepping {
         return None;
     }
+    if matches!(breakpoint.step_over, StepOver::Repair | StepOver::ViewStep | StepOver::ViewFastStep) {
+        return None;
+    }
     let form = breakpoint.displaced.form(registers.mode);
-    let (interpret, emulate) = match (breakpoint.step_over, placement) {
+    let (interpret, emulate) = match (breakpoint.step_over, page.placement) {
         (StepOver::Interpret, Placement::Shadow) => (true, false),
         // In place there is no good step to fall back to.
         (StepOver::Interpret | StepOver::Auto, Placement::InPlace) => (true, form.emulable),
         (StepOver::Auto, Placement::Shadow) => (true, form.certain),
-        (StepOver::Emulate, _) => (false, form.emulable),
-        (StepOver::Repair | StepOver::ViewStep | StepOver::ViewFastStep, _) => (false, false),
+        _ => (false, form.emulable),
     };
     let mut guest = interpret::Guest { hv, registry, views, registers };
     if interpret
-        && let Some(reply) = breakpoint.displaced.op(registers.mode).and_then(|op| interpret::begin(&mut guest, &op))
+        && let Some(op) = breakpoint.displaced.op(registers.mode)
+        && interpret::begin(&mut guest, &op, reply).is_some()
     {
-        return Some((reply, StepOver::Interpret));
+        return Some(StepOver::Interpret);
     }
     if emulate && !breakpoint.not_emulable && emulate::is_right(&mut guest, form) {
-        return Some((emulate::begin(vcpu, breakpoint), StepOver::Emulate));
+        emulate::begin(vcpu, breakpoint, reply);
+        return Some(StepOver::Emulate);
     }
     None
 }
@@ -156,16 +160,23 @@ pub(crate) fn step<H: Hypervisor>(
     hv: &mut H,
     views: Option<&Views>,
     vcpu: &mut Vcpu,
-    breakpoint: &Breakpoint,
-    placement: Placement,
+    (page, breakpoint): (&Page, &Breakpoint),
     rip: u64,
-) -> Result<(Reply, StepOver), H::Error> {
-    match (placement, views) {
+    reply: &mut Reply,
+) -> Result<StepOver, H::Error> {
+    match (page.placement, views) {
         (Placement::Shadow, Some(views)) if !vcpu.stepping && breakpoint.step_over != StepOver::ViewStep => {
-            Ok((view_fast_step::begin(vcpu, views, rip), StepOver::ViewFastStep))
+            *reply = view_fast_step::begin(vcpu, views, rip);
+            Ok(StepOver::ViewFastStep)
         }
-        (Placement::Shadow, Some(views)) => Ok((view_step::begin(vcpu, views), StepOver::ViewStep)),
-        _ => Ok((repair::begin(hv, vcpu, breakpoint)?, StepOver::Repair)),
+        (Placement::Shadow, Some(views)) => {
+            *reply = view_step::begin(vcpu, views);
+            Ok(StepOver::ViewStep)
+        }
+        _ => {
+            *reply = repair::begin(hv, vcpu, breakpoint)?;
+            Ok(StepOver::Repair)
+        }
     }
 }
 

@@ -5,6 +5,7 @@ use crate::views::Views;
 use crate::{Reply, ViewId};
 
 /// In the write view, if the virtual CPU is to write to a page that has a shadow.
+#[inline]
 pub(crate) fn begin(vcpu: &mut Vcpu, views: &Views) -> Reply {
     vcpu.home = true;
     Reply { view: Some(view_of(vcpu, views)), step: vcpu.step(), ..Reply::default() }
