@@ -80,6 +80,7 @@ impl Page {
 /// Where a breakpoint is in the registry, until that changes.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Located {
+    generation: u64,
     page: usize,
     breakpoint: usize,
 }
@@ -95,6 +96,8 @@ pub(crate) struct Registry {
     /// How many of them have their breakpoints in place.
     in_place: usize,
     serial: u64,
+    /// Changes whenever breakpoints or pages move.
+    generation: u64,
 }
 
 impl Registry {
@@ -115,11 +118,16 @@ impl Registry {
         self.pages.iter()
     }
 
+    /// Where the breakpoint at `gpa` is now, that was there a moment ago.
+    pub(crate) fn locate_again(&self, gpa: Gpa, before: Located) -> Option<Located> {
+        if before.generation == self.generation { Some(before) } else { self.locate(gpa) }
+    }
+
     /// Where the breakpoint at `gpa` is, until something is inserted or removed.
     pub(crate) fn locate(&self, gpa: Gpa) -> Option<Located> {
         let page = *self.index.get(&gpa.gfn())?;
         let breakpoint = self.pages[page].index(gpa.offset()).ok()?;
-        Some(Located { page, breakpoint })
+        Some(Located { generation: self.generation, page, breakpoint })
     }
 
     pub(crate) fn located(&self, at: Located) -> (&Page, &Breakpoint) {
@@ -158,6 +166,7 @@ impl Registry {
 
     pub(crate) fn add_page(&mut self, page: Page) {
         self.in_place += usize::from(page.placement == Placement::InPlace);
+        self.generation += 1;
         self.index.insert(page.gfn, self.pages.len());
         self.pages.push(page);
     }
@@ -165,6 +174,7 @@ impl Registry {
     /// Adds a subscriber at `gpa`, whose page there must be, with what the guest has there if it is the first one.
     pub(crate) fn subscribe(&mut self, gpa: Gpa, step_over: StepOver, displaced: Displaced) -> Option<BreakpointId> {
         self.serial += 1;
+        self.generation += 1;
         let serial = self.serial;
         let page = self.page_mut(gpa.gfn())?;
         let index = page.index(gpa.offset()).unwrap_or_else(|at| {
@@ -181,6 +191,7 @@ impl Registry {
     /// Returns the page in that case.
     pub(crate) fn unsubscribe(&mut self, id: BreakpointId) -> Option<Page> {
         let gfn = id.gpa.gfn();
+        self.generation += 1;
         let page = self.page_mut(gfn)?;
         let index = page.index(id.gpa.offset()).ok()?;
         page.breakpoints[index].subscribers.retain(|serial| *serial != id.serial);
@@ -194,6 +205,7 @@ impl Registry {
     }
 
     pub(crate) fn remove_page(&mut self, gfn: Gfn) -> Option<Page> {
+        self.generation += 1;
         let index = self.index.remove(&gfn)?;
         let page = self.pages.swap_remove(index);
         if let Some(moved) = self.pages.get(index) {

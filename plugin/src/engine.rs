@@ -8,7 +8,7 @@ use crate::error::Doing;
 use crate::insn::{Displaced, paging};
 use crate::placement::{self, INT3};
 use crate::stats::HandlingTime;
-use crate::step::{self, Emulating, Vcpu};
+use crate::step::{self, Emulating, Pages, Vcpu};
 use crate::views::Views;
 use crate::watch::{self, Watch};
 use crate::{
@@ -83,8 +83,9 @@ pub struct Engine {
     factory: InstructionInfoFactory,
     counters: Counters,
     handling: HandlingTime,
-    /// When the hit that is being handled began.
+    /// When the hit that is being handled began, and where its breakpoint was then.
     hit_at: u64,
+    hit: Option<(Gpa, Located)>,
     leaving: bool,
 }
 
@@ -100,6 +101,7 @@ impl Engine {
             counters: Counters::default(),
             handling: HandlingTime::new(),
             hit_at: 0,
+            hit: None,
             leaving: false,
         }
     }
@@ -577,6 +579,7 @@ impl Engine {
             self.arm_again(hv, before);
         }
         self.hit_at = hv.now();
+        self.hit = Some((at, breakpoint));
         self.count_hit(breakpoint);
         Ok(Observed::Hit(at))
     }
@@ -623,7 +626,11 @@ impl Engine {
         reply: &mut Reply,
     ) -> Result<(), H::Error> {
         let (vcpu, views) = (&mut self.vcpus[index], self.views.as_ref());
-        let Some(located) = self.registry.locate(at) else { return Ok(()) };
+        let located = match self.hit.take() {
+            Some((hit, before)) if hit == at => self.registry.locate_again(at, before),
+            _ => self.registry.locate(at),
+        };
+        let Some(located) = located else { return Ok(()) };
         let (page, breakpoint) = self.registry.located(located);
         if breakpoint.displaced.byte() == INT3 {
             self.counters.reinjected += 1;
@@ -684,12 +691,28 @@ impl Engine {
     }
 
     fn on_step<H: Hypervisor>(&mut self, hv: &mut H, index: usize) -> Observed {
-        let at_home = Vcpu::at_home(self.vcpus[index].monitored);
-        let vcpu = std::mem::replace(&mut self.vcpus[index], at_home);
-        if !vcpu.stepping {
+        let vcpu = &mut self.vcpus[index];
+        if !std::mem::take(&mut vcpu.stepping) {
             self.counters.unexplained += 1;
         }
-        for &gfn in vcpu.pages.as_slice() {
+        let (home, over, accessing) = (std::mem::take(&mut vcpu.home), vcpu.over.take(), vcpu.accessing.take());
+        if !vcpu.pages.is_empty() {
+            let pages = std::mem::take(&mut vcpu.pages);
+            self.settle(hv, &pages);
+        }
+        if let Some(gpa) = over {
+            self.arm_again(hv, gpa);
+        }
+        match accessing {
+            Some(access) => Observed::Accessed(access),
+            None if home => Observed::Nothing(self.back_home(index)),
+            None => Observed::Nothing(Reply { step: Step::Off, ..Reply::default() }),
+        }
+    }
+
+    /// Puts the breakpoints on what is now in pages that an instruction may have written to.
+    fn settle<H: Hypervisor>(&mut self, hv: &mut H, pages: &Pages) {
+        for &gfn in pages.as_slice() {
             let settled = match (self.registry.page_mut(gfn), &self.views) {
                 (Some(page), views) => placement::settle(hv, views.as_ref(), page),
                 (None, Some(views)) if views.hides(gfn) => views.seal(hv, gfn),
@@ -700,17 +723,7 @@ impl Engine {
                 self.counters.failures += 1;
             }
         }
-        if !vcpu.pages.is_empty() {
-            self.follow_others(hv);
-        }
-        if let Some(gpa) = vcpu.over {
-            self.arm_again(hv, gpa);
-        }
-        match vcpu.accessing {
-            Some(access) => Observed::Accessed(access),
-            None if vcpu.home => Observed::Nothing(self.back_home(index)),
-            None => Observed::Nothing(Reply { step: Step::Off, ..Reply::default() }),
-        }
+        self.follow_others(hv);
     }
 
     /// A step is over: the virtual CPU goes back to the view it is at home in.
