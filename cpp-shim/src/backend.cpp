@@ -1,0 +1,254 @@
+#include "hyperbp/backend.h"
+
+#include <exception>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "failed_emulation.hpp"
+#include "hyperbp/vmi_event.hpp"
+
+namespace ffi = hyperbp::ffi;
+
+struct hyperbp_session
+{
+    vmi_instance_t vmi;
+    rust::Box<ffi::Session> session;
+    std::string mechanism;
+    // Each event is translated into the same place.
+    ffi::Event event {};
+    ffi::Reply reply {};
+    hyperbp::EmulationData data {};
+};
+
+namespace {
+
+/// Why the last call failed. Of a fixed size, so that saying so cannot fail.
+constexpr std::size_t LONGEST_ERROR = 1024;
+thread_local char last_error[LONGEST_ERROR] = "nothing has failed";
+
+void remember(const char* message) noexcept
+{
+    const std::size_t length = std::char_traits<char>::length(message);
+    const std::size_t kept = length < LONGEST_ERROR ? length : LONGEST_ERROR - 1;
+    std::char_traits<char>::copy(last_error, message, kept);
+    last_error[kept] = '\0';
+}
+
+/// Calls `work`, and returns what it returns, or, if it throws, `otherwise`.
+template<typename T, typename Work>
+T guarded(T otherwise, Work work) noexcept
+{
+    try {
+        return work();
+    } catch (const std::exception& error) {
+        remember(error.what());
+    } catch (...) {
+        remember("something that is no std::exception was thrown");
+    }
+    return otherwise;
+}
+
+/// The host's functions, as a class.
+class HostMemory final : public hyperbp::Memory
+{
+public:
+    explicit HostMemory(const hyperbp_memory_t& memory) : memory_(memory) {}
+
+    std::uint64_t add_page() override
+    {
+        std::uint64_t gfn = 0;
+        if (!memory_.add_page(memory_.data, &gfn))
+            throw std::runtime_error("the host program could not add a page of memory to the domain");
+        return gfn;
+    }
+
+    void drop_page(std::uint64_t gfn) override
+    {
+        if (!memory_.drop_page(memory_.data, gfn))
+            throw std::runtime_error("the host program could not take a page of memory away from the domain");
+    }
+
+private:
+    hyperbp_memory_t memory_;
+};
+
+/// Writes the last reply where LibVMI looks for it.
+event_response_t respond(hyperbp_session_t& session, vmi_event_t& event) noexcept
+{
+    return hyperbp::respond(session.reply, event, session.data);
+}
+
+event_response_t on_failed_emulation(vmi_instance_t /*vmi*/, vmi_event_t* event) noexcept
+{
+    hyperbp_what_t what;
+    event_response_t response = VMI_EVENT_RESPONSE_NONE;
+    auto* session = static_cast<hyperbp_session_t*>(event->data);
+    // It is never anything that somebody would have to be told.
+    hyperbp_begin(session, event, &what, &response);
+    return response;
+}
+
+hyperbp_observed_t kind_of(ffi::Kind kind) noexcept
+{
+    switch (kind) {
+    case ffi::Kind::Answered:
+        return HYPERBP_ANSWERED;
+    case ffi::Kind::Hit:
+        return HYPERBP_HIT;
+    case ffi::Kind::Access:
+        return HYPERBP_ACCESS;
+    case ffi::Kind::Accessed:
+        return HYPERBP_ACCESSED;
+    case ffi::Kind::Failed:
+        break;
+    }
+    return HYPERBP_FAILED;
+}
+
+} // namespace
+
+extern "C" {
+
+const char* hyperbp_error(void) noexcept
+{
+    return last_error;
+}
+
+bool hyperbp_check_mechanism(const char* name) noexcept
+{
+    return guarded(false, [&] {
+        ffi::check_mechanism(name);
+        return true;
+    });
+}
+
+hyperbp_session_t* hyperbp_open(vmi_instance_t vmi, const char* mechanism, const hyperbp_memory_t* memory) noexcept
+{
+    return guarded(static_cast<hyperbp_session_t*>(nullptr), [&] {
+        if (vmi == nullptr || memory == nullptr || memory->add_page == nullptr || memory->drop_page == nullptr)
+            throw std::invalid_argument("hyperbp_open needs an instance of LibVMI, and both functions of hyperbp_memory_t");
+        const char* name = mechanism != nullptr ? mechanism : "auto";
+        auto opened = ffi::open_libvmi(vmi, std::make_unique<HostMemory>(*memory), name);
+        std::string canonical(opened->mechanism());
+        std::unique_ptr<hyperbp_session_t> session(
+            new hyperbp_session_t {vmi, std::move(opened), std::move(canonical)});
+        hyperbp::answer_failed_emulations(vmi, on_failed_emulation, session.get());
+        return session.release();
+    });
+}
+
+bool hyperbp_close(hyperbp_session_t* session) noexcept
+{
+    if (session == nullptr)
+        return true;
+    const std::unique_ptr<hyperbp_session_t> owned(session);
+    hyperbp::forget_failed_emulations(owned->vmi);
+    return guarded(false, [&] {
+        owned->session->close();
+        return true;
+    });
+}
+
+bool hyperbp_insert(hyperbp_session_t* session, uint64_t pa) noexcept
+{
+    return guarded(false, [&] {
+        session->session->insert(pa);
+        return true;
+    });
+}
+
+bool hyperbp_remove(hyperbp_session_t* session, uint64_t pa) noexcept
+{
+    return guarded(false, [&] {
+        session->session->remove(pa);
+        return true;
+    });
+}
+
+bool hyperbp_watch(hyperbp_session_t* session, uint64_t gfn, vmi_mem_access_t access, bool after) noexcept
+{
+    return guarded(false, [&] {
+        session->session->watch(gfn, hyperbp::accesses_of(access), after);
+        return true;
+    });
+}
+
+hyperbp_observed_t hyperbp_begin(
+    hyperbp_session_t* session, vmi_event_t* event, hyperbp_what_t* what, event_response_t* response) noexcept
+{
+    *what = {};
+    *response = VMI_EVENT_RESPONSE_NONE;
+    if (!hyperbp::translate(*event, session->event))
+        return HYPERBP_ANSWERED;
+    const ffi::Observed observed = session->session->begin(session->event, session->reply);
+    what->pa = observed.pa;
+    what->access = hyperbp::flags_of(observed.accesses);
+    what->breakpoint = observed.breakpoint;
+    if (observed.kind == ffi::Kind::Answered || observed.kind == ffi::Kind::Failed)
+        *response = respond(*session, *event);
+    return kind_of(observed.kind);
+}
+
+event_response_t hyperbp_finish(hyperbp_session_t* session, vmi_event_t* event, event_response_t response) noexcept
+{
+    hyperbp::general_of(*event->x86_regs, session->event.registers.general);
+    session->session->finish(session->event.registers.general, session->reply);
+    return (response & ~hyperbp::OURS) | respond(*session, *event);
+}
+
+bool hyperbp_failed(const hyperbp_session_t* session) noexcept
+{
+    return session->session->failed();
+}
+
+bool hyperbp_monitor(hyperbp_session_t* session, uint16_t vcpu, bool monitored, uint16_t* view) noexcept
+{
+    return guarded(false, [&] {
+        *view = session->session->monitor(vcpu, monitored);
+        return true;
+    });
+}
+
+bool hyperbp_monitor_all(hyperbp_session_t* session, bool monitored) noexcept
+{
+    return guarded(false, [&] {
+        session->session->monitor_all(monitored);
+        return true;
+    });
+}
+
+uint16_t hyperbp_view(const hyperbp_session_t* session) noexcept
+{
+    return session->session->view();
+}
+
+size_t hyperbp_breakpoints(const hyperbp_session_t* session, hyperbp_figures_t* into, size_t room) noexcept
+{
+    return guarded(std::size_t {0}, [&] {
+        std::vector<ffi::Figures> figures(into != nullptr ? room : 0);
+        const std::size_t count = session->session->breakpoints({figures.data(), figures.size()});
+        for (std::size_t n = 0; n < figures.size() && n < count; ++n) {
+            const ffi::Figures& from = figures[n];
+            into[n] = {from.pa,      session->mechanism.c_str(),  from.hits,    from.repair,    from.view_step,
+                       from.view_fast_step, from.emulate, from.interpret, from.fallbacks, from.rewritten};
+        }
+        return count;
+    });
+}
+
+bool hyperbp_counters(const hyperbp_session_t* session, hyperbp_counters_t* into) noexcept
+{
+    return guarded(false, [&] {
+        const ffi::Counters from = session->session->counters();
+        *into = {from.hits,        from.reads,      from.writes,
+                 from.held,        from.discarded,  from.reinjected,
+                 from.emulation_failures, from.unexplained, from.failures,
+                 from.p50_ns,      from.p90_ns,     from.p99_ns, from.max_ns};
+        return true;
+    });
+}
+
+} // extern "C"

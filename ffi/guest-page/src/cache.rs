@@ -1,0 +1,131 @@
+//! Pages that stay mapped.
+
+use hyperbp::Gfn;
+
+/// Sets, a power of two: a page can be in one of them only.
+const SETS: usize = 512;
+/// Pages in a set.
+const WAYS: usize = 4;
+
+/// Pages that stay mapped, at most 2048 of them: a benchmark guest touches two or three, a kernel some hundreds. Looking
+/// one up takes a few instructions, whatever the guest does.
+///
+/// A page that the guest gives back to the hypervisor (ballooning) and gets again stays mapped as what it was.
+#[derive(Debug)]
+pub struct PageCache<P> {
+    sets: Box<[Set<P>]>,
+}
+
+#[derive(Debug)]
+struct Set<P> {
+    pages: [Option<(Gfn, P)>; WAYS],
+    /// Whose turn it is to go.
+    next: u8,
+}
+
+impl<P> Default for PageCache<P> {
+    fn default() -> Self {
+        let empty = || Set { pages: [const { None }; WAYS], next: 0 };
+        Self { sets: std::iter::repeat_with(empty).take(SETS).collect() }
+    }
+}
+
+impl<P> PageCache<P> {
+    /// The page at a frame number, mapped with `map` if it is not yet.
+    ///
+    /// # Errors
+    /// Those of `map`.
+    pub fn get<E>(&mut self, gfn: Gfn, map: impl FnOnce() -> Result<P, E>) -> Result<&P, E> {
+        let set = self.set(gfn);
+        let at = match set.index(gfn) {
+            Some(at) => at,
+            None => {
+                let page = map()?;
+                let free = set.pages.iter().position(Option::is_none);
+                let at = free.unwrap_or(usize::from(set.next));
+                set.next = (at + 1) as u8 % WAYS as u8;
+                set.pages[at] = Some((gfn, page));
+                at
+            }
+        };
+        match &set.pages[at] {
+            Some((_, page)) => Ok(page),
+            None => unreachable!("it was found, or put, there"),
+        }
+    }
+
+    /// Unmaps a page: it is about to go.
+    pub fn forget(&mut self, gfn: Gfn) {
+        let set = self.set(gfn);
+        if let Some(at) = set.index(gfn) {
+            set.pages[at] = None;
+        }
+    }
+
+    fn set(&mut self, gfn: Gfn) -> &mut Set<P> {
+        &mut self.sets[gfn.0 as usize % SETS]
+    }
+}
+
+impl<P> Set<P> {
+    fn index(&self, gfn: Gfn) -> Option<usize> {
+        self.pages.iter().position(|page| page.as_ref().is_some_and(|(known, _)| *known == gfn))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::Cell;
+    use std::convert::Infallible;
+
+    #[test]
+    fn a_page_is_mapped_once_until_it_is_forgotten() {
+        let mapped = Cell::new(0);
+        let mut cache = PageCache::default();
+        let mut get = |cache: &mut PageCache<u64>, gfn: u64| {
+            let map = || {
+                mapped.set(mapped.get() + 1);
+                Ok::<_, Infallible>(gfn)
+            };
+            assert_eq!(*cache.get(Gfn(gfn), map).unwrap(), gfn);
+            mapped.get()
+        };
+        assert_eq!(get(&mut cache, 7), 1);
+        assert_eq!(get(&mut cache, 7), 1);
+        // In the same set.
+        let other = 7 + SETS as u64;
+        assert_eq!(get(&mut cache, other), 2);
+        cache.forget(Gfn(7));
+        assert_eq!(get(&mut cache, other), 2);
+        assert_eq!(get(&mut cache, 7), 3);
+    }
+
+    #[test]
+    fn there_are_never_more_than_its_bound() {
+        struct Counted<'a>(&'a Cell<usize>);
+        impl Drop for Counted<'_> {
+            fn drop(&mut self) {
+                self.0.set(self.0.get() - 1);
+            }
+        }
+        let mapped = Cell::new(0);
+        let mut cache = PageCache::default();
+        for gfn in 0..10 * (SETS * WAYS) as u64 {
+            let map = || {
+                mapped.set(mapped.get() + 1);
+                Ok::<_, Infallible>(Counted(&mapped))
+            };
+            assert!(cache.get(Gfn(gfn), map).is_ok());
+            assert!(mapped.get() <= SETS * WAYS);
+        }
+        assert_eq!(mapped.get(), SETS * WAYS);
+    }
+
+    #[test]
+    fn what_cannot_be_mapped_is_not_there() {
+        let mut cache = PageCache::<u8>::default();
+        assert_eq!(cache.get(Gfn(1), || Err("no such page")), Err("no such page"));
+        assert_eq!(cache.get(Gfn(1), || Ok::<_, &str>(3)), Ok(&3));
+    }
+}

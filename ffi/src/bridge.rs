@@ -1,0 +1,259 @@
+//! What C++ sees. All of it is plain data, a session, and two classes that C++ implements.
+
+use crate::session::{self, Session, check_mechanism, open, open_libvmi};
+
+#[cxx::bridge(namespace = "hyperbp::ffi")]
+#[allow(clippy::struct_excessive_bools, missing_docs)]
+pub(crate) mod ffi {
+    /// How the CPU decodes instructions.
+    #[derive(Debug)]
+    enum CodeMode {
+        Bits16,
+        Bits32,
+        Bits64,
+    }
+
+    /// The registers a host may change.
+    #[derive(Debug)]
+    struct General {
+        /// RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R8 to R15: in the order instructions encode them.
+        gpr: [u64; 16],
+        rip: u64,
+        rflags: u64,
+    }
+
+    /// The registers of a virtual CPU at an event.
+    #[derive(Debug)]
+    struct Registers {
+        general: General,
+        cr0: u64,
+        cr3: u64,
+        cr4: u64,
+        efer: u64,
+        dr7: u64,
+        /// Base of CS; 0 in 64-bit code.
+        cs_base: u64,
+        /// 0 to 3: the DPL of SS.
+        cpl: u8,
+        /// Outside 64-bit code: CS, SS, DS and ES are the flat 4-GiB segments.
+        flat: bool,
+        mode: CodeMode,
+    }
+
+    /// What happened.
+    #[derive(Debug)]
+    enum Reason {
+        /// An INT3 was executed, and not delivered. `gpa` and `length` count.
+        Int3,
+        /// A monitored single step is over.
+        Step,
+        /// An access that the view does not permit. `gpa`, `accesses` and `page_walk` count.
+        Access,
+        /// The hypervisor was told to emulate an instruction and cannot.
+        EmulationFailed,
+    }
+
+    /// Kinds of accesses.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    struct Accesses {
+        read: bool,
+        write: bool,
+        execute: bool,
+    }
+
+    /// Something that happened in the guest.
+    #[derive(Debug)]
+    struct Event {
+        registers: Registers,
+        /// Guest-physical: the INT3's first byte, prefixes included, or the first byte of the access in the page.
+        gpa: u64,
+        vcpu: u16,
+        /// The view that virtual CPU runs in.
+        view: u16,
+        reason: Reason,
+        /// Bytes of the INT3.
+        length: u8,
+        accesses: Accesses,
+        /// The access is made by the walk of the guest's page tables.
+        page_walk: bool,
+    }
+
+    /// What becomes of single-stepping.
+    #[derive(Debug)]
+    enum Step {
+        Keep,
+        /// It is off.
+        On,
+        /// It is on.
+        Off,
+        /// One instruction, then the hypervisor itself switches to `fast_view`, without an event.
+        Fast,
+    }
+
+    /// How the interrupted instruction goes on.
+    #[derive(Debug)]
+    enum Action {
+        /// It runs again.
+        Resume,
+        /// The hypervisor emulates it.
+        Emulate,
+        /// It emulates it, and what it reads are the first `length` of `bytes`.
+        EmulateRead,
+        /// It emulates the first 16 of `bytes` in its place.
+        EmulateInstruction,
+        /// It goes on with `registers`.
+        SetRegisters,
+        /// It was the guest's own INT3: deliver it.
+        Reinject,
+    }
+
+    /// What the hypervisor is to do with the virtual CPU that waits: `action`, then `step`, then the view.
+    #[derive(Debug)]
+    struct Reply {
+        /// Only if `action` is `SetRegisters`.
+        registers: General,
+        /// Only if `action` emulates something.
+        bytes: [u8; 64],
+        /// The view it is switched to, if `switch_view`.
+        view: u16,
+        fast_view: u16,
+        switch_view: bool,
+        step: Step,
+        action: Action,
+        length: u8,
+    }
+
+    /// What an event is.
+    #[derive(Debug)]
+    enum Kind {
+        /// Nobody needs to be told: the reply is there.
+        Answered,
+        /// The breakpoint at `pa` was hit. Tell whom it concerns, then finish.
+        Hit,
+        /// A watched page is about to be accessed, at `pa`. Tell whom it concerns, then finish.
+        Access,
+        /// It has been accessed. Tell whom it concerns, then finish.
+        Accessed,
+        /// The session has failed; the reply lets the virtual CPU go on.
+        Failed,
+    }
+
+    /// What an event is, and where.
+    #[derive(Debug)]
+    struct Observed {
+        kind: Kind,
+        /// The access is the fetch of an instruction with a breakpoint: tell its subscribers, too.
+        breakpoint: bool,
+        accesses: Accesses,
+        pa: u64,
+    }
+
+    /// What a view permits on a page.
+    #[derive(Debug)]
+    enum Rights {
+        All,
+        Execute,
+        ReadWrite,
+        ReadExecute,
+        Read,
+        None,
+    }
+
+    /// How often what happened since the session was opened, and how long handling a hit took, in nanoseconds.
+    #[derive(Debug)]
+    struct Counters {
+        hits: u64,
+        reads: u64,
+        writes: u64,
+        held: u64,
+        discarded: u64,
+        reinjected: u64,
+        emulation_failures: u64,
+        unexplained: u64,
+        failures: u64,
+        p50_ns: u64,
+        p90_ns: u64,
+        p99_ns: u64,
+        max_ns: u64,
+    }
+
+    /// What a breakpoint has done since it was set.
+    #[derive(Debug)]
+    struct Figures {
+        pa: u64,
+        hits: u64,
+        repair: u64,
+        view_step: u64,
+        view_fast_step: u64,
+        emulate: u64,
+        interpret: u64,
+        fallbacks: u64,
+        rewritten: u64,
+    }
+
+    extern "Rust" {
+        type Session;
+
+        /// Throws unless there is a mechanism with this name; the message has those there are.
+        fn check_mechanism(name: &str) -> Result<()>;
+
+        /// Begins to work on a domain, through a hypervisor of the caller's.
+        fn open(hypervisor: UniquePtr<Hypervisor>, mechanism: &str) -> Result<Box<Session>>;
+
+        /// Begins to work on a domain, through LibVMI. Throws if the library was built without it.
+        ///
+        /// # Safety
+        /// `vmi` is an instance of LibVMI, initialised with events, that outlives the session.
+        unsafe fn open_libvmi(
+            vmi: *mut vmi_instance,
+            memory: UniquePtr<Memory>,
+            mechanism: &str,
+        ) -> Result<Box<Session>>;
+
+        fn close(self: &mut Session) -> Result<()>;
+        fn insert(self: &mut Session, pa: u64) -> Result<()>;
+        fn remove(self: &mut Session, pa: u64) -> Result<()>;
+        fn watch(self: &mut Session, gfn: u64, accesses: Accesses, after: bool) -> Result<()>;
+        fn begin(self: &mut Session, event: &Event, reply: &mut Reply) -> Observed;
+        fn finish(self: &mut Session, registers: &General, reply: &mut Reply);
+        fn failed(self: &Session) -> bool;
+        fn monitor(self: &mut Session, vcpu: u16, monitored: bool) -> Result<u16>;
+        fn monitor_all(self: &mut Session, monitored: bool) -> Result<()>;
+        fn view(self: &Session) -> u16;
+        fn mechanism(self: &Session) -> String;
+        fn counters(self: &Session) -> Counters;
+        fn breakpoints(self: &Session, into: &mut [Figures]) -> usize;
+    }
+
+    #[namespace = "hyperbp"]
+    unsafe extern "C++" {
+        include!("hyperbp/hypervisor.hpp");
+
+        type Hypervisor;
+        fn vcpus(self: &Hypervisor) -> Result<u16>;
+        fn now(self: &Hypervisor) -> u64;
+        fn read(self: Pin<&mut Hypervisor>, gpa: u64, into: &mut [u8]) -> Result<()>;
+        fn write(self: Pin<&mut Hypervisor>, gpa: u64, bytes: &[u8]) -> Result<()>;
+        fn add_page(self: Pin<&mut Hypervisor>) -> Result<u64>;
+        fn drop_page(self: Pin<&mut Hypervisor>, gfn: u64) -> Result<()>;
+        fn create_view(self: Pin<&mut Hypervisor>) -> Result<u16>;
+        fn switch_view(self: Pin<&mut Hypervisor>, view: u16) -> Result<()>;
+        fn drop_view(self: Pin<&mut Hypervisor>, view: u16) -> Result<()>;
+        fn remap(self: Pin<&mut Hypervisor>, view: u16, gfn: u64, to: u64) -> Result<()>;
+        fn unmap(self: Pin<&mut Hypervisor>, view: u16, gfn: u64) -> Result<()>;
+        fn set_rights(self: Pin<&mut Hypervisor>, view: u16, gfn: u64, rights: Rights) -> Result<()>;
+        fn stop_step(self: Pin<&mut Hypervisor>, vcpu: u16) -> Result<()>;
+        fn pause(self: Pin<&mut Hypervisor>) -> Result<()>;
+        fn resume(self: Pin<&mut Hypervisor>) -> Result<()>;
+
+        type Memory;
+        fn add_page(self: Pin<&mut Memory>) -> Result<u64>;
+        fn drop_page(self: Pin<&mut Memory>, gfn: u64) -> Result<()>;
+    }
+
+    #[namespace = ""]
+    unsafe extern "C++" {
+        /// LibVMI's.
+        type vmi_instance;
+    }
+}

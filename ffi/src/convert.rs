@@ -1,0 +1,121 @@
+//! The bridge's types are the core's, without what C++ does not know: enums with data, and options.
+
+use hyperbp::{
+    Access, Accesses, Action, CodeMode, Event, Figures, Gpa, Int3, Reason, Registers, Reply, Rights, Step, VcpuId, ViewId,
+};
+
+use crate::bridge::ffi;
+
+/// An event.
+pub(crate) fn event(event: &ffi::Event) -> Event {
+    let reason = match event.reason {
+        ffi::Reason::Int3 => Reason::Int3(Int3 { gpa: Gpa(event.gpa), length: event.length }),
+        ffi::Reason::Access => Reason::Access(Access {
+            gpa: Gpa(event.gpa),
+            read: event.accesses.read,
+            write: event.accesses.write,
+            execute: event.accesses.execute,
+            page_walk: event.page_walk,
+        }),
+        ffi::Reason::EmulationFailed => Reason::EmulationFailed,
+        // And whatever a C++ program has made of it that is none of them: it is counted as unexplained.
+        _ => Reason::Step,
+    };
+    Event { vcpu: VcpuId(event.vcpu), view: ViewId(event.view), registers: registers(&event.registers), reason }
+}
+
+fn registers(registers: &ffi::Registers) -> Registers {
+    Registers {
+        gpr: registers.general.gpr,
+        rip: registers.general.rip,
+        rflags: registers.general.rflags,
+        cr0: registers.cr0,
+        cr3: registers.cr3,
+        cr4: registers.cr4,
+        efer: registers.efer,
+        dr7: registers.dr7,
+        cs_base: registers.cs_base,
+        cpl: registers.cpl & 3,
+        flat: registers.flat,
+        mode: match registers.mode {
+            ffi::CodeMode::Bits16 => CodeMode::Bits16,
+            ffi::CodeMode::Bits32 => CodeMode::Bits32,
+            _ => CodeMode::Bits64,
+        },
+    }
+}
+
+/// Writes a reply, as far as what it holds counts.
+pub(crate) fn reply(reply: &Reply, into: &mut ffi::Reply) {
+    into.switch_view = reply.view.is_some();
+    if let Some(view) = reply.view {
+        into.view = view.0;
+    }
+    into.step = match reply.step {
+        Step::Keep => ffi::Step::Keep,
+        Step::On => ffi::Step::On,
+        Step::Off => ffi::Step::Off,
+        Step::Fast(back) => {
+            into.fast_view = back.0;
+            ffi::Step::Fast
+        }
+    };
+    into.action = match &reply.action {
+        Action::Resume => ffi::Action::Resume,
+        Action::Emulate => ffi::Action::Emulate,
+        Action::EmulateRead(data) => {
+            let bytes = data.as_slice();
+            into.bytes[..bytes.len()].copy_from_slice(bytes);
+            into.length = bytes.len() as u8;
+            ffi::Action::EmulateRead
+        }
+        Action::EmulateInstruction(bytes) => {
+            into.bytes[..bytes.len()].copy_from_slice(bytes);
+            into.length = bytes.len() as u8;
+            ffi::Action::EmulateInstruction
+        }
+        Action::SetRegisters(registers) => {
+            let &Registers { gpr, rip, rflags, .. } = registers;
+            into.registers = ffi::General { gpr, rip, rflags };
+            ffi::Action::SetRegisters
+        }
+        Action::Reinject => ffi::Action::Reinject,
+    };
+}
+
+/// The kinds of an access.
+pub(crate) fn accesses_of(access: &Access) -> ffi::Accesses {
+    ffi::Accesses { read: access.read, write: access.write, execute: access.execute }
+}
+
+/// Kinds of accesses.
+pub(crate) fn accesses(accesses: ffi::Accesses) -> Accesses {
+    Accesses { read: accesses.read, write: accesses.write, execute: accesses.execute }
+}
+
+/// Rights.
+pub(crate) fn rights(rights: Rights) -> ffi::Rights {
+    match rights {
+        Rights::All => ffi::Rights::All,
+        Rights::Execute => ffi::Rights::Execute,
+        Rights::ReadWrite => ffi::Rights::ReadWrite,
+        Rights::ReadExecute => ffi::Rights::ReadExecute,
+        Rights::Read => ffi::Rights::Read,
+        Rights::None => ffi::Rights::None,
+    }
+}
+
+/// What a breakpoint has done.
+pub(crate) fn figures(pa: Gpa, figures: &Figures) -> ffi::Figures {
+    ffi::Figures {
+        pa: pa.0,
+        hits: figures.hits,
+        repair: figures.served.repair,
+        view_step: figures.served.view_step,
+        view_fast_step: figures.served.view_fast_step,
+        emulate: figures.served.emulate,
+        interpret: figures.served.interpret,
+        fallbacks: figures.fallbacks,
+        rewritten: figures.rewritten,
+    }
+}

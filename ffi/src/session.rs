@@ -1,0 +1,414 @@
+//! What a host in another language holds.
+
+use std::any::Any;
+use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use cxx::UniquePtr;
+use hyperbp::{
+    Access, Action, BreakpointId, Engine, Event, Gfn, Gpa, Hypervisor as _, Mechanism, Observed, PAGE_SIZE, Reason,
+    Registers, Reply, VcpuId, ViewId,
+};
+
+use crate::bridge::ffi;
+use crate::clock::Clock;
+use crate::convert;
+use crate::foreign::Foreign;
+use crate::logger;
+use crate::machine::{self, Machine};
+use crate::recorded::Recorded;
+
+/// INT3.
+const INT3: u8 = 0xcc;
+
+/// Why a call failed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    /// The engine, or the hypervisor under it, refused.
+    #[error(transparent)]
+    Core(#[from] hyperbp::Error),
+    /// The hypervisor refused.
+    #[error(transparent)]
+    Machine(#[from] machine::Error),
+    /// There was a panic.
+    #[error("a bug of hyperbp has ended the session: {0}; close it")]
+    Failed(String),
+    /// It is closed.
+    #[error("the session is closed")]
+    Closed,
+    /// There is none.
+    #[error("there is no breakpoint at {0}")]
+    NoBreakpoint(Gpa),
+    /// Xen has not everything back.
+    #[error("the domain could not be left as it was: {0}")]
+    NotRestored(Box<Error>),
+    /// The library is another one.
+    #[cfg(not(feature = "libvmi"))]
+    #[error("this libhyperbp was built without LibVMI: build it with the feature libvmi (`cargo xtask install` does)")]
+    NoLibVmi,
+}
+
+/// Whether it can be used.
+enum State {
+    Open,
+    /// There was a panic, which said this. What could be undone has been undone.
+    Failed(String),
+    Closed,
+}
+
+/// An engine, the hypervisor it works on, and the event between the two halves of its answer.
+pub(crate) struct Session {
+    engine: Engine,
+    machine: Recorded<Machine>,
+    mechanism: Mechanism,
+    /// The view in which virtual CPUs meet breakpoints.
+    view: ViewId,
+    breakpoints: HashMap<Gpa, BreakpointId>,
+    state: State,
+    clock: Clock,
+    /// The last event, and what [`Engine::begin`] said of it. It waits for its second half while this is `pending`.
+    event: Event,
+    observed: Observed,
+    pending: bool,
+    #[cfg(feature = "fault-injection")]
+    hits_until_panic: Option<u64>,
+}
+
+/// Whether there is a mechanism with this name.
+///
+/// # Errors
+/// If not; the message has those there are.
+pub(crate) fn check_mechanism(name: &str) -> Result<(), Error> {
+    without_panic(|| Ok(name.parse::<Mechanism>().map(drop)?))
+}
+
+/// Opens a session on a hypervisor of C++'s.
+///
+/// # Errors
+/// If there is no such mechanism, or the hypervisor refuses.
+pub(crate) fn open(hypervisor: UniquePtr<ffi::Hypervisor>, mechanism: &str) -> Result<Box<Session>, Error> {
+    without_panic(|| Session::new(Machine::Foreign(Foreign::new(hypervisor)?), mechanism))
+}
+
+/// Opens a session on LibVMI.
+///
+/// # Errors
+/// As [`open`]; and if the library was built without LibVMI.
+///
+/// # Safety
+/// `vmi` is an instance of LibVMI that outlives the session.
+#[cfg(feature = "libvmi")]
+pub(crate) unsafe fn open_libvmi(
+    vmi: *mut ffi::vmi_instance,
+    memory: UniquePtr<ffi::Memory>,
+    mechanism: &str,
+) -> Result<Box<Session>, Error> {
+    without_panic(|| {
+        // SAFETY: by this function's contract.
+        let domain = unsafe { crate::libvmi::Domain::new(vmi.cast(), memory) }?;
+        Session::new(Machine::LibVmi(domain), mechanism)
+    })
+}
+
+/// Says that the library was built without LibVMI.
+///
+/// # Errors
+/// Always.
+///
+/// # Safety
+/// None is needed.
+#[cfg(not(feature = "libvmi"))]
+pub(crate) unsafe fn open_libvmi(
+    _vmi: *mut ffi::vmi_instance,
+    _memory: UniquePtr<ffi::Memory>,
+    _mechanism: &str,
+) -> Result<Box<Session>, Error> {
+    Err(Error::NoLibVmi)
+}
+
+/// Turns a panic into an error, where there is no session that could remember it.
+fn without_panic<T>(work: impl FnOnce() -> Result<T, Error>) -> Result<T, Error> {
+    // What has panicked is gone with what it held: a session undoes what it has done when it is dropped.
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| Err(Error::Failed(message_of(&*panic))))
+}
+
+/// What a panic said.
+fn message_of(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().copied();
+    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("a panic without a message").to_owned()
+}
+
+impl Session {
+    fn new(machine: Machine, mechanism: &str) -> Result<Box<Self>, Error> {
+        logger::install();
+        let mechanism = mechanism.parse()?;
+        let machine = Recorded::new(machine);
+        let mut session = Box::new(Self {
+            engine: Engine::new(&machine),
+            clock: Clock::new(machine.now()),
+            machine,
+            mechanism,
+            view: ViewId::HOST,
+            breakpoints: HashMap::new(),
+            state: State::Open,
+            event: Event {
+                vcpu: VcpuId(0),
+                view: ViewId::HOST,
+                registers: Registers::default(),
+                reason: Reason::EmulationFailed,
+            },
+            observed: Observed::Nothing(Reply::default()),
+            pending: false,
+            #[cfg(feature = "fault-injection")]
+            hits_until_panic: std::env::var("HYPERBP_PANIC_AT_HIT").ok().and_then(|hits| hits.parse().ok()),
+        });
+        session.view = session.engine.enter(&mut session.machine)?;
+        Ok(session)
+    }
+
+    /// Removes everything from the domain. The domain should be paused, and no event of it be queued.
+    ///
+    /// # Errors
+    /// If the hypervisor refuses something. The rest has been undone; it may be called again.
+    pub(crate) fn close(&mut self) -> Result<(), Error> {
+        let mut result = Ok(());
+        if matches!(self.state, State::Open) {
+            let left = self.attempt(|session| {
+                let left = session.engine.leave(&mut session.machine);
+                Ok(left.and(session.engine.finish(&mut session.machine))?)
+            });
+            // If there was a panic now, `fail` has undone everything, and what it left is looked for below.
+            result = left.or_else(|error| if let Error::Failed(_) = error { Ok(()) } else { Err(error) });
+        }
+        let undone = without_panic(|| Ok(self.machine.undo()?));
+        if self.machine.is_clean() {
+            // What the engine could not do is done now.
+            self.state = State::Closed;
+            return Ok(());
+        }
+        result.and(undone).map_err(|error| Error::NotRestored(Box::new(error)))
+    }
+
+    /// Sets a breakpoint at a guest-physical address. If there is one already, that is it.
+    ///
+    /// # Errors
+    /// Those of [`Engine::insert`].
+    pub(crate) fn insert(&mut self, pa: u64) -> Result<(), Error> {
+        self.attempt(|session| {
+            let gpa = Gpa(pa);
+            if !session.breakpoints.contains_key(&gpa) {
+                let id = session.engine.insert(&mut session.machine, gpa, session.mechanism)?;
+                session.breakpoints.insert(gpa, id);
+            }
+            Ok(())
+        })
+    }
+
+    /// Removes the breakpoint at a guest-physical address.
+    ///
+    /// # Errors
+    /// If there is none, and those of [`Engine::remove`].
+    pub(crate) fn remove(&mut self, pa: u64) -> Result<(), Error> {
+        self.attempt(|session| {
+            let gpa = Gpa(pa);
+            let id = *session.breakpoints.get(&gpa).ok_or(Error::NoBreakpoint(gpa))?;
+            let removed = session.engine.remove(&mut session.machine, id);
+            // It may be gone although the page could not be given back.
+            if session.engine.figures(id).is_err() {
+                session.breakpoints.remove(&gpa);
+            }
+            Ok(removed?)
+        })
+    }
+
+    /// Watches a page.
+    ///
+    /// # Errors
+    /// Those of [`Engine::watch`].
+    pub(crate) fn watch(&mut self, gfn: u64, accesses: ffi::Accesses, after: bool) -> Result<(), Error> {
+        self.attempt(|session| {
+            Ok(session.engine.watch(&mut session.machine, Gfn(gfn), convert::accesses(accesses), after)?)
+        })
+    }
+
+    /// The view a virtual CPU is to run in from now on; the caller switches it.
+    ///
+    /// # Errors
+    /// Those of [`Engine::monitor`].
+    pub(crate) fn monitor(&mut self, vcpu: u16, monitored: bool) -> Result<u16, Error> {
+        self.attempt(|session| Ok(session.engine.monitor(&mut session.machine, VcpuId(vcpu), monitored)?.0))
+    }
+
+    /// The same for all virtual CPUs, which are switched here.
+    ///
+    /// # Errors
+    /// Those of [`Engine::monitor_all`].
+    pub(crate) fn monitor_all(&mut self, monitored: bool) -> Result<(), Error> {
+        self.attempt(|session| Ok(session.engine.monitor_all(&mut session.machine, monitored)?))
+    }
+
+    /// First half of an event: what it is, and, if nobody needs to be told, the reply.
+    pub(crate) fn begin(&mut self, event: &ffi::Event, reply: &mut ffi::Reply) -> ffi::Observed {
+        self.event = convert::event(event);
+        self.pending = false;
+        if matches!(self.state, State::Open)
+            && let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.observe()))
+        {
+            self.fail(&*panic);
+        }
+        let nowhere = ffi::Accesses { read: false, write: false, execute: false };
+        let observed = |kind, pa, accesses, breakpoint| ffi::Observed { kind, breakpoint, accesses, pa };
+        let of = |kind, access: &Access, breakpoint| {
+            observed(kind, access.gpa.0, convert::accesses_of(access), breakpoint)
+        };
+        if !matches!(self.state, State::Open) {
+            convert::reply(&self.let_go(), reply);
+            return observed(ffi::Kind::Failed, 0, nowhere, false);
+        }
+        self.pending = true;
+        match &self.observed {
+            Observed::Nothing(answer) => {
+                self.pending = false;
+                convert::reply(answer, reply);
+                observed(ffi::Kind::Answered, 0, nowhere, false)
+            }
+            Observed::Hit(gpa) => observed(ffi::Kind::Hit, gpa.0, nowhere, true),
+            Observed::Access { access, breakpoint } => of(ffi::Kind::Access, access, *breakpoint),
+            Observed::Accessed(access) => of(ffi::Kind::Accessed, access, false),
+        }
+    }
+
+    fn observe(&mut self) {
+        self.observed = self.engine.begin(&mut self.machine, &self.event);
+        #[cfg(feature = "fault-injection")]
+        if let (Observed::Hit(gpa), Some(hits)) = (&self.observed, &mut self.hits_until_panic) {
+            *hits = hits.saturating_sub(1);
+            assert!(*hits > 0, "HYPERBP_PANIC_AT_HIT: at the breakpoint at {gpa}");
+        }
+    }
+
+    /// Second half of the event that was begun last: `registers` are its registers, or what those who were told have made
+    /// of them.
+    pub(crate) fn finish(&mut self, registers: &ffi::General, reply: &mut ffi::Reply) {
+        if !std::mem::take(&mut self.pending) {
+            if matches!(self.state, State::Open) {
+                log::warn!("an event was finished that was not begun, or finished before: the virtual CPU goes on");
+            }
+            return convert::reply(&self.let_go(), reply);
+        }
+        let &ffi::General { gpr, rip, rflags } = registers;
+        let finished = catch_unwind(AssertUnwindSafe(|| {
+            let Self { engine, machine, event, observed, .. } = self;
+            let registers = Registers { gpr, rip, rflags, ..event.registers };
+            convert::reply(&engine.end(machine, event, observed, &registers), reply);
+        }));
+        if let Err(panic) = finished {
+            self.fail(&*panic);
+            convert::reply(&self.let_go(), reply);
+        }
+    }
+
+    /// Whether there was a panic: then it can only be closed.
+    pub(crate) const fn failed(&self) -> bool {
+        matches!(self.state, State::Failed(_))
+    }
+
+    /// The view in which virtual CPUs meet breakpoints.
+    pub(crate) const fn view(&self) -> u16 {
+        self.view.0
+    }
+
+    /// The name of the mechanism of all breakpoints.
+    pub(crate) fn mechanism(&self) -> String {
+        self.mechanism.to_string()
+    }
+
+    /// What happened so far.
+    pub(crate) fn counters(&self) -> ffi::Counters {
+        let counters = self.engine.counters();
+        let unit = match self.machine.inner().has_nanoseconds() {
+            true => 1.0,
+            false => self.clock.nanoseconds_per_tick(self.machine.now()),
+        };
+        let times = self.engine.handling_time();
+        let quantile = |quantile| (times.value_at_quantile(quantile) as f64 * unit).round() as u64;
+        ffi::Counters {
+            hits: counters.hits,
+            reads: counters.reads,
+            writes: counters.writes,
+            held: counters.held,
+            discarded: counters.discarded,
+            reinjected: counters.reinjected,
+            emulation_failures: counters.emulation_failures,
+            unexplained: counters.unexplained,
+            failures: counters.failures,
+            p50_ns: quantile(0.5),
+            p90_ns: quantile(0.9),
+            p99_ns: quantile(0.99),
+            max_ns: quantile(1.0),
+        }
+    }
+
+    /// What the breakpoints have done, by address, as many as there is room for. Returns how many there are.
+    pub(crate) fn breakpoints(&self, into: &mut [ffi::Figures]) -> usize {
+        let ids = self.engine.breakpoints();
+        for (id, into) in ids.iter().zip(into) {
+            if let Ok(figures) = self.engine.figures(*id) {
+                *into = convert::figures(id.gpa(), &figures);
+            }
+        }
+        ids.len()
+    }
+
+    /// Does something with the engine, unless it has failed or does so now.
+    fn attempt<T>(&mut self, work: impl FnOnce(&mut Self) -> Result<T, Error>) -> Result<T, Error> {
+        match &self.state {
+            State::Open => {}
+            State::Failed(message) => return Err(Error::Failed(message.clone())),
+            State::Closed => return Err(Error::Closed),
+        }
+        catch_unwind(AssertUnwindSafe(|| work(self))).unwrap_or_else(|panic| {
+            self.fail(&*panic);
+            Err(Error::Failed(message_of(&*panic)))
+        })
+    }
+
+    /// There was a panic. The engine is not asked any more; all it has done is undone at once.
+    #[cold]
+    fn fail(&mut self, panic: &(dyn Any + Send)) {
+        let message = message_of(panic);
+        log::error!("a bug of hyperbp has ended the session: {message}");
+        self.state = State::Failed(message);
+        self.pending = false;
+        if let Err(error) = without_panic(|| Ok(self.machine.undo()?)) {
+            log::error!("the domain could not be left as it was: {error}");
+        }
+    }
+
+    /// The answer to an event that the engine is not to be asked about: on with the guest's own bytes.
+    fn let_go(&mut self) -> Reply {
+        let own = match self.event.reason {
+            // With prefixes, the 0xCC is the last byte. What is in the next page is left to the guest.
+            Reason::Int3(int3) => {
+                let at = Gpa(int3.gpa.0 + u64::from(int3.length.max(1)) - 1);
+                let mut byte = [0];
+                let read = without_panic(|| Ok(self.machine.read(at, &mut byte)?));
+                at.offset() < int3.gpa.offset() || read.is_err() || byte == [INT3]
+            }
+            Reason::Step | Reason::Access(_) | Reason::EmulationFailed => false,
+        };
+        let action = if own { Action::Reinject } else { Action::Resume };
+        // If it was still to be stepped, that was stopped when the rest was undone.
+        Reply { view: Some(ViewId::HOST), action, ..Reply::default() }
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        if !matches!(self.state, State::Closed)
+            && let Err(error) = self.close()
+        {
+            log::error!("{error}");
+        }
+    }
+}
