@@ -187,6 +187,7 @@ hyperbp_observed_t hyperbp_begin(
     what->pa = observed.pa;
     what->access = hyperbp::flags_of(observed.accesses);
     what->breakpoint = observed.breakpoint;
+    what->breakpoint_pa = observed.breakpoint_pa;
     if (observed.kind == ffi::Kind::Answered || observed.kind == ffi::Kind::Failed)
         *response = respond(*session, *event);
     return kind_of(observed.kind);

@@ -1,9 +1,10 @@
 //! What C++ sees. All of it is plain data, a session, and two classes that C++ implements.
+// What cxx generates has its own ways.
+#![allow(missing_docs, unreachable_pub, clippy::multiple_unsafe_ops_per_block)]
 
-use crate::session::{self, Session, check_mechanism, open, open_libvmi};
+use crate::session::{Session, check_mechanism, open, open_libvmi};
 
 #[cxx::bridge(namespace = "hyperbp::ffi")]
-#[allow(clippy::struct_excessive_bools, missing_docs)]
 pub(crate) mod ffi {
     /// How the CPU decodes instructions.
     #[derive(Debug)]
@@ -142,10 +143,11 @@ pub(crate) mod ffi {
     #[derive(Debug)]
     struct Observed {
         kind: Kind,
-        /// The access is the fetch of an instruction with a breakpoint: tell its subscribers, too.
+        /// The access is made to fetch the instruction at the breakpoint at `breakpoint_pa`: tell its subscribers, too.
         breakpoint: bool,
         accesses: Accesses,
         pa: u64,
+        breakpoint_pa: u64,
     }
 
     /// What a view permits on a page.

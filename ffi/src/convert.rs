@@ -1,7 +1,8 @@
 //! The bridge's types are the core's, without what C++ does not know: enums with data, and options.
 
 use hyperbp::{
-    Access, Accesses, Action, CodeMode, Event, Figures, Gpa, Int3, Reason, Registers, Reply, Rights, Step, VcpuId, ViewId,
+    Access, Accesses, Action, CodeMode, Event, Figures, Gpa, Int3, Reason, Registers, Reply, Rights, Step, VcpuId,
+    ViewId,
 };
 
 use crate::bridge::ffi;
@@ -83,9 +84,16 @@ pub(crate) fn reply(reply: &Reply, into: &mut ffi::Reply) {
     };
 }
 
-/// The kinds of an access.
-pub(crate) fn accesses_of(access: &Access) -> ffi::Accesses {
-    ffi::Accesses { read: access.read, write: access.write, execute: access.execute }
+/// What an event is, nowhere.
+pub(crate) const fn observed(kind: ffi::Kind) -> ffi::Observed {
+    let accesses = ffi::Accesses { read: false, write: false, execute: false };
+    ffi::Observed { kind, breakpoint: false, accesses, pa: 0, breakpoint_pa: 0 }
+}
+
+/// What an event is, that is about an access.
+pub(crate) const fn observed_access(kind: ffi::Kind, access: &Access) -> ffi::Observed {
+    let accesses = ffi::Accesses { read: access.read, write: access.write, execute: access.execute };
+    ffi::Observed { accesses, pa: access.gpa.0, ..observed(kind) }
 }
 
 /// Kinds of accesses.

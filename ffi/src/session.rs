@@ -6,8 +6,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use cxx::UniquePtr;
 use hyperbp::{
-    Access, Action, BreakpointId, Engine, Event, Gfn, Gpa, Hypervisor as _, Mechanism, Observed, PAGE_SIZE, Reason,
-    Registers, Reply, VcpuId, ViewId,
+    Action, BreakpointId, Engine, Event, Gfn, Gpa, Hypervisor as _, Mechanism, Observed, Reason, Registers, Reply,
+    VcpuId, ViewId,
 };
 
 use crate::bridge::ffi;
@@ -135,7 +135,9 @@ fn without_panic<T>(work: impl FnOnce() -> Result<T, Error>) -> Result<T, Error>
 /// What a panic said.
 fn message_of(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<&str>().copied();
-    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("a panic without a message").to_owned()
+    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("a panic without a message")
+        .to_owned()
 }
 
 impl Session {
@@ -256,25 +258,24 @@ impl Session {
         {
             self.fail(&*panic);
         }
-        let nowhere = ffi::Accesses { read: false, write: false, execute: false };
-        let observed = |kind, pa, accesses, breakpoint| ffi::Observed { kind, breakpoint, accesses, pa };
-        let of = |kind, access: &Access, breakpoint| {
-            observed(kind, access.gpa.0, convert::accesses_of(access), breakpoint)
-        };
         if !matches!(self.state, State::Open) {
             convert::reply(&self.let_go(), reply);
-            return observed(ffi::Kind::Failed, 0, nowhere, false);
+            return convert::observed(ffi::Kind::Failed);
         }
         self.pending = true;
         match &self.observed {
             Observed::Nothing(answer) => {
                 self.pending = false;
                 convert::reply(answer, reply);
-                observed(ffi::Kind::Answered, 0, nowhere, false)
+                convert::observed(ffi::Kind::Answered)
             }
-            Observed::Hit(gpa) => observed(ffi::Kind::Hit, gpa.0, nowhere, true),
-            Observed::Access { access, breakpoint } => of(ffi::Kind::Access, access, *breakpoint),
-            Observed::Accessed(access) => of(ffi::Kind::Accessed, access, false),
+            Observed::Hit(gpa) => ffi::Observed { pa: gpa.0, ..convert::observed(ffi::Kind::Hit) },
+            Observed::Access { access, breakpoint } => ffi::Observed {
+                breakpoint: breakpoint.is_some(),
+                breakpoint_pa: breakpoint.map_or(0, |gpa| gpa.0),
+                ..convert::observed_access(ffi::Kind::Access, access)
+            },
+            Observed::Accessed(access) => convert::observed_access(ffi::Kind::Accessed, access),
         }
     }
 

@@ -9,6 +9,7 @@ mod bench;
 mod boot;
 mod deny;
 mod fuzz;
+mod install;
 mod recover;
 mod storm;
 mod test;
@@ -28,6 +29,7 @@ enum Command {
     Bench(bench::Bench),
     Boot(boot::Boot),
     Fuzz(fuzz::Fuzz),
+    Install(install::Install),
     Storm(storm::Storm),
     Recover(recover::Recover),
     Test(test::Test),
@@ -39,6 +41,7 @@ fn main() -> ExitCode {
         Command::Bench(bench) => bench.run(),
         Command::Boot(boot) => boot.run(),
         Command::Fuzz(fuzz) => fuzz.run(),
+        Command::Install(install) => install.run(),
         Command::Storm(storm) => storm.run(),
         Command::Recover(recover) => recover.run(),
         Command::Test(test) => test.run(),

@@ -71,9 +71,10 @@ typedef struct hyperbp_what {
     uint64_t pa;
     /* With HYPERBP_ACCESS and HYPERBP_ACCESSED: VMI_MEMACCESS_R, _W and _X. */
     vmi_mem_access_t access;
-    /* With HYPERBP_ACCESS: it is the fetch of an instruction that has a breakpoint: tell its subscribers, too. There will
-     * be no HYPERBP_HIT. */
+    /* With HYPERBP_ACCESS: it is made to fetch the instruction with the breakpoint at `breakpoint_pa`: tell its subscribers,
+     * too. There will be no HYPERBP_HIT. */
     bool breakpoint;
+    uint64_t breakpoint_pa;
 } hyperbp_what_t;
 
 /* How often what happened since the session was opened. */

@@ -83,7 +83,7 @@ mod tests {
     fn a_page_is_mapped_once_until_it_is_forgotten() {
         let mapped = Cell::new(0);
         let mut cache = PageCache::default();
-        let mut get = |cache: &mut PageCache<u64>, gfn: u64| {
+        let get = |cache: &mut PageCache<u64>, gfn: u64| {
             let map = || {
                 mapped.set(mapped.get() + 1);
                 Ok::<_, Infallible>(gfn)
