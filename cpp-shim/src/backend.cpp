@@ -129,7 +129,8 @@ hyperbp_session_t* hyperbp_open(vmi_instance_t vmi, const char* mechanism, const
 {
     return guarded(static_cast<hyperbp_session_t*>(nullptr), [&] {
         if (vmi == nullptr || memory == nullptr || memory->add_page == nullptr || memory->drop_page == nullptr)
-            throw std::invalid_argument("hyperbp_open needs an instance of LibVMI, and both functions of hyperbp_memory_t");
+            throw std::invalid_argument(
+                "hyperbp_open needs an instance of LibVMI, and both functions of hyperbp_memory_t");
         const char* name = mechanism != nullptr ? mechanism : "auto";
         auto opened = ffi::open_libvmi(vmi, std::make_unique<HostMemory>(*memory), name);
         std::string canonical(opened->mechanism());
@@ -176,8 +177,8 @@ bool hyperbp_watch(hyperbp_session_t* session, uint64_t gfn, vmi_mem_access_t ac
     });
 }
 
-hyperbp_observed_t hyperbp_begin(
-    hyperbp_session_t* session, vmi_event_t* event, hyperbp_what_t* what, event_response_t* response) noexcept
+hyperbp_observed_t hyperbp_begin(hyperbp_session_t* session, vmi_event_t* event, hyperbp_what_t* what,
+                                 event_response_t* response) noexcept
 {
     *what = {};
     *response = VMI_EVENT_RESPONSE_NONE;
@@ -233,8 +234,11 @@ size_t hyperbp_breakpoints(const hyperbp_session_t* session, hyperbp_figures_t* 
         const std::size_t count = session->session->breakpoints({figures.data(), figures.size()});
         for (std::size_t n = 0; n < figures.size() && n < count; ++n) {
             const ffi::Figures& from = figures[n];
-            into[n] = {from.pa,      session->mechanism.c_str(),  from.hits,    from.repair,    from.view_step,
-                       from.view_fast_step, from.emulate, from.interpret, from.fallbacks, from.rewritten};
+            into[n] = {from.pa,        session->mechanism.c_str(),
+                       from.hits,      from.repair,
+                       from.view_step, from.view_fast_step,
+                       from.emulate,   from.interpret,
+                       from.fallbacks, from.rewritten};
         }
         return count;
     });
@@ -244,10 +248,19 @@ bool hyperbp_counters(const hyperbp_session_t* session, hyperbp_counters_t* into
 {
     return guarded(false, [&] {
         const ffi::Counters from = session->session->counters();
-        *into = {from.hits,        from.reads,      from.writes,
-                 from.held,        from.discarded,  from.reinjected,
-                 from.emulation_failures, from.unexplained, from.failures,
-                 from.p50_ns,      from.p90_ns,     from.p99_ns, from.max_ns};
+        *into = {from.hits,
+                 from.reads,
+                 from.writes,
+                 from.held,
+                 from.discarded,
+                 from.reinjected,
+                 from.emulation_failures,
+                 from.unexplained,
+                 from.failures,
+                 from.p50_ns,
+                 from.p90_ns,
+                 from.p99_ns,
+                 from.max_ns};
         return true;
     });
 }

@@ -14,8 +14,8 @@ struct Registered
 };
 
 /// LibVMI cannot clear this kind of event (`vmi_clear_event` does not know it), and refers to it until the instance is
-/// gone. So none is ever freed; another session on the same instance has the same one. That is as many as the program has
-/// instances at a time.
+/// gone. So none is ever freed; another session on the same instance has the same one. That is as many as the program
+/// has instances at a time.
 struct Events
 {
     std::mutex mutex;
@@ -58,8 +58,9 @@ void answer_failed_emulations(vmi_instance_t vmi, event_callback_t callback, voi
     if (vmi_register_event(vmi, &mine->event) == VMI_SUCCESS || known)
         return;
     all.list.pop_back();
-    throw std::runtime_error("LibVMI does not report failed emulations: it needs Xen 4.11 or newer, was to be initialised "
-                             "with VMI_INIT_EVENTS, and nobody else in this program may have registered that event");
+    throw std::runtime_error(
+        "LibVMI does not report failed emulations: it needs Xen 4.11 or newer, was to be initialised "
+        "with VMI_INIT_EVENTS, and nobody else in this program may have registered that event");
 }
 
 void forget_failed_emulations(vmi_instance_t vmi) noexcept

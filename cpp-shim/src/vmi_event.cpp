@@ -32,15 +32,15 @@ bool is_flat_code(std::uint64_t base, std::uint64_t limit, std::uint64_t ar) noe
 bool is_flat_data(std::uint64_t base, std::uint64_t limit, std::uint64_t ar) noexcept
 {
     return base == 0 && limit == FLAT_LIMIT
-        && (ar & (AR_FLAT | AR_CODE | AR_DOWN | AR_WRITABLE)) == (AR_FLAT | AR_WRITABLE);
+           && (ar & (AR_FLAT | AR_CODE | AR_DOWN | AR_WRITABLE)) == (AR_FLAT | AR_WRITABLE);
 }
 
 bool is_flat(const x86_registers_t& x86) noexcept
 {
     return is_flat_code(x86.cs_base, x86.cs_limit, x86.cs_arbytes)
-        && is_flat_data(x86.ss_base, x86.ss_limit, x86.ss_arbytes)
-        && is_flat_data(x86.ds_base, x86.ds_limit, x86.ds_arbytes)
-        && is_flat_data(x86.es_base, x86.es_limit, x86.es_arbytes);
+           && is_flat_data(x86.ss_base, x86.ss_limit, x86.ss_arbytes)
+           && is_flat_data(x86.ds_base, x86.ds_limit, x86.ds_arbytes)
+           && is_flat_data(x86.es_base, x86.es_limit, x86.es_arbytes);
 }
 
 ffi::CodeMode mode_of(const x86_registers_t& x86) noexcept

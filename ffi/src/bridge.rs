@@ -1,6 +1,7 @@
 //! What C++ sees. All of it is plain data, a session, and two classes that C++ implements.
 // What cxx generates has its own ways.
 #![allow(missing_docs, unreachable_pub, clippy::multiple_unsafe_ops_per_block)]
+#![cfg_attr(not(feature = "libvmi"), allow(dead_code))]
 
 use crate::session::{Session, check_mechanism, open, open_libvmi};
 

@@ -1,6 +1,6 @@
 //! hyperbp for C and C++.
 //!
-//! [`Session`](session::Session) is what a host in another language holds: the core's engine, the hypervisor it works on, and
+//! A session is what a host in another language holds: the core's engine, the hypervisor it works on, and
 //! the event between the two halves of its answer. The bridge shows it to C++, in the namespace `hyperbp::ffi`; `cpp-shim/`
 //! has the C API, and the translation of LibVMI's events, on top of that.
 //!

@@ -43,7 +43,8 @@ typedef struct hyperbp_session hyperbp_session_t;
 
 /* What LibVMI cannot do for us: pages of memory for shadows. Both are called with `data`, and return whether they have
  * succeeded; both may be called from within any function here. */
-typedef struct hyperbp_memory {
+typedef struct hyperbp_memory
+{
     void* data;
     /* Adds a page to the domain, at a frame number that the guest does not use, and says which. */
     bool (*add_page)(void* data, uint64_t* gfn);
@@ -66,25 +67,28 @@ typedef enum hyperbp_observed {
 } hyperbp_observed_t;
 
 /* Where, and how. */
-typedef struct hyperbp_what {
+typedef struct hyperbp_what
+{
     /* Guest-physical. */
     uint64_t pa;
     /* With HYPERBP_ACCESS and HYPERBP_ACCESSED: VMI_MEMACCESS_R, _W and _X. */
     vmi_mem_access_t access;
-    /* With HYPERBP_ACCESS: it is made to fetch the instruction with the breakpoint at `breakpoint_pa`: tell its subscribers,
-     * too. There will be no HYPERBP_HIT. */
+    /* With HYPERBP_ACCESS: it is made to fetch the instruction with the breakpoint at `breakpoint_pa`: tell its
+     * subscribers, too. There will be no HYPERBP_HIT. */
     bool breakpoint;
     uint64_t breakpoint_pa;
 } hyperbp_what_t;
 
 /* How often what happened since the session was opened. */
-typedef struct hyperbp_counters {
+typedef struct hyperbp_counters
+{
     /* Breakpoints were hit. */
     uint64_t hits;
     /* Reads of, and writes to, a page with breakpoints were answered. */
     uint64_t reads;
     uint64_t writes;
-    /* A virtual CPU was about to execute a page, with breakpoints in place, that another one was accessing: it had to wait. */
+    /* A virtual CPU was about to execute a page, with breakpoints in place, that another one was accessing: it had to
+     * wait. */
     uint64_t held;
     /* The guest wrote to a frame where there is none of its own. */
     uint64_t discarded;
@@ -96,8 +100,8 @@ typedef struct hyperbp_counters {
     uint64_t unexplained;
     /* Xen refused something in the middle of a hit; the guest went on. */
     uint64_t failures;
-    /* How long handling a hit took, from the beginning of the first half to the end of the second: the median, the 90th and
-     * the 99th percentile, and the longest. In nanoseconds, by the TSC; with two significant digits. */
+    /* How long handling a hit took, from the beginning of the first half to the end of the second: the median, the 90th
+     * and the 99th percentile, and the longest. In nanoseconds, by the TSC; with two significant digits. */
     uint64_t p50_ns;
     uint64_t p90_ns;
     uint64_t p99_ns;
@@ -105,13 +109,14 @@ typedef struct hyperbp_counters {
 } hyperbp_counters_t;
 
 /* What a breakpoint has done since it was set. */
-typedef struct hyperbp_figures {
+typedef struct hyperbp_figures
+{
     uint64_t pa;
     /* Lives as long as the session. */
     const char* mechanism;
     uint64_t hits;
-    /* What stepped over its instruction, so often. The rest were the guest's own INT3s, or the breakpoint was removed, or
-     * a callback has changed RIP. */
+    /* What stepped over its instruction, so often. The rest were the guest's own INT3s, or the breakpoint was removed,
+     * or a callback has changed RIP. */
     uint64_t repair;
     uint64_t view_step;
     uint64_t view_fast_step;
@@ -136,12 +141,12 @@ bool hyperbp_check_mechanism(const char* name) HYPERBP_NOEXCEPT;
  * are to be given to the session. The one for failed emulations is registered here, and answered here.
  *
  * `mechanism` is one for all breakpoints; NULL means "auto". `memory` is copied. NULL if it fails. */
-hyperbp_session_t*
-hyperbp_open(vmi_instance_t vmi, const char* mechanism, const hyperbp_memory_t* memory) HYPERBP_NOEXCEPT;
+hyperbp_session_t* hyperbp_open(vmi_instance_t vmi, const char* mechanism,
+                                const hyperbp_memory_t* memory) HYPERBP_NOEXCEPT;
 
-/* Gives everything back to the domain, and frees the session. The domain is to be paused, and the events that are queued
- * to have been handled before. Also after a failure. If it returns false, the domain is not quite as it was, and there is
- * nothing more that can be done; the session is freed nevertheless. NULL is closed already. */
+/* Gives everything back to the domain, and frees the session. The domain is to be paused, and the events that are
+ * queued to have been handled before. Also after a failure. If it returns false, the domain is not quite as it was, and
+ * there is nothing more that can be done; the session is freed nevertheless. NULL is closed already. */
 bool hyperbp_close(hyperbp_session_t* session) HYPERBP_NOEXCEPT;
 
 /* Sets a breakpoint on the instruction at a guest-physical address. If there is one already, that is it: whoever has
@@ -151,29 +156,30 @@ bool hyperbp_insert(hyperbp_session_t* session, uint64_t pa) HYPERBP_NOEXCEPT;
 /* Removes it. The guest's own byte is back when this returns. */
 bool hyperbp_remove(hyperbp_session_t* session, uint64_t pa) HYPERBP_NOEXCEPT;
 
-/* Reports the guest's accesses of these kinds to a page: before, and, if `after`, also when they have been made. Replaces
- * the watch there; VMI_MEMACCESS_N ends it. */
+/* Reports the guest's accesses of these kinds to a page: before, and, if `after`, also when they have been made.
+ * Replaces the watch there; VMI_MEMACCESS_N ends it. */
 bool hyperbp_watch(hyperbp_session_t* session, uint64_t gfn, vmi_mem_access_t access, bool after) HYPERBP_NOEXCEPT;
 
-/* First half: what an event is (of an INT3, of memory, of a single-step). If that is HYPERBP_ANSWERED or HYPERBP_FAILED,
+/* First half: what an event is (of an INT3, of memory, of a single-step). If that is HYPERBP_ANSWERED or
+ * HYPERBP_FAILED,
  * `*response` is what the callback is to return. Else the callbacks it concerns are to be called, which may insert and
  * remove what they like, and then hyperbp_finish. `*what` and `*response` are always written. */
-hyperbp_observed_t hyperbp_begin(
-    hyperbp_session_t* session, vmi_event_t* event, hyperbp_what_t* what, event_response_t* response) HYPERBP_NOEXCEPT;
+hyperbp_observed_t hyperbp_begin(hyperbp_session_t* session, vmi_event_t* event, hyperbp_what_t* what,
+                                 event_response_t* response) HYPERBP_NOEXCEPT;
 
 /* Second half: what the callback is to return. `response` is what the callbacks it concerned have returned. Of that,
  * what decides how the virtual CPU goes on is replaced; their changes to general registers, RIP and RFLAGS in
- * `event->x86_regs` count, with VMI_EVENT_RESPONSE_SET_REGISTERS or without. If RIP is another one, the instruction at the
- * old one does not run. If the session fails with this, hyperbp_failed() says so. */
-event_response_t
-hyperbp_finish(hyperbp_session_t* session, vmi_event_t* event, event_response_t response) HYPERBP_NOEXCEPT;
+ * `event->x86_regs` count, with VMI_EVENT_RESPONSE_SET_REGISTERS or without. If RIP is another one, the instruction at
+ * the old one does not run. If the session fails with this, hyperbp_failed() says so. */
+event_response_t hyperbp_finish(hyperbp_session_t* session, vmi_event_t* event,
+                                event_response_t response) HYPERBP_NOEXCEPT;
 
 /* Whether a bug in hyperbp has ended the session: then it can only be closed. What it had done to the domain has been
  * undone. */
 bool hyperbp_failed(const hyperbp_session_t* session) HYPERBP_NOEXCEPT;
 
-/* Whether a virtual CPU is to meet breakpoints and watches. The program switches it to `*view`, with the response to the
- * event at hand. */
+/* Whether a virtual CPU is to meet breakpoints and watches. The program switches it to `*view`, with the response to
+ * the event at hand. */
 bool hyperbp_monitor(hyperbp_session_t* session, uint16_t vcpu, bool monitored, uint16_t* view) HYPERBP_NOEXCEPT;
 
 /* The same for all virtual CPUs, which are switched here. */

@@ -18,8 +18,8 @@ enum class Rights : std::uint8_t;
 /// A connection to one domain, for `hyperbp::ffi::open`. Whatever it throws that derives from `std::exception` is an
 /// error on the other side; anything else ends the program.
 ///
-/// Memory addresses are guest-physical and go to the guest's own pages (the host view, number 0), whatever view a virtual
-/// CPU is in. Single-step monitoring must be on for the whole life of the connection.
+/// Memory addresses are guest-physical and go to the guest's own pages (the host view, number 0), whatever view a
+/// virtual CPU is in. Single-step monitoring must be on for the whole life of the connection.
 class Hypervisor
 {
 public:

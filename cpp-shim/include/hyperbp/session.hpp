@@ -9,8 +9,8 @@
 ///     // `reply` is the answer.
 ///     session->close();
 ///
-/// An event is answered in two halves. Between them breakpoints and watches may be inserted and removed, and the general
-/// registers, RIP and RFLAGS be changed. A session is used by one thread at a time.
+/// An event is answered in two halves. Between them breakpoints and watches may be inserted and removed, and the
+/// general registers, RIP and RFLAGS be changed. A session is used by one thread at a time.
 #ifndef HYPERBP_SESSION_HPP
 #define HYPERBP_SESSION_HPP
 

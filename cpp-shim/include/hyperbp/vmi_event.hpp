@@ -28,7 +28,8 @@ ffi::Accesses accesses_of(vmi_mem_access_t access) noexcept;
 vmi_mem_access_t flags_of(ffi::Accesses accesses) noexcept;
 
 /// Translates an event, field by field, into one that is there already: an event is large, and no field is left out.
-/// Returns whether it is one for hyperbp: an interrupt event for INT3, a memory event, a single-step or a failed emulation.
+/// Returns whether it is one for hyperbp: an interrupt event for INT3, a memory event, a single-step or a failed
+/// emulation.
 bool translate(const vmi_event_t& event, ffi::Event& into) noexcept;
 
 /// Reads the registers a host may have changed.
@@ -40,8 +41,9 @@ event_response_t respond(const ffi::Reply& reply, vmi_event_t& event, EmulationD
 
 /// The responses that hyperbp decides on. What a host wants besides can be added to what `respond` returns.
 constexpr event_response_t OURS = VMI_EVENT_RESPONSE_EMULATE | VMI_EVENT_RESPONSE_EMULATE_NOWRITE
-    | VMI_EVENT_RESPONSE_SET_EMUL_READ_DATA | VMI_EVENT_RESPONSE_TOGGLE_SINGLESTEP | VMI_EVENT_RESPONSE_SLAT_ID
-    | VMI_EVENT_RESPONSE_SET_REGISTERS | VMI_EVENT_RESPONSE_SET_EMUL_INSN | VMI_EVENT_RESPONSE_NEXT_SLAT_ID;
+                                  | VMI_EVENT_RESPONSE_SET_EMUL_READ_DATA | VMI_EVENT_RESPONSE_TOGGLE_SINGLESTEP
+                                  | VMI_EVENT_RESPONSE_SLAT_ID | VMI_EVENT_RESPONSE_SET_REGISTERS
+                                  | VMI_EVENT_RESPONSE_SET_EMUL_INSN | VMI_EVENT_RESPONSE_NEXT_SLAT_ID;
 
 } // namespace hyperbp
 
