@@ -17,7 +17,7 @@ constexpr std::uint64_t CODE = 0x2000;
 constexpr std::uint64_t AT = 0x2010;
 constexpr std::uint64_t AFTER = AT + 5;
 constexpr std::uint64_t VALUE = 0x44332211;
-/// A load of that instruction's first byte, and a store to the byte after it.
+/// A load of that instruction's first byte, and a store to its second.
 constexpr std::uint64_t LOAD = 0x3000;
 constexpr std::uint64_t STORE = 0x3005;
 
@@ -38,7 +38,7 @@ protected:
     {
         write_code(host.machine, AT, {fake::MOV_EAX, 0x11, 0x22, 0x33, 0x44});
         write_code(host.machine, LOAD, {fake::LOAD_AL, 0x10, 0x20, 0, 0});
-        write_code(host.machine, STORE, {fake::STORE_AL, 0x20, 0x20, 0, 0});
+        write_code(host.machine, STORE, {fake::STORE_AL, 0x11, 0x20, 0, 0});
         host.open();
         host.machine.vcpu(0).general.rip = CODE;
     }
@@ -93,11 +93,18 @@ TEST_P(Mechanism, FollowsWhatTheGuestWrites)
 {
     session().insert(AT);
     general().rip = STORE;
-    general().gpr[0] = fake::NOP;
+    general().gpr[0] = 0x99;
     host.run_to(STORE + 5);
+    EXPECT_EQ(host.machine.shown(0, AT + 1), 0x99);
     general().rip = CODE;
     host.run_to(AFTER);
+    EXPECT_EQ(general().gpr[0], 0x44332299U) << "it is the new instruction that has run";
     EXPECT_EQ(host.told.size(), 1U);
+    std::vector<ffi::Figures> figures(1);
+    session().breakpoints({figures.data(), 1});
+    EXPECT_EQ(figures[0].rewritten, 1U);
+    host.before = host.machine.memory();
+    host.before[AT] = fake::MOV_EAX;
     session().close();
     expect_restored();
 }
@@ -173,7 +180,7 @@ TEST_P(Mechanism, AnotherRipIsWhereItGoesOn)
 
 TEST_P(Mechanism, TheGuestsOwnInt3IsDelivered)
 {
-    write_code(host.machine, CODE, {fake::INT3});
+    write_code(host.machine, CODE, {fake::BREAKPOINT});
     host.before = host.machine.memory();
     session().insert(AT);
     host.run_to(AFTER);
@@ -342,7 +349,7 @@ TEST_P(Mechanism, WatchesReportBeforeAndAfter)
     EXPECT_EQ(host.told[0].pa, AT);
     EXPECT_EQ(host.told[1].kind, Kind::Accessed);
     EXPECT_TRUE(host.told[2].accesses.write);
-    EXPECT_EQ(host.told[2].pa, AT + 0x10);
+    EXPECT_EQ(host.told[2].pa, AT + 1);
     EXPECT_EQ(host.told[3].kind, Kind::Accessed);
 
     // Without `after`, and no reads.
@@ -439,7 +446,7 @@ TEST_P(Panic, EndsTheSessionAndTheGuestGoesOn)
 
 TEST_P(Panic, OtherVirtualCpusAndTheGuestsOwnInt3sGoOn)
 {
-    write_code(host.machine, CODE, {fake::INT3});
+    write_code(host.machine, CODE, {fake::BREAKPOINT});
     host.before = host.machine.memory();
     session().insert(AT);
     // Of a breakpoint, by a virtual CPU that waits for its answer meanwhile.

@@ -117,7 +117,7 @@ std::optional<ffi::Event> Machine::execute(std::uint16_t number)
     if (auto instead = denied(number, at, Access::Execute))
         return instead;
     const std::uint8_t opcode = byte(vcpu.view, at);
-    if (opcode == INT3) {
+    if (opcode == BREAKPOINT) {
         ffi::Event int3 = event(number, ffi::Reason::Int3);
         int3.gpa = at;
         int3.length = 1;

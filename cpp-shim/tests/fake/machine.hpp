@@ -30,7 +30,7 @@ constexpr std::size_t MOST_VIEWS = 9;
 
 // What the virtual CPUs know. All is 32-bit code, flat, without paging: linear addresses are guest-physical ones.
 constexpr std::uint8_t NOP = 0x90;
-constexpr std::uint8_t INT3 = 0xcc;
+constexpr std::uint8_t BREAKPOINT = 0xcc;
 /// MOV EAX, imm32.
 constexpr std::uint8_t MOV_EAX = 0xb8;
 /// MOV AL, [moffs32].

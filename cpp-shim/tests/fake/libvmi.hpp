@@ -1,0 +1,37 @@
+/// LibVMI, as far as hyperbp needs it, on a machine of ours: an instance is connected to one, and delivers its events.
+/// The functions of LibVMI's API are defined beside it, so that a program with this is not linked with LibVMI.
+#ifndef HYPERBP_TESTS_FAKE_LIBVMI_HPP
+#define HYPERBP_TESTS_FAKE_LIBVMI_HPP
+
+#include <map>
+
+#include <libvmi/libvmi.h>
+
+#include <libvmi/events.h>
+#include <libvmi/slat.h>
+
+#include "machine.hpp"
+
+struct vmi_instance
+{
+    explicit vmi_instance(fake::Machine& it) : machine(it) {}
+
+    /// Lets a virtual CPU execute an instruction; if that is an event, calls who has registered for it and does what
+    /// the response says.
+    void run(std::uint16_t vcpu);
+
+    fake::Machine& machine;
+    vmi_event_t* interrupt = nullptr;
+    vmi_event_t* memory = nullptr;
+    vmi_event_t* failed_emulation = nullptr;
+    std::map<std::uint32_t, vmi_event_t*> steps;
+    /// Pages mapped so far.
+    unsigned mapped = 0;
+    /// What the last response was.
+    event_response_t last = VMI_EVENT_RESPONSE_NONE;
+
+private:
+    vmi_event_t* registered_for(const fake::ffi::Event& event);
+};
+
+#endif
