@@ -7,9 +7,11 @@ use hyperbp::{
 
 use crate::bridge::ffi;
 
-/// An event.
-pub(crate) fn event(event: &ffi::Event) -> Event {
-    let reason = match event.reason {
+/// Writes an event, all of it. (It is large, and is not to be moved about.)
+pub(crate) fn event(event: &ffi::Event, into: &mut Event) {
+    into.vcpu = VcpuId(event.vcpu);
+    into.view = ViewId(event.view);
+    into.reason = match event.reason {
         ffi::Reason::Int3 => Reason::Int3(Int3 { gpa: Gpa(event.gpa), length: event.length }),
         ffi::Reason::Access => Reason::Access(Access {
             gpa: Gpa(event.gpa),
@@ -22,28 +24,23 @@ pub(crate) fn event(event: &ffi::Event) -> Event {
         // And whatever a C++ program has made of it that is none of them: it is counted as unexplained.
         _ => Reason::Step,
     };
-    Event { vcpu: VcpuId(event.vcpu), view: ViewId(event.view), registers: registers(&event.registers), reason }
-}
-
-fn registers(registers: &ffi::Registers) -> Registers {
-    Registers {
-        gpr: registers.general.gpr,
-        rip: registers.general.rip,
-        rflags: registers.general.rflags,
-        cr0: registers.cr0,
-        cr3: registers.cr3,
-        cr4: registers.cr4,
-        efer: registers.efer,
-        dr7: registers.dr7,
-        cs_base: registers.cs_base,
-        cpl: registers.cpl & 3,
-        flat: registers.flat,
-        mode: match registers.mode {
-            ffi::CodeMode::Bits16 => CodeMode::Bits16,
-            ffi::CodeMode::Bits32 => CodeMode::Bits32,
-            _ => CodeMode::Bits64,
-        },
-    }
+    let (from, into) = (&event.registers, &mut into.registers);
+    into.gpr = from.general.gpr;
+    into.rip = from.general.rip;
+    into.rflags = from.general.rflags;
+    into.cr0 = from.cr0;
+    into.cr3 = from.cr3;
+    into.cr4 = from.cr4;
+    into.efer = from.efer;
+    into.dr7 = from.dr7;
+    into.cs_base = from.cs_base;
+    into.cpl = from.cpl & 3;
+    into.flat = from.flat;
+    into.mode = match from.mode {
+        ffi::CodeMode::Bits16 => CodeMode::Bits16,
+        ffi::CodeMode::Bits32 => CodeMode::Bits32,
+        _ => CodeMode::Bits64,
+    };
 }
 
 /// Writes a reply, as far as what it holds counts.

@@ -6,8 +6,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use cxx::UniquePtr;
 use hyperbp::{
-    Action, BreakpointId, Engine, Event, Gfn, Gpa, Hypervisor as _, Mechanism, Observed, Reason, Registers, Reply,
-    VcpuId, ViewId,
+    Access, Action, BreakpointId, Engine, Event, Gfn, Gpa, Hypervisor as _, Mechanism, Observed, Reason, Registers,
+    Reply, VcpuId, ViewId,
 };
 
 use crate::bridge::ffi;
@@ -56,6 +56,14 @@ enum State {
     Closed,
 }
 
+/// What [`Engine::begin`] said, where it did not answer: an [`Observed`] without the room for an answer.
+#[derive(Clone, Copy)]
+enum Told {
+    Hit(Gpa),
+    Access { access: Access, breakpoint: Option<Gpa> },
+    Accessed(Access),
+}
+
 /// An engine, the hypervisor it works on, and the event between the two halves of its answer.
 pub(crate) struct Session {
     engine: Engine,
@@ -66,10 +74,10 @@ pub(crate) struct Session {
     breakpoints: HashMap<Gpa, BreakpointId>,
     state: State,
     clock: Clock,
-    /// The last event, and what [`Engine::begin`] said of it. It waits for its second half while this is `pending`.
+    /// The last event.
     event: Event,
-    observed: Observed,
-    pending: bool,
+    /// What it is, while it waits for its second half.
+    told: Option<Told>,
     #[cfg(feature = "fault-injection")]
     hits_until_panic: Option<u64>,
 }
@@ -159,8 +167,7 @@ impl Session {
                 registers: Registers::default(),
                 reason: Reason::EmulationFailed,
             },
-            observed: Observed::Nothing(Reply::default()),
-            pending: false,
+            told: None,
             #[cfg(feature = "fault-injection")]
             hits_until_panic: std::env::var("HYPERBP_PANIC_AT_HIT").ok().and_then(|hits| hits.parse().ok()),
         });
@@ -251,10 +258,10 @@ impl Session {
 
     /// First half of an event: what it is, and, if nobody needs to be told, the reply.
     pub(crate) fn begin(&mut self, event: &ffi::Event, reply: &mut ffi::Reply) -> ffi::Observed {
-        self.event = convert::event(event);
-        self.pending = false;
+        convert::event(event, &mut self.event);
+        self.told = None;
         if matches!(self.state, State::Open)
-            && let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.observe()))
+            && let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.observe(reply)))
         {
             self.fail(&*panic);
         }
@@ -262,27 +269,30 @@ impl Session {
             convert::reply(&self.let_go(), reply);
             return convert::observed(ffi::Kind::Failed);
         }
-        self.pending = true;
-        match &self.observed {
-            Observed::Nothing(answer) => {
-                self.pending = false;
-                convert::reply(answer, reply);
-                convert::observed(ffi::Kind::Answered)
-            }
-            Observed::Hit(gpa) => ffi::Observed { pa: gpa.0, ..convert::observed(ffi::Kind::Hit) },
-            Observed::Access { access, breakpoint } => ffi::Observed {
+        match &self.told {
+            None => convert::observed(ffi::Kind::Answered),
+            Some(Told::Hit(gpa)) => ffi::Observed { pa: gpa.0, ..convert::observed(ffi::Kind::Hit) },
+            Some(Told::Access { access, breakpoint }) => ffi::Observed {
                 breakpoint: breakpoint.is_some(),
                 breakpoint_pa: breakpoint.map_or(0, |gpa| gpa.0),
                 ..convert::observed_access(ffi::Kind::Access, access)
             },
-            Observed::Accessed(access) => convert::observed_access(ffi::Kind::Accessed, access),
+            Some(Told::Accessed(access)) => convert::observed_access(ffi::Kind::Accessed, access),
         }
     }
 
-    fn observe(&mut self) {
-        self.observed = self.engine.begin(&mut self.machine, &self.event);
+    fn observe(&mut self, reply: &mut ffi::Reply) {
+        self.told = match self.engine.begin(&mut self.machine, &self.event) {
+            Observed::Nothing(answer) => {
+                convert::reply(&answer, reply);
+                None
+            }
+            Observed::Hit(gpa) => Some(Told::Hit(gpa)),
+            Observed::Access { access, breakpoint } => Some(Told::Access { access, breakpoint }),
+            Observed::Accessed(access) => Some(Told::Accessed(access)),
+        };
         #[cfg(feature = "fault-injection")]
-        if let (Observed::Hit(gpa), Some(hits)) = (&self.observed, &mut self.hits_until_panic) {
+        if let (Some(Told::Hit(gpa)), Some(hits)) = (&self.told, &mut self.hits_until_panic) {
             *hits = hits.saturating_sub(1);
             assert!(*hits > 0, "HYPERBP_PANIC_AT_HIT: at the breakpoint at {gpa}");
         }
@@ -291,22 +301,34 @@ impl Session {
     /// Second half of the event that was begun last: `registers` are its registers, or what those who were told have made
     /// of them.
     pub(crate) fn finish(&mut self, registers: &ffi::General, reply: &mut ffi::Reply) {
-        if !std::mem::take(&mut self.pending) {
+        let Some(told) = self.told.take() else {
             if matches!(self.state, State::Open) {
                 log::warn!("an event was finished that was not begun, or finished before: the virtual CPU goes on");
             }
             return convert::reply(&self.let_go(), reply);
-        }
-        let &ffi::General { gpr, rip, rflags } = registers;
-        let finished = catch_unwind(AssertUnwindSafe(|| {
-            let Self { engine, machine, event, observed, .. } = self;
-            let registers = Registers { gpr, rip, rflags, ..event.registers };
-            convert::reply(&engine.end(machine, event, observed, &registers), reply);
-        }));
-        if let Err(panic) = finished {
+        };
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.end(told, registers, reply))) {
             self.fail(&*panic);
             convert::reply(&self.let_go(), reply);
         }
+    }
+
+    fn end(&mut self, told: Told, registers: &ffi::General, reply: &mut ffi::Reply) {
+        let observed = match told {
+            Told::Hit(gpa) => Observed::Hit(gpa),
+            Told::Access { access, breakpoint } => Observed::Access { access, breakpoint },
+            Told::Accessed(access) => Observed::Accessed(access),
+        };
+        let &ffi::General { gpr, rip, rflags } = registers;
+        let before = &self.event.registers;
+        let changed;
+        let registers = if (rip, rflags, &gpr) == (before.rip, before.rflags, &before.gpr) {
+            before
+        } else {
+            changed = Registers { gpr, rip, rflags, ..*before };
+            &changed
+        };
+        convert::reply(&self.engine.end(&mut self.machine, &self.event, &observed, registers), reply);
     }
 
     /// Whether there was a panic: then it can only be closed.
@@ -380,7 +402,7 @@ impl Session {
         let message = message_of(panic);
         log::error!("a bug of hyperbp has ended the session: {message}");
         self.state = State::Failed(message);
-        self.pending = false;
+        self.told = None;
         if let Err(error) = without_panic(|| Ok(self.machine.undo()?)) {
             log::error!("the domain could not be left as it was: {error}");
         }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, ValueEnum};
-use hyperbp_lab::{Host, Log, Progress};
+use hyperbp_lab::{Host, Log, Progress, tools};
 
 use crate::tools::CARGO_FUZZ;
 
@@ -71,7 +71,8 @@ impl Fuzz {
         let host = Host::this();
         // libFuzzer is C++.
         if host.find("c++").is_none() {
-            hyperbp_lab::tools::install(&host, &progress, &Log::create(&dir.join("tools.log"), "tools")?)?;
+            let log = Log::create(&dir.join("tools.log"), "tools")?;
+            tools::install(&host, tools::TOOLS, &progress, &log)?;
         }
         build(&dir)?;
         let programs = dir.join(host_triple()?).join("release");

@@ -21,6 +21,10 @@ pub(crate) struct Install {
     #[arg(long, value_delimiter = ',', value_name = "FEATURES")]
     features: Vec<String>,
 
+    /// Cargo's profile to build it with
+    #[arg(long, default_value = "release", value_name = "PROFILE")]
+    profile: String,
+
     /// Without LibVMI, and so without the C API: for a host with a connection of its own
     #[arg(long)]
     without_libvmi: bool,
@@ -46,9 +50,9 @@ pub(crate) struct Library {
 }
 
 impl Install {
-    /// Installs into `prefix`.
-    pub(crate) fn to(prefix: PathBuf, without_libvmi: bool) -> Self {
-        Self { prefix, features: Vec::new(), without_libvmi }
+    /// Into `prefix`, for tests.
+    pub(crate) fn for_tests(prefix: PathBuf, without_libvmi: bool) -> Self {
+        Self { prefix, features: vec!["fault-injection".to_owned()], profile: "dev".to_owned(), without_libvmi }
     }
 
     pub(crate) fn run(self) -> Result<()> {
@@ -57,7 +61,7 @@ impl Install {
         if !self.without_libvmi {
             features.push("libvmi".to_owned());
         }
-        let library = build("release", &features)?;
+        let library = build(&self.profile, &features)?;
         let (lib, include) = (prefix.join("lib"), prefix.join("include"));
         copy(&library.archive, &lib.join("libhyperbp.a"))?;
         let headers = crate::repo().join("cpp-shim/include/hyperbp");

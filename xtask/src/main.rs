@@ -7,6 +7,7 @@ use clap::{Parser, Subcommand};
 
 mod bench;
 mod boot;
+mod cpp;
 mod deny;
 mod fuzz;
 mod install;

@@ -11,15 +11,19 @@ use hyperbp_report::{Collection, Results, Run, Workload};
 
 use crate::fuzz::Fuzz;
 use crate::trace::Trace;
-use crate::{deny, tools};
+use crate::{cpp, deny, tools};
 
-/// Run all tests: formatting, lints, unit and property tests, documentation, dependencies, a little fuzzing, and checks on a
-/// real Xen in the lab
+/// Run all tests: formatting, lints, unit and property tests, those of the C++ side, documentation, dependencies, a little
+/// fuzzing, and checks on a real Xen in the lab
 #[derive(Debug, Args)]
 pub(crate) struct Test {
     /// Only what needs no emulator
     #[arg(long, conflicts_with = "only_lab")]
     no_lab: bool,
+
+    /// Only what is about ffi/ and cpp-shim/
+    #[arg(long, conflicts_with_all = ["no_lab", "only_lab"])]
+    only_cpp: bool,
 
     /// Only what runs in the emulator
     #[arg(long)]
@@ -91,8 +95,12 @@ const FLOOR_PERCENT: u64 = 110;
 
 impl Test {
     pub(crate) fn run(self) -> Result<()> {
+        if self.only_cpp {
+            return cpp::run();
+        }
         if !self.only_lab {
             steps(ANYWHERE, None)?;
+            cpp::run()?;
             deny::run()?;
             Fuzz::all(FUZZ_SECONDS).run()?;
         }

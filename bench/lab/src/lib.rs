@@ -100,7 +100,7 @@ impl Lab {
         if !self.stages.dir().join("complete").exists() {
             Host::check_space(self.stages.dir(), SPACE)?;
         }
-        tools::install(&self.host, &self.progress, &self.stages.log("tools")?)?;
+        tools::install(&self.host, tools::TOOLS, &self.progress, &self.stages.log("tools")?)?;
         Apt::new(&self.host, &self.stages.dir().join("apt"))
     }
 

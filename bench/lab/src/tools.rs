@@ -1,10 +1,10 @@
-//! The build tools the lab needs from the host's own Debian.
+//! The build tools that are needed from the host's own Debian.
 
 use std::fs;
 
 use crate::{Error, Host, Log, Progress, Result};
 
-/// The packages. The first column of `dpkg-query` must show each as installed.
+/// What the lab needs. The first column of `dpkg-query` must show each as installed.
 pub const TOOLS: &[&str] = &[
     "g++",                    // Bochs, libFuzzer
     "grub-common",            // grub-mkimage
@@ -20,13 +20,16 @@ pub const TOOLS: &[&str] = &[
     "xz-utils",               // Bochs, the kernel
 ];
 
-/// Installs those of [`TOOLS`] that are missing.
+/// What the C++ side, and its tests, need.
+pub const CPP: &[&str] = &["clang-format", "cmake", "g++", "libgtest-dev", "make", "meson", "pkg-config"];
+
+/// Installs those of `packages` that are missing.
 ///
 /// # Errors
 /// [`Error::NotDebian`]; [`Error::NoPermission`] when this user may not; [`Error::Build`] when apt-get fails.
-pub fn install(host: &Host, progress: &Progress, log: &Log) -> Result<()> {
+pub fn install(host: &Host, packages: &[&'static str], progress: &Progress, log: &Log) -> Result<()> {
     host.codename()?;
-    let missing = missing(host, log)?;
+    let missing = missing(host, packages, log)?;
     if missing.is_empty() {
         return Ok(());
     }
@@ -54,15 +57,15 @@ fn may_sudo(host: &Host, log: &Log) -> bool {
     log.status(host.command("sudo").args(["-n", "true"])).is_ok_and(|status| status.success())
 }
 
-fn missing(host: &Host, log: &Log) -> Result<Vec<&'static str>> {
+fn missing(host: &Host, packages: &[&'static str], log: &Log) -> Result<Vec<&'static str>> {
     // It fails when it does not know one of them; what it prints about the others is all that counts.
     let mut query = host.command("dpkg-query");
-    query.args(["-W", "-f", "${db:Status-Status} ${Package}\n"]).args(TOOLS);
+    query.args(["-W", "-f", "${db:Status-Status} ${Package}\n"]).args(packages);
     let output = query.output().map_err(|e| crate::command::spawn_error(&query, e))?;
     let installed = String::from_utf8_lossy(&output.stdout);
     log.line(&installed)?;
     let is_installed = |tool: &str| installed.lines().any(|line| line.strip_prefix("installed ") == Some(tool));
-    Ok(TOOLS.iter().copied().filter(|tool| !is_installed(tool)).collect())
+    Ok(packages.iter().copied().filter(|tool| !is_installed(tool)).collect())
 }
 
 /// Whether apt has lists of packages at all: a container's image usually has none.

@@ -59,7 +59,7 @@ impl Fake {
     }
 
     fn install_tools(&self) -> Result<()> {
-        tools::install(&self.host, &Progress::silent(), &self.log())
+        tools::install(&self.host, tools::TOOLS, &Progress::silent(), &self.log())
     }
 
     fn apt(&self) -> Result<Apt> {

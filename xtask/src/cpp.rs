@@ -1,0 +1,212 @@
+//! The tests of `ffi/` and `cpp-shim/`: what Rust and C++ say to each other.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail, ensure};
+use hyperbp_lab::{Host, Log, Progress, tools};
+
+use crate::install::Install;
+
+/// Programs of [`tools::CPP`]: where they are all there, nothing is installed.
+const PROGRAMS: [&str; 6] = ["c++", "clang-format", "cmake", "make", "meson", "pkg-config"];
+/// And a header of its.
+const GTEST: &str = "usr/include/gtest/gtest.h";
+
+/// Lints, tests and documentation of the packages, with these features besides.
+fn of_the_packages(features: &str) -> [(String, Vec<String>); 3] {
+    let packages = ["-p", "hyperbp-ffi", "--features", features];
+    let step = |name: &str, command: &[&str], options: &[&str]| {
+        let with = if features.contains("libvmi") { " with LibVMI" } else { "" };
+        let arguments = [command, &packages, options].concat().into_iter().map(str::to_owned).collect();
+        (format!("{name} of hyperbp-ffi{with}"), arguments)
+    };
+    [
+        step("lint", &["clippy"], &["--all-targets", "--", "-D", "warnings"]),
+        step("test", &["test"], &[]),
+        step("documentation", &["doc", "--no-deps"], &["--document-private-items"]),
+    ]
+}
+
+/// Runs them. What needs LibVMI is told, if there is none.
+pub(crate) fn run() -> Result<()> {
+    let dir = crate::target().join("cpp");
+    fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
+    let host = Host::this();
+    if PROGRAMS.iter().any(|program| host.find(program).is_none()) || !host.root.join(GTEST).exists() {
+        let log = Log::create(&dir.join("tools.log"), "tools")?;
+        // bindgen's are among the lab's.
+        tools::install(&host, &[tools::CPP, tools::TOOLS].concat(), &Progress::new(), &log)?;
+    }
+    format()?;
+    packages("fault-injection")?;
+    missing_libvmi(&dir)?;
+    let installed = install(&dir, true)?;
+    gtest(&dir, &installed, "session-test", true)?;
+    consumers(&dir, &installed)?;
+    if !has_libvmi() {
+        println!(
+            "skipped, for pkg-config does not find libvmi: lint, test and documentation of hyperbp-ffi with LibVMI, \
+             libvmi-test (the C API, and the translation of LibVMI's events)"
+        );
+        return Ok(());
+    }
+    packages("fault-injection,libvmi")?;
+    let installed = install(&dir, false)?;
+    gtest(&dir, &installed, "libvmi-test", false)
+}
+
+fn packages(features: &str) -> Result<()> {
+    for (name, arguments) in of_the_packages(features) {
+        eprintln!("== {name}: cargo {}", arguments.join(" "));
+        let mut command = crate::tools::cargo();
+        command.args(arguments).env("RUSTDOCFLAGS", "-D warnings");
+        ensure!(command.status().context("cannot run cargo")?.success(), "the step `{name}` failed");
+    }
+    Ok(())
+}
+
+/// All C++ is as clang-format writes it.
+fn format() -> Result<()> {
+    let shim = crate::repo().join("cpp-shim");
+    let mut files = Vec::new();
+    sources(&shim, &mut files)?;
+    files.sort();
+    eprintln!("== format of the C++ shim: clang-format, {} files", files.len());
+    run_program(Command::new("clang-format").args(["--dry-run", "--Werror"]).args(files).current_dir(shim))
+}
+
+/// All C and C++ below a directory.
+fn sources(dir: &Path, into: &mut Vec<PathBuf>) -> Result<()> {
+    for entry in fs::read_dir(dir).with_context(|| format!("cannot read {}", dir.display()))? {
+        let path = entry?.path();
+        let is_source = path.extension().is_some_and(|e| ["c", "cpp", "h", "hpp"].iter().any(|known| e == *known));
+        if path.is_dir() {
+            sources(&path, into)?;
+        } else if is_source {
+            into.push(path);
+        }
+    }
+    Ok(())
+}
+
+fn has_libvmi() -> bool {
+    let mut command = Command::new("pkg-config");
+    command.args(["--exists", "libvmi"]).status().is_ok_and(|status| status.success())
+}
+
+/// Without LibVMI, its bindings are not built, and whoever tries is told what to do.
+fn missing_libvmi(dir: &Path) -> Result<()> {
+    let (empty, target) = (dir.join("no-packages"), dir.join("no-libvmi"));
+    fs::create_dir_all(&empty).with_context(|| format!("cannot create {}", empty.display()))?;
+    eprintln!("== libvmi-sys without LibVMI");
+    let mut command = crate::tools::cargo();
+    // In a directory of its own, lest what was built with LibVMI is built again.
+    command.args(["check", "-p", "libvmi-sys", "--target-dir"]).arg(target);
+    command.env("PKG_CONFIG_PATH", "").env("PKG_CONFIG_LIBDIR", &empty);
+    let output = command.output().context("cannot run cargo")?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    let helps =
+        said.lines().any(|line| ["error", "install LibVMI", "PKG_CONFIG_PATH"].iter().all(|part| line.contains(part)));
+    ensure!(!output.status.success() && helps, "libvmi-sys does not say what to do without LibVMI:\n{said}");
+    Ok(())
+}
+
+/// Installs the library for the tests, and returns where its .pc file is.
+fn install(dir: &Path, without_libvmi: bool) -> Result<PathBuf> {
+    let prefix = dir.join(if without_libvmi { "prefix" } else { "prefix-libvmi" });
+    Install::for_tests(prefix.clone(), without_libvmi).run()?;
+    Ok(prefix.join("lib/pkgconfig"))
+}
+
+/// Builds a program of tests with CMake, with sanitizers, and runs it.
+fn gtest(dir: &Path, installed: &Path, name: &str, without_libvmi: bool) -> Result<()> {
+    eprintln!("== {name}: CMake, GoogleTest, AddressSanitizer and UndefinedBehaviorSanitizer");
+    let build = dir.join(name);
+    let with = if without_libvmi { "-DWITH_LIBVMI=OFF" } else { "-DWITH_LIBVMI=ON" };
+    let mut configure = with_packages("cmake", installed);
+    configure.args(["-DCMAKE_BUILD_TYPE=Debug", "-DSANITIZE=ON", with, "-S", "cpp-shim/tests", "-B"]).arg(&build);
+    quietly(&mut configure)?;
+    quietly(Command::new("cmake").arg("--build").arg(&build).args(["--parallel", "2"]))?;
+    // What it says of failures is what counts, and not what panics that are asked for say. (To look for leaks needs
+    // ptrace, which a container may not have.)
+    let mut tests = Command::new(build.join(name));
+    tests.arg("--gtest_brief=1").env("ASAN_OPTIONS", "detect_leaks=0").env("RUST_BACKTRACE", "0");
+    let output = tests.stdin(Stdio::null()).output().with_context(|| format!("cannot run {name}"))?;
+    print!("{}", String::from_utf8_lossy(&output.stdout));
+    if !output.status.success() {
+        bail!("{name} failed:\n{}", String::from_utf8_lossy(&output.stderr));
+    }
+    Ok(())
+}
+
+/// Builds a program that uses the library, as its users would, and runs it: as it is installed, and from this checkout.
+fn consumers(dir: &Path, installed: &Path) -> Result<()> {
+    let source = crate::repo().join("cpp-shim/tests/consumer");
+    let (nowhere, checkout) = (dir.join("no-packages"), ["-DHYPERBP_FROM_SOURCE=ON", "-DHYPERBP_WITH_LIBVMI=OFF"]);
+    for (name, packages, options) in [("installed", installed, &[][..]), ("from source", &nowhere, &checkout)] {
+        eprintln!("== a program with the library {name}: CMake");
+        let build = dir.join(format!("consumer-cmake-{}", name.replace(' ', "-")));
+        let mut configure = with_packages("cmake", packages);
+        configure.arg("-DHYPERBP_PROFILE=dev").args(options).arg("-S").arg(&source).arg("-B").arg(&build);
+        quietly(&mut configure)?;
+        quietly(Command::new("cmake").arg("--build").arg(&build))?;
+        quietly(&mut Command::new(build.join("consumer")))?;
+
+        eprintln!("== a program with the library {name}: Meson");
+        let build = dir.join(format!("consumer-meson-{}", name.replace(' ', "-")));
+        let project = dir.join("consumer-meson");
+        copy_project(&source, &project)?;
+        let mut setup = with_packages("meson", packages);
+        setup.args(["setup", "-Dhyperbp:libvmi=false", "-Dhyperbp:profile=dev"]);
+        if build.join("build.ninja").exists() {
+            setup.arg("--wipe");
+        }
+        quietly(setup.arg(&build).arg(&project))?;
+        quietly(Command::new("meson").args(["compile", "-C"]).arg(&build))?;
+        quietly(&mut Command::new(build.join("consumer")))?;
+    }
+    Ok(())
+}
+
+/// Meson wants subprojects inside of a project.
+fn copy_project(source: &Path, project: &Path) -> Result<()> {
+    let subprojects = project.join("subprojects");
+    fs::create_dir_all(&subprojects).with_context(|| format!("cannot create {}", subprojects.display()))?;
+    for file in ["main.cpp", "meson.build"] {
+        fs::copy(source.join(file), project.join(file)).with_context(|| format!("cannot copy {file}"))?;
+    }
+    let link = subprojects.join("hyperbp");
+    if !link.exists() {
+        std::os::unix::fs::symlink(crate::repo().join("cpp-shim"), &link)
+            .with_context(|| format!("cannot make {}", link.display()))?;
+    }
+    Ok(())
+}
+
+/// A program that asks pkg-config, which finds only what is in this directory, and what is there anyway.
+fn with_packages(program: &str, directory: &Path) -> Command {
+    let mut command = Command::new(program);
+    let others = std::env::var_os("PKG_CONFIG_PATH").unwrap_or_default();
+    let all = std::iter::once(directory.to_owned()).chain(std::env::split_paths(&others));
+    command.current_dir(crate::repo()).env("PKG_CONFIG_PATH", std::env::join_paths(all).unwrap_or(others));
+    command
+}
+
+/// Runs a program whose output is of interest only if it fails.
+fn quietly(command: &mut Command) -> Result<()> {
+    let name = command.get_program().to_string_lossy().into_owned();
+    let output = command.stdin(Stdio::null()).output().with_context(|| format!("cannot run {name}"))?;
+    if !output.status.success() {
+        let said = [output.stdout, output.stderr].concat();
+        bail!("{name} failed:\n{}", String::from_utf8_lossy(&said));
+    }
+    Ok(())
+}
+
+fn run_program(command: &mut Command) -> Result<()> {
+    let name = command.get_program().to_string_lossy().into_owned();
+    ensure!(command.status().with_context(|| format!("cannot run {name}"))?.success(), "{name} failed");
+    Ok(())
+}
