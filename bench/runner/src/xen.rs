@@ -1,17 +1,15 @@
 //! One Xen domain, through libxenctrl: memory, views and rights, everything undone when it is dropped.
 
-use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 use std::ffi::{CStr, CString, c_int, c_void};
 use std::fs::OpenOptions;
 use std::io::{self, ErrorKind};
 use std::path::Path;
 use std::ptr::{self, NonNull};
 use std::rc::Rc;
-use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering::Relaxed};
 
 use hyperbp::ledger::{self, Ledger, Note};
 use hyperbp::{Gfn, Gpa, Hypervisor, PAGE_SIZE, Rights, VcpuId, ViewId};
+use hyperbp_guest_page::{GuestPage, PageCache};
 use hyperbp_xen_sys as sys;
 
 /// What every hypercall goes through.
@@ -26,9 +24,6 @@ const NO_LIMIT: u64 = (u32::MAX >> 4) as u64;
 
 /// Xen's `INVALID_GFN`: a view shows the page of the host view again.
 const INVALID_GFN: u64 = u64::MAX;
-
-/// Pages that stay mapped. The benchmark guest touches two or three, a kernel some hundreds.
-const CACHED_PAGES: usize = 2048;
 
 /// The breakpoint exception.
 const VECTOR_BP: u8 = 3;
@@ -132,7 +127,7 @@ impl Drop for Interface {
 
 /// A connection to libxenforeignmemory.
 #[derive(Debug)]
-struct ForeignMemory(NonNull<sys::xenforeignmemory_handle>);
+pub(crate) struct ForeignMemory(NonNull<sys::xenforeignmemory_handle>);
 
 impl ForeignMemory {
     fn open() -> Result<Self, Error> {
@@ -144,133 +139,40 @@ impl ForeignMemory {
 
 impl Drop for ForeignMemory {
     fn drop(&mut self) {
-        // SAFETY: opened in `open`; every `Page` holds a reference, so none is left.
+        // SAFETY: opened in `open`; every `Mapping` holds a reference, so none is left.
         unsafe { sys::xenforeignmemory_close(self.0.as_ptr()) };
     }
 }
 
-/// A page of a guest, mapped. The guest may change it at any time, so there are no references into it.
+/// A page of a guest.
+pub(crate) type Page = GuestPage<Mapping>;
+
+/// Unmaps a page when it is dropped.
 #[derive(Debug)]
-pub(crate) struct Page {
-    address: NonNull<u8>,
+pub(crate) struct Mapping {
+    address: NonNull<c_void>,
     memory: Rc<ForeignMemory>,
 }
 
-impl Page {
-    fn map(memory: &Rc<ForeignMemory>, domain: u32, gfn: Gfn) -> Result<Self, Error> {
-        let mut error = 0;
-        let protection = libc::PROT_READ | libc::PROT_WRITE;
-        // SAFETY: both arrays have the one element the call is told of; the handle is open.
-        let address =
-            unsafe { sys::xenforeignmemory_map(memory.0.as_ptr(), domain, protection, 1, &gfn.0, &mut error) };
-        let address = NonNull::new(address.cast()).ok_or_else(|| Error::last("xenforeignmemory_map"))?;
-        let page = Self { address, memory: Rc::clone(memory) };
-        if error == 0 {
-            Ok(page)
-        } else {
-            Err(Error { call: "xenforeignmemory_map", source: io::Error::from_raw_os_error(error.abs()) })
-        }
+fn map(memory: &Rc<ForeignMemory>, domain: u32, gfn: Gfn) -> Result<Page, Error> {
+    let mut error = 0;
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    // SAFETY: both arrays have the one element the call is told of; the handle is open.
+    let address = unsafe { sys::xenforeignmemory_map(memory.0.as_ptr(), domain, protection, 1, &gfn.0, &mut error) };
+    let address = NonNull::new(address).ok_or_else(|| Error::last("xenforeignmemory_map"))?;
+    let mapping = Mapping { address, memory: Rc::clone(memory) };
+    if error != 0 {
+        return Err(Error { call: "xenforeignmemory_map", source: io::Error::from_raw_os_error(error.abs()) });
     }
-
-    /// The page's first byte, for volatile or atomic accesses of [`PAGE_SIZE`] bytes while this lives.
-    #[must_use]
-    pub(crate) fn as_ptr(&self) -> *mut u8 {
-        self.address.as_ptr()
-    }
-
-    /// Copies bytes out of the page.
-    ///
-    /// # Panics
-    /// If they reach over its end.
-    pub(crate) fn read(&self, offset: usize, into: &mut [u8]) {
-        assert!(offset <= PAGE_SIZE && into.len() <= PAGE_SIZE - offset, "a read over the end of a page");
-        let mut done = 0;
-        while done < into.len() {
-            let (at, to) = (offset + done, &mut into[done..]);
-            done += match piece(at, to.len()) {
-                8 => put(to, self.word::<AtomicU64>(at).load(Relaxed).to_ne_bytes()),
-                4 => put(to, self.word::<AtomicU32>(at).load(Relaxed).to_ne_bytes()),
-                2 => put(to, self.word::<AtomicU16>(at).load(Relaxed).to_ne_bytes()),
-                _ => put(to, self.word::<AtomicU8>(at).load(Relaxed).to_ne_bytes()),
-            };
-        }
-    }
-
-    /// Copies bytes into the page. What is naturally aligned and of 8, 4, 2 or 1 bytes is stored at once: no virtual CPU
-    /// sees a part of it.
-    ///
-    /// # Panics
-    /// If they reach over its end.
-    pub(crate) fn write(&self, offset: usize, bytes: &[u8]) {
-        assert!(offset <= PAGE_SIZE && bytes.len() <= PAGE_SIZE - offset, "a write over the end of a page");
-        let mut done = 0;
-        while done < bytes.len() {
-            let (at, from) = (offset + done, &bytes[done..]);
-            let length = piece(at, from.len());
-            match length {
-                8 => self.word::<AtomicU64>(at).store(u64::from_ne_bytes(first(from)), Relaxed),
-                4 => self.word::<AtomicU32>(at).store(u32::from_ne_bytes(first(from)), Relaxed),
-                2 => self.word::<AtomicU16>(at).store(u16::from_ne_bytes(first(from)), Relaxed),
-                _ => self.word::<AtomicU8>(at).store(from[0], Relaxed),
-            }
-            done += length;
-        }
-    }
-
-    /// An atomic (or plain byte) of the page: the guest accesses it at the same time.
-    fn word<T>(&self, at: usize) -> &T {
-        assert!(at.is_multiple_of(align_of::<T>()) && at + size_of::<T>() <= PAGE_SIZE);
-        // SAFETY: within the page, by the assertion.
-        let word = unsafe { self.as_ptr().add(at) }.cast::<T>();
-        // SAFETY: aligned, as the page is; mapped while `self` lives; only atomics are asked for, and any bits are one.
-        unsafe { &*word }
-    }
+    // SAFETY: it is mapped readable and writable, a page long and on a page's boundary, until the mapping is dropped;
+    // nobody else knows of it.
+    Ok(unsafe { GuestPage::new(address.cast(), mapping) })
 }
 
-/// How many bytes at `at` can be accessed at once, of `left` that are to be.
-fn piece(at: usize, left: usize) -> usize {
-    [8, 4, 2].into_iter().find(|size| at.is_multiple_of(*size) && left >= *size).unwrap_or(1)
-}
-
-/// Copies bytes to the start of `to`, and tells how many.
-fn put<const N: usize>(to: &mut [u8], bytes: [u8; N]) -> usize {
-    to[..N].copy_from_slice(&bytes);
-    N
-}
-
-/// The first `N` of at least as many bytes.
-fn first<const N: usize>(bytes: &[u8]) -> [u8; N] {
-    let mut first = [0; N];
-    first.copy_from_slice(&bytes[..N]);
-    first
-}
-
-impl Drop for Page {
+impl Drop for Mapping {
     fn drop(&mut self) {
         // SAFETY: mapped in `map` with this handle and length, and unmapped nowhere else.
-        unsafe { sys::xenforeignmemory_unmap(self.memory.0.as_ptr(), self.address.as_ptr().cast(), 1) };
-    }
-}
-
-/// Pages that stay mapped, for mapping one costs as much as serving a hit.
-///
-/// A page that the guest gives back to Xen (ballooning) and gets again stays mapped as what it was, as with LibVMI's cache.
-#[derive(Debug, Default)]
-struct PageCache(HashMap<Gfn, Page>);
-
-impl PageCache {
-    fn get(&mut self, gfn: Gfn, map: impl FnOnce() -> Result<Page, Error>) -> Result<&Page, Error> {
-        if self.0.len() >= CACHED_PAGES && !self.0.contains_key(&gfn) {
-            self.0.clear();
-        }
-        match self.0.entry(gfn) {
-            Entry::Occupied(page) => Ok(page.into_mut()),
-            Entry::Vacant(slot) => Ok(slot.insert(map()?)),
-        }
-    }
-
-    fn forget(&mut self, gfn: Gfn) {
-        self.0.remove(&gfn);
+        unsafe { sys::xenforeignmemory_unmap(self.memory.0.as_ptr(), self.address.as_ptr(), 1) };
     }
 }
 
@@ -286,7 +188,7 @@ pub(crate) struct Domain {
     vcpus: u16,
     /// The limit to put back, in KiB.
     memory_limit: u64,
-    cache: PageCache,
+    cache: PageCache<Page>,
     altp2m_on: bool,
     views: Vec<ViewId>,
     /// Pages of the host view whose rights are not [`Rights::All`].
@@ -423,7 +325,7 @@ impl Domain {
     /// # Errors
     /// If there is no such page.
     pub(crate) fn map_page(&self, gfn: Gfn) -> Result<Page, Error> {
-        Page::map(&self.memory, self.id, gfn)
+        map(&self.memory, self.id, gfn)
     }
 
     /// Delivers the guest's own INT3, of `length` bytes, to it when this virtual CPU goes on.
@@ -512,7 +414,7 @@ impl Domain {
             return Err(Error::invalid("guest memory access", format!("{length} bytes at {gpa} are in two pages")));
         }
         let Self { cache, memory, id, .. } = self;
-        cache.get(gpa.gfn(), || Page::map(memory, *id, gpa.gfn()))
+        cache.get(gpa.gfn(), || map(memory, *id, gpa.gfn()))
     }
 
     pub(crate) fn set_memory_limit(&self, kib: u64) -> Result<(), Error> {

@@ -15,7 +15,7 @@ use hyperbp::PAGE_SIZE;
 #[derive(Debug)]
 pub struct GuestPage<M> {
     address: NonNull<u8>,
-    mapping: M,
+    _mapping: M,
 }
 
 impl<M> GuestPage<M> {
@@ -26,13 +26,7 @@ impl<M> GuestPage<M> {
     /// [`PAGE_SIZE`], and nothing in this process hold a reference into them.
     #[must_use]
     pub const unsafe fn new(address: NonNull<u8>, mapping: M) -> Self {
-        Self { address, mapping }
-    }
-
-    /// What keeps it mapped.
-    #[must_use]
-    pub const fn mapping(&self) -> &M {
-        &self.mapping
+        Self { address, _mapping: mapping }
     }
 
     /// The page's first byte, for volatile or atomic accesses of [`PAGE_SIZE`] bytes while this lives.
