@@ -3,6 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use hyperbp::{Gfn, Gpa, Hypervisor, Rights, VcpuId, ViewId};
+use rustc_hash::FxBuildHasher;
 
 /// INT3.
 const INT3: u8 = 0xcc;
@@ -13,9 +14,10 @@ pub(crate) struct Recorded<H> {
     views: Vec<ViewId>,
     frames: Vec<Gfn>,
     /// Pages of the host view whose rights are not [`Rights::All`].
-    guarded: HashSet<Gfn>,
-    /// Bytes of the guest's own pages that are 0xCC, and what they were.
-    displaced: HashMap<Gpa, u8>,
+    guarded: HashSet<Gfn, FxBuildHasher>,
+    /// Bytes of the guest's own pages that are 0xCC, and what they were. `repair` changes this twice a hit. The host chooses
+    /// what is in it, not the guest.
+    displaced: HashMap<Gpa, u8, FxBuildHasher>,
     /// Calls of `pause` without their `resume`.
     pauses: u32,
 }
@@ -27,8 +29,8 @@ impl<H: Hypervisor> Recorded<H> {
             inner,
             views: Vec::new(),
             frames: Vec::new(),
-            guarded: HashSet::new(),
-            displaced: HashMap::new(),
+            guarded: HashSet::default(),
+            displaced: HashMap::default(),
             pauses: 0,
         }
     }

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use clap::Args;
 use serde_json::Value;
 
-use crate::tools;
+use crate::{archive, tools};
 
 /// Build libhyperbp.a, with LibVMI, and install it with its headers and hyperbp.pc
 #[derive(Debug, Args)]
@@ -63,7 +63,9 @@ impl Install {
         }
         let library = build(&self.profile, &features)?;
         let (lib, include) = (prefix.join("lib"), prefix.join("include"));
-        copy(&library.archive, &lib.join("libhyperbp.a"))?;
+        let archive = lib.join("libhyperbp.a");
+        directory_of(&archive)?;
+        archive::seal(&library.archive, &archive)?;
         let headers = crate::repo().join("cpp-shim/include/hyperbp");
         for entry in fs::read_dir(&headers).with_context(|| format!("cannot read {}", headers.display()))? {
             let name = entry?.file_name();
