@@ -17,25 +17,35 @@ const CXX: &str = "cxxbridge1$";
 const OUR_NAMESPACE: &str = "N7hyperbp";
 const CXX_NAMESPACE: &str = "N4rust10cxxbridge1";
 
+/// What `nm` calls weak.
+const WEAK: [&str; 4] = ["V", "W", "u", "w"];
+
 /// Makes one object of those in `archive`, without what is not needed, and of that the library `into`.
 pub(crate) fn seal(archive: &Path, into: &Path) -> Result<()> {
     let listed = run(Command::new("nm").args(["--defined-only", "--extern-only", "--format=posix"]).arg(archive))?;
-    let mut symbols: Vec<_> = listed.lines().filter_map(|line| line.split_whitespace().next()).collect();
-    symbols.retain(|symbol| is_api(symbol));
-    symbols.sort_unstable();
-    symbols.dedup();
-    ensure!(!symbols.is_empty(), "{} has none of our functions", archive.display());
+    // A name and a letter.
+    let symbol = |line: &'_ str| -> Option<(String, bool)> {
+        let mut words = line.split_whitespace();
+        let (name, kind) = (words.next()?, words.next()?);
+        Some((name.to_owned(), WEAK.contains(&kind)))
+    };
+    let (api, rest): (Vec<_>, Vec<_>) = listed.lines().filter_map(symbol).partition(|(name, _)| is_api(name));
+    ensure!(!api.is_empty(), "{} has none of our functions", archive.display());
+    // What is weak is also in other objects, of which the linker takes one: inline functions and templates of C++.
+    let hidden: Vec<_> = rest.into_iter().filter(|(_, weak)| !weak).map(|(name, _)| name).collect();
 
     let directory = into.parent().context("a library is in a directory")?;
-    let (object, kept) = (directory.join("hyperbp.o"), directory.join("hyperbp.symbols"));
+    let (object, names) = (directory.join("hyperbp.o"), directory.join("hyperbp.hidden"));
     let mut link = Command::new("ld");
-    link.args(["--relocatable", "--gc-sections"]).args(symbols.iter().map(|symbol| format!("--undefined={symbol}")));
+    link.args(["--relocatable", "--gc-sections"]).args(api.iter().map(|(name, _)| format!("--undefined={name}")));
     run(link.arg("-o").arg(&object).arg(archive))?;
 
-    fs::write(&kept, symbols.join("\n")).with_context(|| format!("cannot write {}", kept.display()))?;
+    fs::write(&names, hidden.join("\n")).with_context(|| format!("cannot write {}", names.display()))?;
     let mut copy = Command::new("objcopy");
-    copy.arg("--keep-global-symbols").arg(&kept).args(["--wildcard", "--weaken-symbol", "cxxbridge1$*"]);
-    copy.arg("--weaken-symbol").arg(format!("_Z*{CXX_NAMESPACE}*"));
+    copy.arg("--localize-symbols").arg(&names).args(["--wildcard", "--weaken-symbol", "cxxbridge1$*"]);
+    for names in [format!("_Z*{CXX_NAMESPACE}*"), format!("_ZNK{}*", &CXX_NAMESPACE[1..])] {
+        copy.arg("--weaken-symbol").arg(names);
+    }
     // Of the standard library: bitcode that other versions of LLVM cannot read.
     run(copy.args(["--remove-section", ".llvmbc", "--remove-section", ".llvmcmd"]).arg(&object))?;
 
@@ -43,7 +53,7 @@ pub(crate) fn seal(archive: &Path, into: &Path) -> Result<()> {
         fs::remove_file(into).with_context(|| format!("cannot remove {}", into.display()))?;
     }
     run(Command::new("ar").arg("rcs").arg(into).arg(&object))?;
-    for file in [object, kept] {
+    for file in [object, names] {
         fs::remove_file(&file).with_context(|| format!("cannot remove {}", file.display()))?;
     }
     Ok(())
