@@ -182,6 +182,11 @@ hyperbp_observed_t hyperbp_begin(hyperbp_session_t* session, vmi_event_t* event,
 {
     *what = {};
     *response = VMI_EVENT_RESPONSE_NONE;
+    if (event->type == VMI_EVENT_SINGLESTEP
+        && session->session->step(static_cast<std::uint16_t>(event->vcpu_id), event->slat_id, session->reply)) {
+        *response = respond(*session, *event);
+        return HYPERBP_ANSWERED;
+    }
     if (!hyperbp::translate(*event, session->event))
         return HYPERBP_ANSWERED;
     const ffi::Observed observed = session->session->begin(session->event, session->reply);
@@ -196,8 +201,12 @@ hyperbp_observed_t hyperbp_begin(hyperbp_session_t* session, vmi_event_t* event,
 
 event_response_t hyperbp_finish(hyperbp_session_t* session, vmi_event_t* event, event_response_t response) noexcept
 {
-    hyperbp::general_of(*event->x86_regs, session->event.registers.general);
-    session->session->finish(session->event.registers.general, session->reply);
+    if ((response & VMI_EVENT_RESPONSE_SET_REGISTERS) != 0) {
+        hyperbp::general_of(*event->x86_regs, session->event.registers.general);
+        session->session->finish_with(session->event.registers.general, session->reply);
+    } else {
+        session->session->finish(session->reply);
+    }
     return (response & ~hyperbp::OURS) | respond(*session, *event);
 }
 

@@ -63,7 +63,7 @@ public:
         if (observed.kind != fake::ffi::Kind::Answered && observed.kind != fake::ffi::Kind::Failed) {
             if (on_told)
                 on_told(observed, event.registers.general);
-            session().finish(event.registers.general, reply_);
+            session().finish_with(event.registers.general, reply_);
         }
         machine.answer(event, reply_);
     }

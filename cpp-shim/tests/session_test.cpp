@@ -389,7 +389,7 @@ TEST_P(Mechanism, FinishedWithoutABeginningTheVirtualCpuGoesOn)
 {
     session().insert(AT);
     ffi::Reply reply {};
-    session().finish(general(), reply);
+    session().finish_with(general(), reply);
     EXPECT_EQ(reply.action, ffi::Action::Resume);
     EXPECT_EQ(reply.step, ffi::Step::Keep);
     session().close();

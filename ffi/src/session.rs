@@ -298,9 +298,31 @@ impl Session {
         }
     }
 
-    /// Second half of the event that was begun last: `registers` are its registers, or what those who were told have made
-    /// of them.
-    pub(crate) fn finish(&mut self, registers: &ffi::General, reply: &mut ffi::Reply) {
+    /// The whole of the end of a single-step that nobody needs to be told of: it needs no registers. Returns false if it is
+    /// not one, and has done nothing then: begin the event.
+    pub(crate) fn step(&mut self, vcpu: u16, view: u16, reply: &mut ffi::Reply) -> bool {
+        if !matches!(self.state, State::Open) || self.engine.reports_step(VcpuId(vcpu)) {
+            return false;
+        }
+        self.event.vcpu = VcpuId(vcpu);
+        self.event.view = ViewId(view);
+        self.event.reason = Reason::Step;
+        self.told = None;
+        let observed = catch_unwind(AssertUnwindSafe(|| self.observe(reply)));
+        observed.map_err(|panic| self.fail(&*panic)).is_ok()
+    }
+
+    /// Second half of the event that was begun last, if those who were told have left its registers alone.
+    pub(crate) fn finish(&mut self, reply: &mut ffi::Reply) {
+        self.conclude(None, reply);
+    }
+
+    /// The same, with what they have made of the registers.
+    pub(crate) fn finish_with(&mut self, registers: &ffi::General, reply: &mut ffi::Reply) {
+        self.conclude(Some(registers), reply);
+    }
+
+    fn conclude(&mut self, registers: Option<&ffi::General>, reply: &mut ffi::Reply) {
         let Some(told) = self.told.take() else {
             if matches!(self.state, State::Open) {
                 log::warn!("an event was finished that was not begun, or finished before: the virtual CPU goes on");
@@ -313,20 +335,20 @@ impl Session {
         }
     }
 
-    fn end(&mut self, told: Told, registers: &ffi::General, reply: &mut ffi::Reply) {
+    fn end(&mut self, told: Told, registers: Option<&ffi::General>, reply: &mut ffi::Reply) {
         let observed = match told {
             Told::Hit(gpa) => Observed::Hit(gpa),
             Told::Access { access, breakpoint } => Observed::Access { access, breakpoint },
             Told::Accessed(access) => Observed::Accessed(access),
         };
-        let &ffi::General { gpr, rip, rflags } = registers;
         let before = &self.event.registers;
         let changed;
-        let registers = if (rip, rflags, &gpr) == (before.rip, before.rflags, &before.gpr) {
-            before
-        } else {
-            changed = Registers { gpr, rip, rflags, ..*before };
-            &changed
+        let registers = match registers {
+            None => before,
+            Some(&ffi::General { gpr, rip, rflags }) => {
+                changed = Registers { gpr, rip, rflags, ..*before };
+                &changed
+            }
         };
         convert::reply(&self.engine.end(&mut self.machine, &self.event, &observed, registers), reply);
     }

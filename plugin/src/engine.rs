@@ -428,6 +428,13 @@ impl Engine {
         observed
     }
 
+    /// Whether the end of a step of this virtual CPU is to be [told](Observed::Accessed). If not, the registers of that event
+    /// are of no importance, and a host may spare itself to translate them.
+    #[must_use]
+    pub fn reports_step(&self, vcpu: VcpuId) -> bool {
+        self.vcpus.get(usize::from(vcpu.0)).is_some_and(|vcpu| vcpu.accessing.is_some())
+    }
+
     /// Answers an event, after those it concerns have been told. `observed` is what [`begin`](Self::begin) said; `registers`
     /// are the event's, or what those who were told have made of them. If they have changed RIP, what was to happen at the
     /// old one does not. (At an INT3 of the guest's own, under a breakpoint, its registers are left alone.)

@@ -168,9 +168,9 @@ hyperbp_observed_t hyperbp_begin(hyperbp_session_t* session, vmi_event_t* event,
                                  event_response_t* response) HYPERBP_NOEXCEPT;
 
 /* Second half: what the callback is to return. `response` is what the callbacks it concerned have returned. Of that,
- * what decides how the virtual CPU goes on is replaced; their changes to general registers, RIP and RFLAGS in
- * `event->x86_regs` count, with VMI_EVENT_RESPONSE_SET_REGISTERS or without. If RIP is another one, the instruction at
- * the old one does not run. If the session fails with this, hyperbp_failed() says so. */
+ * what decides how the virtual CPU goes on is replaced; with VMI_EVENT_RESPONSE_SET_REGISTERS in it, as everywhere with
+ * LibVMI, their changes to general registers, RIP and RFLAGS in `event->x86_regs` count. If RIP is another one, the
+ * instruction at the old one does not run. If the session fails with this, hyperbp_failed() says so. */
 event_response_t hyperbp_finish(hyperbp_session_t* session, vmi_event_t* event,
                                 event_response_t response) HYPERBP_NOEXCEPT;
 

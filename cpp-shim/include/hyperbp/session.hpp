@@ -5,7 +5,7 @@
 ///     hyperbp::ffi::Reply reply {};
 ///     auto observed = session->begin(event, reply);
 ///     if (observed.kind == hyperbp::ffi::Kind::Hit)
-///         session->finish(event.registers.general, reply);
+///         session->finish_with(event.registers.general, reply);
 ///     // `reply` is the answer.
 ///     session->close();
 ///
