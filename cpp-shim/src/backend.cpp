@@ -183,7 +183,7 @@ hyperbp_observed_t hyperbp_begin(hyperbp_session_t* session, vmi_event_t* event,
     *what = {};
     *response = VMI_EVENT_RESPONSE_NONE;
     if (event->type == VMI_EVENT_SINGLESTEP
-        && session->session->step(static_cast<std::uint16_t>(event->vcpu_id), event->slat_id, session->reply)) {
+        && session->session->step(static_cast<std::uint16_t>(event->vcpu_id), session->reply)) {
         *response = respond(*session, *event);
         return HYPERBP_ANSWERED;
     }

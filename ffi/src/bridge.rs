@@ -218,7 +218,7 @@ pub(crate) mod ffi {
         fn remove(self: &mut Session, pa: u64) -> Result<()>;
         fn watch(self: &mut Session, gfn: u64, accesses: Accesses, after: bool) -> Result<()>;
         fn begin(self: &mut Session, event: &Event, reply: &mut Reply) -> Observed;
-        fn step(self: &mut Session, vcpu: u16, view: u16, reply: &mut Reply) -> bool;
+        fn step(self: &mut Session, vcpu: u16, reply: &mut Reply) -> bool;
         fn finish(self: &mut Session, reply: &mut Reply);
         fn finish_with(self: &mut Session, registers: &General, reply: &mut Reply);
         fn failed(self: &Session) -> bool;

@@ -78,6 +78,8 @@ pub(crate) struct Session {
     event: Event,
     /// What it is, while it waits for its second half.
     told: Option<Told>,
+    /// Where replies are made: each in the same place, for they are large.
+    reply: Reply,
     #[cfg(feature = "fault-injection")]
     hits_until_panic: Option<u64>,
 }
@@ -168,6 +170,7 @@ impl Session {
                 reason: Reason::EmulationFailed,
             },
             told: None,
+            reply: Reply::default(),
             #[cfg(feature = "fault-injection")]
             hits_until_panic: std::env::var("HYPERBP_PANIC_AT_HIT").ok().and_then(|hits| hits.parse().ok()),
         });
@@ -282,9 +285,9 @@ impl Session {
     }
 
     fn observe(&mut self, reply: &mut ffi::Reply) {
-        self.told = match self.engine.begin(&mut self.machine, &self.event) {
-            Observed::Nothing(answer) => {
-                convert::reply(&answer, reply);
+        self.told = match self.engine.begin(&mut self.machine, &self.event, &mut self.reply) {
+            Observed::Answered => {
+                convert::reply(&self.reply, reply);
                 None
             }
             Observed::Hit(gpa) => Some(Told::Hit(gpa)),
@@ -300,16 +303,22 @@ impl Session {
 
     /// The whole of the end of a single-step that nobody needs to be told of: it needs no registers. Returns false if it is
     /// not one, and has done nothing then: begin the event.
-    pub(crate) fn step(&mut self, vcpu: u16, view: u16, reply: &mut ffi::Reply) -> bool {
-        if !matches!(self.state, State::Open) || self.engine.reports_step(VcpuId(vcpu)) {
+    pub(crate) fn step(&mut self, vcpu: u16, reply: &mut ffi::Reply) -> bool {
+        if !matches!(self.state, State::Open) {
             return false;
         }
-        self.event.vcpu = VcpuId(vcpu);
-        self.event.view = ViewId(view);
-        self.event.reason = Reason::Step;
         self.told = None;
-        let observed = catch_unwind(AssertUnwindSafe(|| self.observe(reply)));
-        observed.map_err(|panic| self.fail(&*panic)).is_ok()
+        let stepped = catch_unwind(AssertUnwindSafe(|| {
+            let stepped = self.engine.stepped(&mut self.machine, VcpuId(vcpu), &mut self.reply);
+            if stepped {
+                convert::reply(&self.reply, reply);
+            }
+            stepped
+        }));
+        stepped.unwrap_or_else(|panic| {
+            self.fail(&*panic);
+            false
+        })
     }
 
     /// Second half of the event that was begun last, if those who were told have left its registers alone.
@@ -350,7 +359,8 @@ impl Session {
                 &changed
             }
         };
-        convert::reply(&self.engine.end(&mut self.machine, &self.event, &observed, registers), reply);
+        self.engine.end(&mut self.machine, &self.event, &observed, registers, &mut self.reply);
+        convert::reply(&self.reply, reply);
     }
 
     /// Whether there was a panic: then it can only be closed.

@@ -30,8 +30,8 @@ pub struct Hit<'a> {
 /// What an event is, before it is answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Observed {
-    /// Nobody needs to be told: this is the answer.
-    Nothing(Reply),
+    /// Nobody needs to be told: the reply is the answer.
+    Answered,
     /// The breakpoint at this address was hit; its instruction has not run yet. Tell its subscribers.
     Hit(Gpa),
     /// A watched page is about to be accessed. Tell whoever watches it.
@@ -409,30 +409,41 @@ impl Engine {
         self.handling.histogram()
     }
 
-    /// Looks what an event is. Its [`end`](Self::end) must follow before that of another.
+    /// Looks what an event is. If nobody needs to be told, `reply` is the answer. Else [`end`](Self::end) must follow, before
+    /// another event begins.
     ///
     /// Nothing the guest does makes this fail or panic; where the hypervisor refuses something, it is counted, logged
     /// once, and the guest goes on.
-    pub fn begin<H: Hypervisor>(&mut self, hv: &mut H, event: &Event) -> Observed {
-        let Some(index) = self.slot(hv, event) else { return Observed::Nothing(Reply::default()) };
+    pub fn begin<H: Hypervisor>(&mut self, hv: &mut H, event: &Event, reply: &mut Reply) -> Observed {
+        *reply = Reply::default();
+        let Some(index) = self.slot(hv, event) else { return Observed::Answered };
         let observed = match &event.reason {
-            Reason::Int3(int3) => self.on_int3(hv, index, event, int3),
-            Reason::Step => Ok(self.on_step(hv, index)),
-            Reason::Access(access) => self.on_access(hv, index, event, access),
-            Reason::EmulationFailed => self.on_emulation_failed(hv, index, event).map(Observed::Nothing),
+            Reason::Int3(int3) => self.on_int3(hv, index, event, int3, reply),
+            Reason::Step => Ok(self.on_step(hv, index, reply)),
+            Reason::Access(access) => self.on_access(hv, index, event, access, reply),
+            Reason::EmulationFailed => reply.answered(self.on_emulation_failed(hv, index, event)),
         };
-        let mut observed = observed.unwrap_or_else(|error| Observed::Nothing(self.give_way(event, &error)));
-        if let Observed::Nothing(reply) = &mut observed {
+        let observed = observed.unwrap_or_else(|error| {
+            *reply = self.give_way(event, &error);
+            Observed::Answered
+        });
+        if observed == Observed::Answered {
             self.bring_home(index, reply);
         }
         observed
     }
 
-    /// Whether the end of a step of this virtual CPU is to be [told](Observed::Accessed). If not, the registers of that event
-    /// are of no importance, and a host may spare itself to translate them.
-    #[must_use]
-    pub fn reports_step(&self, vcpu: VcpuId) -> bool {
-        self.vcpus.get(usize::from(vcpu.0)).is_some_and(|vcpu| vcpu.accessing.is_some())
+    /// The whole of the end of a single-step, without the rest of its event, of which it needs nothing. False if somebody is
+    /// to be told of it, or there is no such virtual CPU: then nothing has been done, and the event is to be begun.
+    pub fn stepped<H: Hypervisor>(&mut self, hv: &mut H, vcpu: VcpuId, reply: &mut Reply) -> bool {
+        let index = usize::from(vcpu.0);
+        match self.vcpus.get_mut(index) {
+            Some(vcpu) if vcpu.accessing.is_none() => (vcpu.emulating, vcpu.fast) = (None, None),
+            _ => return false,
+        }
+        *reply = Reply::default();
+        self.on_step(hv, index, reply);
+        true
     }
 
     /// Answers an event, after those it concerns have been told. `observed` is what [`begin`](Self::begin) said; `registers`
@@ -444,32 +455,33 @@ impl Engine {
         event: &Event,
         observed: &Observed,
         registers: &Registers,
-    ) -> Reply {
+        reply: &mut Reply,
+    ) {
         let index = usize::from(event.vcpu.0);
-        if index >= self.vcpus.len() {
-            return Reply::default();
+        if index >= self.vcpus.len() || *observed == Observed::Answered {
+            return;
         }
+        *reply = Reply::default();
         let moved = registers.rip != event.registers.rip;
         // Whoever has changed nothing may give them as they are in the event.
         let changed = !std::ptr::eq(registers, &event.registers) && registers != &event.registers;
-        let mut reply = Reply::default();
         let done = match observed {
-            Observed::Nothing(reply) => return *reply,
+            Observed::Answered => Ok(()),
             Observed::Hit(_) | Observed::Access { .. } if moved => Ok(()),
             Observed::Hit(at) => match &event.reason {
-                Reason::Access(access) => self.permit(hv, index, event, access, true, registers).map(|to| reply = to),
-                _ => self.step_over(hv, index, *at, registers, changed, &mut reply),
+                Reason::Access(access) => self.permit(hv, index, event, access, true, registers).map(|to| *reply = to),
+                _ => self.step_over(hv, index, *at, registers, changed, reply),
             },
             Observed::Access { access, breakpoint } => {
-                self.permit(hv, index, event, access, breakpoint.is_some(), registers).map(|to| reply = to)
+                self.permit(hv, index, event, access, breakpoint.is_some(), registers).map(|to| *reply = to)
             }
             Observed::Accessed(_) => {
-                reply = self.back_home(index);
+                self.back_home(index, reply);
                 Ok(())
             }
         };
         if let Err(error) = done {
-            reply = self.give_way(event, &error);
+            *reply = self.give_way(event, &error);
         }
         if changed && reply.action == Action::Resume {
             reply.action = Action::SetRegisters(*registers);
@@ -477,8 +489,7 @@ impl Engine {
         if matches!(observed, Observed::Hit(_)) {
             self.handling.record(hv.now().saturating_sub(self.hit_at));
         }
-        self.bring_home(index, &mut reply);
-        reply
+        self.bring_home(index, reply);
     }
 
     /// Answers an event: [`begin`](Self::begin) and [`end`](Self::end). `on_hit` is called for every hit, once for each
@@ -490,9 +501,11 @@ impl Engine {
         event: &Event,
         on_hit: &mut impl FnMut(&mut Self, &mut H, &Hit<'_>) -> Verdict,
     ) -> Reply {
-        let observed = self.begin(hv, event);
+        let mut reply = Reply::default();
+        let observed = self.begin(hv, event, &mut reply);
         self.tell(hv, event, &observed, on_hit);
-        self.end(hv, event, &observed, &event.registers)
+        self.end(hv, event, &observed, &event.registers, &mut reply);
+        reply
     }
 
     /// A virtual CPU whose fast step was stopped is in the own view, and is not to stay there: unless it is stepped now, it
@@ -545,6 +558,7 @@ impl Engine {
         index: usize,
         event: &Event,
         int3: &Int3,
+        reply: &mut Reply,
     ) -> Result<Observed, H::Error> {
         // With prefixes, the 0xCC is the last byte, and may be in the next page.
         let before = u64::from(int3.length.max(1)) - 1;
@@ -558,26 +572,26 @@ impl Engine {
         };
         let Some(at) = at else {
             self.counters.reinjected += 1;
-            return Ok(Observed::Nothing(reinject()));
+            *reply = reinject();
+            return Ok(Observed::Answered);
         };
         let exec = self.views.as_ref().map(|views| views.exec);
         let met = |page: &Page| page.shadow.is_none() || Some(event.view) == exec;
         let Some(breakpoint) = self.registry.locate(at).filter(|at| met(self.registry.located(*at).0)) else {
-            return self.on_foreign_int3(hv, at).map(Observed::Nothing);
+            return reply.answered(self.on_foreign_int3(hv, at));
         };
         let vcpu = &mut self.vcpus[index];
         if at != int3.gpa {
             // The guest jumped to a prefix before the breakpoint: that is another instruction, and no hit.
-            return self.run_prefixed(hv, index, event, at).map(Observed::Nothing);
+            return reply.answered(self.run_prefixed(hv, index, event, at));
         }
         if vcpu.stepping && vcpu.over == Some(at) {
             // Another virtual CPU has set the breakpoint again before this one was over it: still the same hit.
-            let mut reply = Reply::default();
             // Else its byte is not there any more, or not now.
             if let Some(found) = self.registry.at(at).filter(|(page, _)| page.lifted == 0) {
-                step::step(hv, self.views.as_ref(), vcpu, found, event.registers.rip, &mut reply)?;
+                step::step(hv, self.views.as_ref(), vcpu, found, event.registers.rip, reply)?;
             }
-            return Ok(Observed::Nothing(reply));
+            return Ok(Observed::Answered);
         }
         if vcpu.stepping
             && let Some(before) = vcpu.over.take()
@@ -607,7 +621,7 @@ impl Engine {
         let at = match observed {
             Observed::Hit(at) => *at,
             Observed::Access { breakpoint: Some(at), .. } => *at,
-            Observed::Nothing(_) | Observed::Access { .. } | Observed::Accessed(_) => return,
+            Observed::Answered | Observed::Access { .. } | Observed::Accessed(_) => return,
         };
         let (mut last, until) = (None, self.registry.now());
         while let Some(breakpoint) = self.registry.next_subscriber(at, last, until) {
@@ -697,7 +711,8 @@ impl Engine {
         Ok(reinject())
     }
 
-    fn on_step<H: Hypervisor>(&mut self, hv: &mut H, index: usize) -> Observed {
+    #[inline]
+    fn on_step<H: Hypervisor>(&mut self, hv: &mut H, index: usize, reply: &mut Reply) -> Observed {
         let vcpu = &mut self.vcpus[index];
         if !std::mem::take(&mut vcpu.stepping) {
             self.counters.unexplained += 1;
@@ -710,11 +725,14 @@ impl Engine {
         if let Some(gpa) = over {
             self.arm_again(hv, gpa);
         }
-        match accessing {
-            Some(access) => Observed::Accessed(access),
-            None if home => Observed::Nothing(self.back_home(index)),
-            None => Observed::Nothing(Reply { step: Step::Off, ..Reply::default() }),
+        if let Some(access) = accessing {
+            return Observed::Accessed(access);
         }
+        reply.step = Step::Off;
+        if home {
+            self.back_home(index, reply);
+        }
+        Observed::Answered
     }
 
     /// Puts the breakpoints on what is now in pages that an instruction may have written to.
@@ -734,9 +752,9 @@ impl Engine {
     }
 
     /// A step is over: the virtual CPU goes back to the view it is at home in.
-    fn back_home(&self, index: usize) -> Reply {
-        let home = self.views.as_ref().map(|views| views.home(self.vcpus[index].monitored));
-        Reply { view: home, step: Step::Off, action: Action::Resume }
+    fn back_home(&self, index: usize, reply: &mut Reply) {
+        reply.view = self.views.as_ref().map(|views| views.home(self.vcpus[index].monitored));
+        reply.step = Step::Off;
     }
 
     /// A virtual CPU that was in the write view may have written to the pages that others are there for, too.
@@ -769,11 +787,12 @@ impl Engine {
         index: usize,
         event: &Event,
         access: &Access,
+        reply: &mut Reply,
     ) -> Result<Observed, H::Error> {
         let gfn = access.gpa.gfn();
         let exec = self.views.as_ref().map(|views| views.exec);
         if Some(event.view) != exec {
-            return self.on_guarded(hv, index, event, access).map(Observed::Nothing);
+            return reply.answered(self.on_guarded(hv, index, event, access));
         }
         let watched = self.registry.watches.get(gfn).is_some_and(|watch| watch.accesses.include(access));
         let stepped = self.registry.is_watched(gfn) || self.registry.page(gfn).is_some();
@@ -786,9 +805,9 @@ impl Engine {
             (false, Some(at)) => Ok(Observed::Hit(at)),
             // Denied with what is watched: a write, where nobody wants to hear but of reads.
             (false, None) if self.registry.is_watched(gfn) && self.registry.page(gfn).is_none() => {
-                self.step_in_own_view(index, &event.registers).map(Observed::Nothing)
+                reply.answered(self.step_in_own_view(index, &event.registers))
             }
-            (false, None) => self.on_guarded(hv, index, event, access).map(Observed::Nothing),
+            (false, None) => reply.answered(self.on_guarded(hv, index, event, access)),
         }
     }
 
@@ -804,7 +823,8 @@ impl Engine {
         self.registry.at(at).filter(|(page, _)| page.shadow.is_some()).map(|_| at)
     }
 
-    /// Lets an access that was reported, or whose instruction was a `hit`, be made: by the guest itself, for Xen emulates only what is still denied.
+    /// Lets an access that was reported, or whose instruction was a `hit`, be made: by the guest itself, for Xen emulates
+    /// only what is still denied.
     fn permit<H: Hypervisor>(
         &mut self,
         hv: &mut H,
@@ -996,6 +1016,14 @@ fn paused<H: Hypervisor, T>(hv: &mut H, work: impl FnOnce(&mut H) -> Result<T, E
     let done = work(hv);
     hv.resume().doing("resume the domain")?;
     done
+}
+
+impl Reply {
+    /// Becomes the answer to an event, unless there is none.
+    fn answered<E>(&mut self, answer: Result<Self, E>) -> Result<Observed, E> {
+        *self = answer?;
+        Ok(Observed::Answered)
+    }
 }
 
 fn reinject() -> Reply {

@@ -131,8 +131,20 @@ const EXECUTE: Accesses = Accesses { read: false, write: false, execute: true };
 
 /// The whole of an event, with nobody told.
 fn through(engine: &mut Engine, machine: &mut Machine, event: &Event) -> Reply {
-    let observed = engine.begin(machine, event);
-    engine.end(machine, event, &observed, &event.registers)
+    let mut reply = Reply::default();
+    let observed = engine.begin(machine, event, &mut reply);
+    engine.end(machine, event, &observed, &event.registers, &mut reply);
+    reply
+}
+
+fn begin(engine: &mut Engine, machine: &mut Machine, event: &Event) -> Observed {
+    engine.begin(machine, event, &mut Reply::default())
+}
+
+fn end(engine: &mut Engine, machine: &mut Machine, event: &Event, observed: &Observed, registers: &Registers) -> Reply {
+    let mut reply = Reply::default();
+    engine.end(machine, event, observed, registers, &mut reply);
+    reply
 }
 
 #[test]
@@ -142,10 +154,10 @@ fn whoever_moves_rip_has_done_the_instruction() {
         let mut engine = Engine::new(&machine);
         engine.insert(&mut machine, MOVE, mechanism).unwrap();
         event.view = if mechanism.placement() == Placement::Shadow { EXEC } else { ViewId::HOST };
-        let observed = engine.begin(&mut machine, &event);
+        let observed = begin(&mut engine, &mut machine, &event);
         assert_eq!(observed, Observed::Hit(MOVE));
         let registers = Registers { rip: 0x1234, gpr: [5; 16], ..event.registers };
-        let reply = engine.end(&mut machine, &event, &observed, &registers);
+        let reply = end(&mut engine, &mut machine, &event, &observed, &registers);
         assert_eq!(reply, Reply { action: Action::SetRegisters(registers), ..Reply::default() }, "{mechanism}");
         assert!(engine.is_idle());
     }
@@ -158,10 +170,10 @@ fn with_other_registers_the_instruction_runs_on_these() {
         let mut engine = Engine::new(&machine);
         engine.insert(&mut machine, MOVE, mechanism).unwrap();
         event.view = if mechanism.placement() == Placement::Shadow { EXEC } else { ViewId::HOST };
-        let observed = engine.begin(&mut machine, &event);
+        let observed = begin(&mut engine, &mut machine, &event);
         let mut registers = event.registers;
         registers.gpr[3] = 99;
-        let reply = engine.end(&mut machine, &event, &observed, &registers);
+        let reply = end(&mut engine, &mut machine, &event, &observed, &registers);
         let Action::SetRegisters(set) = reply.action else { panic!("{mechanism}: {reply:?}") };
         match mechanism.step_over() {
             StepOver::Interpret | StepOver::Auto => {
@@ -181,9 +193,9 @@ fn what_is_removed_between_the_halves_is_not_stepped_over() {
     let mut machine = Machine::new();
     let mut engine = Engine::new(&machine);
     let id = engine.insert(&mut machine, MOVE, Mechanism::VIEW_STEP).unwrap();
-    let observed = engine.begin(&mut machine, &hit(MOVE));
+    let observed = begin(&mut engine, &mut machine, &hit(MOVE));
     engine.remove(&mut machine, id).unwrap();
-    let reply = engine.end(&mut machine, &hit(MOVE), &observed, &hit(MOVE).registers);
+    let reply = end(&mut engine, &mut machine, &hit(MOVE), &observed, &hit(MOVE).registers);
     assert_eq!(reply, Reply::default());
 }
 
@@ -195,14 +207,14 @@ fn an_access_is_reported_before_and_after_it_is_made() {
     assert_eq!((machine.current, machine.rights(DATA)), (EXEC, Rights::ReadExecute));
     let write = access(EXEC, 0x7020, DATA.at(8), WRITES);
     let Reason::Access(made) = write.reason else { unreachable!() };
-    let observed = engine.begin(&mut machine, &write);
+    let observed = begin(&mut engine, &mut machine, &write);
     assert_eq!(observed, Observed::Access { access: made, breakpoint: None });
-    let reply = engine.end(&mut machine, &write, &observed, &write.registers);
+    let reply = end(&mut engine, &mut machine, &write, &observed, &write.registers);
     assert_eq!(reply, Reply { view: Some(OWN), step: Step::On, action: Action::Resume });
     let step = event(OWN, 0x7022, Reason::Step);
-    let observed = engine.begin(&mut machine, &step);
+    let observed = begin(&mut engine, &mut machine, &step);
     assert_eq!(observed, Observed::Accessed(made));
-    let reply = engine.end(&mut machine, &step, &observed, &step.registers);
+    let reply = end(&mut engine, &mut machine, &step, &observed, &step.registers);
     assert_eq!(reply, Reply { view: Some(EXEC), step: Step::Off, action: Action::Resume });
 }
 
@@ -216,7 +228,9 @@ fn an_access_that_is_reported_before_only_costs_one_event() {
     let reply = through(&mut engine, &mut machine, &access(EXEC, 0x7020, DATA.at(8), READ));
     assert_eq!(reply, Reply { view: Some(OWN), step: Step::Fast(EXEC), action: Action::Resume });
     let write = access(EXEC, 0x7020, DATA.at(8), WRITES);
-    assert_eq!(engine.begin(&mut machine, &write), Observed::Nothing(reply), "nobody wants to hear of writes");
+    let mut answer = Reply::default();
+    assert_eq!(engine.begin(&mut machine, &write, &mut answer), Observed::Answered, "nobody wants to hear of writes");
+    assert_eq!(answer, reply);
 }
 
 #[test]
@@ -229,12 +243,12 @@ fn a_watch_goes_with_the_breakpoints_of_its_page() {
     assert_eq!(machine.rights(CODE), Rights::None);
     let fetch = access(EXEC, MOVE.0, MOVE, EXECUTE);
     let Reason::Access(made) = fetch.reason else { unreachable!() };
-    let observed = engine.begin(&mut machine, &fetch);
+    let observed = begin(&mut engine, &mut machine, &fetch);
     assert_eq!(observed, Observed::Access { access: made, breakpoint: Some(MOVE) });
     assert_eq!(engine.figures(id).unwrap().hits, 1);
     engine.remove(&mut machine, id).unwrap();
     assert_eq!(machine.rights(CODE), Rights::ReadWrite);
-    let reply = engine.end(&mut machine, &fetch, &observed, &fetch.registers);
+    let reply = end(&mut engine, &mut machine, &fetch, &observed, &fetch.registers);
     assert_eq!(reply.view, Some(OWN), "once told, it must not be met again");
     engine.insert(&mut machine, MOVE, Mechanism::AUTO).unwrap();
     assert_eq!(machine.rights(CODE), Rights::None);

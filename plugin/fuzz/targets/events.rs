@@ -219,11 +219,13 @@ impl World {
         let mut hits = engine.breakpoints().len();
         let reply = if let Some(Callback::Change(rip)) = callbacks.front().copied() {
             callbacks.pop_front();
-            let observed = engine.begin(machine, event);
+            let mut reply = Reply::default();
+            let observed = engine.begin(machine, event, &mut reply);
             let mut registers = event.registers;
             registers.gpr[0] ^= 1;
             registers.rip ^= u64::from(rip);
-            engine.end(machine, event, &observed, &registers)
+            engine.end(machine, event, &observed, &registers, &mut reply);
+            reply
         } else {
             engine.handle(machine, event, &mut |engine, machine, hit| {
                 hits = hits.checked_sub(1).expect("no more hits than there are subscribers");

@@ -4,7 +4,7 @@
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
-use hyperbp::{Accesses, BreakpointId, Engine, Error, Gfn, Gpa, Hit, Mechanism, Placement, Verdict};
+use hyperbp::{Accesses, BreakpointId, Engine, Error, Gfn, Gpa, Hit, Mechanism, Placement, Reply, Verdict};
 use proptest::prelude::*;
 use proptest::sample::Index;
 
@@ -169,7 +169,8 @@ impl Session<'_> {
         let Some(event) = self.world.machine.vcpus[index].waiting else { return };
         self.world.answering = Some(index);
         let Self { world, engine, sites, palette, reactions, failing } = self;
-        let observed = engine.begin(world, &event);
+        let mut reply = Reply::default();
+        let observed = engine.begin(world, &event, &mut reply);
         world.observed(&event, &observed);
         let mut on_hit = |engine: &mut Engine, world: &mut World, hit: &Hit<'_>| {
             world.told(hit.vcpu, hit.breakpoint);
@@ -185,7 +186,7 @@ impl Session<'_> {
             Verdict::Keep
         };
         engine.tell(world, &event, &observed, &mut on_hit);
-        let reply = engine.end(world, &event, &observed, &event.registers);
+        engine.end(world, &event, &observed, &event.registers, &mut reply);
         world.answering = None;
         if world.machine.answer(index, &reply, *failing) {
             world.through(index);

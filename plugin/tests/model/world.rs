@@ -203,7 +203,7 @@ impl World {
             Observed::Accessed(access) => {
                 assert_eq!(self.accessing[index].take(), Some(*access), "a report after what was not reported before");
             }
-            Observed::Hit(_) | Observed::Nothing(_) => {
+            Observed::Hit(_) | Observed::Answered => {
                 if event.reason == Reason::Step {
                     assert_eq!(self.accessing[index], None, "an access was made, and not reported");
                 }
