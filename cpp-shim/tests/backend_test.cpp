@@ -402,6 +402,14 @@ TEST_F(Backend, BadArgumentsAreErrors)
     expect_restored();
 }
 
+TEST_F(Backend, MoreVirtualCpusThanLibVmiStepsAreRefused)
+{
+    fake::Machine large(33);
+    vmi_instance instance(large);
+    EXPECT_EQ(hyperbp_open(&instance, nullptr, &host_memory), nullptr);
+    EXPECT_NE(std::string(hyperbp_error()).find("33 virtual CPUs"), std::string::npos) << hyperbp_error();
+}
+
 TEST_F(Backend, WithoutAHandlerForMemoryThereAreNoGuards)
 {
     vmi.memory = nullptr;

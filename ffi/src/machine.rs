@@ -25,8 +25,8 @@ pub(crate) enum Error {
     TwoPages(Gpa, usize),
     /// `SET_VCPU_SINGLESTEP` has 32 bits.
     #[cfg(feature = "libvmi")]
-    #[error("LibVMI does not step virtual CPU {0}: it steps those below 32")]
-    TooManyVcpus(u16),
+    #[error("the domain has {0} virtual CPUs, and LibVMI steps no more than 32: give it fewer")]
+    TooManyVcpus(u32),
 }
 
 /// A hypervisor.

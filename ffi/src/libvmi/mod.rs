@@ -30,7 +30,7 @@ impl Domain {
     /// The domain of an instance of LibVMI.
     ///
     /// # Errors
-    /// If there is no `memory`.
+    /// If there is no `memory`, or the domain has more virtual CPUs than LibVMI steps.
     ///
     /// # Safety
     /// `vmi` is an instance that was initialised with events, and outlives the result.
@@ -40,7 +40,10 @@ impl Domain {
         }
         // SAFETY: by this function's contract.
         let vcpus = unsafe { sys::vmi_get_num_vcpus(vmi) };
-        let vcpus = u16::try_from(vcpus).unwrap_or(u16::MAX);
+        if vcpus > sys::MAX_SINGLESTEP_VCPUS {
+            return Err(Error::TooManyVcpus(vcpus));
+        }
+        let vcpus = vcpus as u16;
         Ok(Self { vmi, vcpus, memory, pages: PageCache::default() })
     }
 
@@ -140,9 +143,6 @@ impl Hypervisor for Domain {
     }
 
     fn stop_step(&mut self, vcpu: VcpuId) -> Result<(), Error> {
-        if u32::from(vcpu.0) >= sys::MAX_SINGLESTEP_VCPUS {
-            return Err(Error::TooManyVcpus(vcpu.0));
-        }
         let number = u32::from(vcpu.0);
         // SAFETY: the instance lives.
         let registered = unsafe { sys::vmi_get_singlestep_event(self.vmi, number) };
