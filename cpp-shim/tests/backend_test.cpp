@@ -207,12 +207,12 @@ TEST_P(BackendMechanism, PagesAreMappedOnce)
     close();
 }
 
-TEST_P(BackendMechanism, WhatCallbacksChangeCounts)
+TEST_P(BackendMechanism, WhatCallbacksChangeCountsIfTheySaySo)
 {
     open(GetParam().c_str());
     ASSERT_TRUE(hyperbp_insert(session, AT));
-    // With the response that goes with it, and without; and others, one of which is for us to decide.
     for (const event_response_t response : {0U, VMI_EVENT_RESPONSE_SET_REGISTERS}) {
+        // And one that is not for us, and one that is not theirs.
         on_told = [response](const Told&, vmi_event_t* event) {
             event->x86_regs->r15 = 15;
             return response | VMI_EVENT_RESPONSE_GET_NEXT_INTERRUPT | VMI_EVENT_RESPONSE_EMULATE;
@@ -222,7 +222,7 @@ TEST_P(BackendMechanism, WhatCallbacksChangeCounts)
         vmi.run(0);
         EXPECT_NE(vmi.last & VMI_EVENT_RESPONSE_GET_NEXT_INTERRUPT, 0U);
         run_to(AFTER);
-        EXPECT_EQ(machine.vcpu(0).general.gpr[15], response == VMI_EVENT_RESPONSE_NONE ? 0U : 15U);
+        EXPECT_EQ(machine.vcpu(0).general.gpr[15], response != 0 ? 15U : 0U);
         EXPECT_EQ(machine.vcpu(0).general.gpr[0], VALUE);
     }
     close();

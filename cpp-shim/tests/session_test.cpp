@@ -469,6 +469,25 @@ TEST_P(Panic, OtherVirtualCpusAndTheGuestsOwnInt3sGoOn)
     expect_restored();
 }
 
+TEST_P(Panic, StepsOfOthersAreEnded)
+{
+    session().insert(AT);
+    session().insert(AFTER + 1);
+    general(1).rip = AT;
+    host.answer(*host.machine.run(1));
+    // It is in the middle of that now, if it is stepped at all.
+    for (unsigned n = 0; n < HITS; ++n) {
+        general().rip = AFTER + 1;
+        host.run_to(AFTER + 2);
+    }
+    ASSERT_TRUE(session().failed());
+    expect_restored();
+    host.run_to(AFTER, 1);
+    EXPECT_EQ(general(1).gpr[0], VALUE);
+    session().close();
+    expect_restored();
+}
+
 TEST(Session, AnUnknownMechanismIsAnsweredWithThoseThereAre)
 {
     try {

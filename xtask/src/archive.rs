@@ -41,13 +41,17 @@ pub(crate) fn seal(archive: &Path, into: &Path) -> Result<()> {
     run(link.arg("-o").arg(&object).arg(archive))?;
 
     fs::write(&names, hidden.join("\n")).with_context(|| format!("cannot write {}", names.display()))?;
-    let mut copy = Command::new("objcopy");
-    copy.arg("--localize-symbols").arg(&names).args(["--wildcard", "--weaken-symbol", "cxxbridge1$*"]);
+    // Of the standard library there is bitcode that other versions of LLVM cannot read.
+    let mut hide = Command::new("objcopy");
+    hide.arg("--localize-symbols").arg(&names).args(["--remove-section", ".llvmbc", "--remove-section", ".llvmcmd"]);
+    run(hide.arg(&object))?;
+    // By itself, for with wildcards each name above would be compared with each symbol.
+    let mut weaken = Command::new("objcopy");
+    weaken.args(["--wildcard", "--weaken-symbol", "cxxbridge1$*"]);
     for names in [format!("_Z*{CXX_NAMESPACE}*"), format!("_ZNK{}*", &CXX_NAMESPACE[1..])] {
-        copy.arg("--weaken-symbol").arg(names);
+        weaken.arg("--weaken-symbol").arg(names);
     }
-    // Of the standard library: bitcode that other versions of LLVM cannot read.
-    run(copy.args(["--remove-section", ".llvmbc", "--remove-section", ".llvmcmd"]).arg(&object))?;
+    run(weaken.arg(&object))?;
 
     if into.exists() {
         fs::remove_file(into).with_context(|| format!("cannot remove {}", into.display()))?;
