@@ -17,6 +17,7 @@ struct hyperbp_session
     vmi_instance_t vmi;
     rust::Box<ffi::Session> session;
     std::string mechanism;
+    bool hits_need_registers;
     // Each event is translated into the same place.
     ffi::Event event {};
     ffi::Reply reply {};
@@ -91,6 +92,13 @@ event_response_t on_failed_emulation(vmi_instance_t /*vmi*/, vmi_event_t* event)
     return response;
 }
 
+/// An INT3 without prefixes.
+bool is_plain_int3(const vmi_event_t& event) noexcept
+{
+    return event.type == VMI_EVENT_INTERRUPT && event.interrupt_event.intr == INT3
+           && event.interrupt_event.insn_length == 1;
+}
+
 hyperbp_observed_t kind_of(ffi::Kind kind) noexcept
 {
     switch (kind) {
@@ -134,8 +142,9 @@ hyperbp_session_t* hyperbp_open(vmi_instance_t vmi, const char* mechanism, const
         const char* name = mechanism != nullptr ? mechanism : "auto";
         auto opened = ffi::open_libvmi(vmi, std::make_unique<HostMemory>(*memory), name);
         std::string canonical(opened->mechanism());
+        const bool hits_need_registers = opened->hits_need_registers();
         std::unique_ptr<hyperbp_session_t> session(
-            new hyperbp_session_t {vmi, std::move(opened), std::move(canonical)});
+            new hyperbp_session_t {vmi, std::move(opened), std::move(canonical), hits_need_registers});
         hyperbp::answer_failed_emulations(vmi, on_failed_emulation, session.get());
         return session.release();
     });
@@ -187,13 +196,19 @@ hyperbp_observed_t hyperbp_begin(hyperbp_session_t* session, vmi_event_t* event,
         *response = respond(*session, *event);
         return HYPERBP_ANSWERED;
     }
-    if (!hyperbp::translate(*event, session->event))
+    const bool plain = !session->hits_need_registers && is_plain_int3(*event);
+    if (!plain && !hyperbp::translate(*event, session->event))
         return HYPERBP_ANSWERED;
-    const ffi::Observed observed = session->session->begin(session->event, session->reply);
+    const ffi::Observed observed =
+        plain ? session->session->begin_int3(static_cast<std::uint16_t>(event->vcpu_id), event->slat_id,
+                                             hyperbp::address_of(*event), event->x86_regs->rip, session->reply)
+              : session->session->begin(session->event, session->reply);
     what->pa = observed.pa;
-    what->access = hyperbp::flags_of(observed.accesses);
-    what->breakpoint = observed.breakpoint;
-    what->breakpoint_pa = observed.breakpoint_pa;
+    if (observed.kind == ffi::Kind::Access || observed.kind == ffi::Kind::Accessed) {
+        what->access = hyperbp::flags_of(observed.accesses);
+        what->breakpoint = observed.breakpoint;
+        what->breakpoint_pa = observed.breakpoint_pa;
+    }
     if (observed.kind == ffi::Kind::Answered || observed.kind == ffi::Kind::Failed)
         *response = respond(*session, *event);
     return kind_of(observed.kind);

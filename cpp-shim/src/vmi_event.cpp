@@ -146,6 +146,14 @@ void general_of(const x86_registers_t& x86, ffi::General& into) noexcept
     into.rflags = x86.rflags;
 }
 
+std::uint64_t address_of(const vmi_event_t& event) noexcept
+{
+    // LibVMI takes RIP for the linear address.
+    const x86_registers_t& x86 = *event.x86_regs;
+    const std::uint64_t linear = mode_of(x86) == ffi::CodeMode::Bits64 ? x86.rip : x86.cs_base + x86.rip;
+    return event.interrupt_event.gfn << PAGE_SHIFT | (linear & PAGE_OFFSET);
+}
+
 bool translate(const vmi_event_t& event, ffi::Event& into) noexcept
 {
     const x86_registers_t& x86 = *event.x86_regs;
@@ -160,10 +168,8 @@ bool translate(const vmi_event_t& event, ffi::Event& into) noexcept
     case VMI_EVENT_INTERRUPT: {
         if (event.interrupt_event.intr != INT3)
             return false;
-        // LibVMI takes RIP for the linear address.
-        const std::uint64_t linear = into.registers.cs_base + x86.rip;
         into.reason = ffi::Reason::Int3;
-        into.gpa = event.interrupt_event.gfn << PAGE_SHIFT | (linear & PAGE_OFFSET);
+        into.gpa = address_of(event);
         into.length = static_cast<std::uint8_t>(event.interrupt_event.insn_length);
         return true;
     }

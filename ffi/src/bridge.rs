@@ -218,6 +218,8 @@ pub(crate) mod ffi {
         fn remove(self: &mut Session, pa: u64) -> Result<()>;
         fn watch(self: &mut Session, gfn: u64, accesses: Accesses, after: bool) -> Result<()>;
         fn begin(self: &mut Session, event: &Event, reply: &mut Reply) -> Observed;
+        fn hits_need_registers(self: &Session) -> bool;
+        fn begin_int3(self: &mut Session, vcpu: u16, view: u16, gpa: u64, rip: u64, reply: &mut Reply) -> Observed;
         fn step(self: &mut Session, vcpu: u16, reply: &mut Reply) -> bool;
         fn finish(self: &mut Session, reply: &mut Reply);
         fn finish_with(self: &mut Session, registers: &General, reply: &mut Reply);

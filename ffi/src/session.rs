@@ -6,8 +6,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use cxx::UniquePtr;
 use hyperbp::{
-    Access, Action, BreakpointId, Engine, Event, Gfn, Gpa, Hypervisor as _, Mechanism, Observed, Reason, Registers,
-    Reply, VcpuId, ViewId,
+    Access, Action, BreakpointId, Engine, Event, Gfn, Gpa, Hypervisor as _, Int3, Mechanism, Observed, Placement,
+    Reason, Registers, Reply, StepOver, VcpuId, ViewId,
 };
 
 use crate::bridge::ffi;
@@ -262,6 +262,10 @@ impl Session {
     /// First half of an event: what it is, and, if nobody needs to be told, the reply.
     pub(crate) fn begin(&mut self, event: &ffi::Event, reply: &mut ffi::Reply) -> ffi::Observed {
         convert::event(event, &mut self.event);
+        self.begin_event(reply)
+    }
+
+    fn begin_event(&mut self, reply: &mut ffi::Reply) -> ffi::Observed {
         self.told = None;
         if matches!(self.state, State::Open)
             && let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.observe(reply)))
@@ -282,6 +286,28 @@ impl Session {
             },
             Some(Told::Accessed(access)) => convert::observed_access(ffi::Kind::Accessed, access),
         }
+    }
+
+    /// Whether a hit needs the registers, for there is something to emulate or to compute.
+    pub(crate) const fn hits_need_registers(&self) -> bool {
+        let by_stepping = matches!(self.mechanism.step_over(), StepOver::ViewStep | StepOver::ViewFastStep);
+        !(by_stepping && matches!(self.mechanism.placement(), Placement::Shadow))
+    }
+
+    /// First half of an INT3 of one byte, if hits do not need the registers.
+    pub(crate) fn begin_int3(
+        &mut self,
+        vcpu: u16,
+        view: u16,
+        gpa: u64,
+        rip: u64,
+        reply: &mut ffi::Reply,
+    ) -> ffi::Observed {
+        self.event.vcpu = VcpuId(vcpu);
+        self.event.view = ViewId(view);
+        self.event.registers.rip = rip;
+        self.event.reason = Reason::Int3(Int3 { gpa: Gpa(gpa), length: 1 });
+        self.begin_event(reply)
     }
 
     fn observe(&mut self, reply: &mut ffi::Reply) {
@@ -350,16 +376,11 @@ impl Session {
             Told::Access { access, breakpoint } => Observed::Access { access, breakpoint },
             Told::Accessed(access) => Observed::Accessed(access),
         };
-        let before = &self.event.registers;
-        let changed;
-        let registers = match registers {
-            None => before,
-            Some(&ffi::General { gpr, rip, rflags }) => {
-                changed = Registers { gpr, rip, rflags, ..*before };
-                &changed
-            }
-        };
-        self.engine.end(&mut self.machine, &self.event, &observed, registers, &mut self.reply);
+        let changed = registers.map(|&ffi::General { gpr, rip, rflags }| {
+            let before = self.event.registers;
+            Registers { gpr, rip, rflags, ..before }
+        });
+        self.engine.end(&mut self.machine, &self.event, &observed, changed.as_ref(), &mut self.reply);
         convert::reply(&self.reply, reply);
     }
 

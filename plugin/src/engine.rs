@@ -83,7 +83,7 @@ pub struct Engine {
     factory: InstructionInfoFactory,
     counters: Counters,
     handling: HandlingTime,
-    /// When the hit that is being handled began, and where its breakpoint was then.
+    /// When the last hit began, and where its breakpoint was then.
     hit_at: u64,
     hit: Option<(Gpa, Located)>,
     leaving: bool,
@@ -446,15 +446,14 @@ impl Engine {
         true
     }
 
-    /// Answers an event, after those it concerns have been told. `observed` is what [`begin`](Self::begin) said; `registers`
-    /// are the event's, or what those who were told have made of them. If they have changed RIP, what was to happen at the
-    /// old one does not. (At an INT3 of the guest's own, under a breakpoint, its registers are left alone.)
+    /// Answers an event, after those it concerns have been told. `observed` is what [`begin`](Self::begin) said; `changed`
+    /// are the registers, if those who were told have changed any. If it is RIP, what was to happen at the old one does not. (At an INT3 of the guest's own, under a breakpoint, its registers are left alone.)
     pub fn end<H: Hypervisor>(
         &mut self,
         hv: &mut H,
         event: &Event,
         observed: &Observed,
-        registers: &Registers,
+        changed: Option<&Registers>,
         reply: &mut Reply,
     ) {
         let index = usize::from(event.vcpu.0);
@@ -462,18 +461,17 @@ impl Engine {
             return;
         }
         *reply = Reply::default();
+        let registers = changed.unwrap_or(&event.registers);
         let moved = registers.rip != event.registers.rip;
-        // Whoever has changed nothing may give them as they are in the event.
-        let changed = !std::ptr::eq(registers, &event.registers) && registers != &event.registers;
         let done = match observed {
             Observed::Answered => Ok(()),
             Observed::Hit(_) | Observed::Access { .. } if moved => Ok(()),
             Observed::Hit(at) => match &event.reason {
-                Reason::Access(access) => self.permit(hv, index, event, access, true, registers).map(|to| *reply = to),
-                _ => self.step_over(hv, index, *at, registers, changed, reply),
+                Reason::Access(access) => self.permit(hv, index, event, access, true, changed).map(|to| *reply = to),
+                _ => self.step_over(hv, index, *at, registers, changed.is_some(), reply),
             },
             Observed::Access { access, breakpoint } => {
-                self.permit(hv, index, event, access, breakpoint.is_some(), registers).map(|to| *reply = to)
+                self.permit(hv, index, event, access, breakpoint.is_some(), changed).map(|to| *reply = to)
             }
             Observed::Accessed(_) => {
                 self.back_home(index, reply);
@@ -483,7 +481,7 @@ impl Engine {
         if let Err(error) = done {
             *reply = self.give_way(event, &error);
         }
-        if changed && reply.action == Action::Resume {
+        if let (Some(registers), Action::Resume) = (changed, &reply.action) {
             reply.action = Action::SetRegisters(*registers);
         }
         if matches!(observed, Observed::Hit(_)) {
@@ -504,7 +502,7 @@ impl Engine {
         let mut reply = Reply::default();
         let observed = self.begin(hv, event, &mut reply);
         self.tell(hv, event, &observed, on_hit);
-        self.end(hv, event, &observed, &event.registers, &mut reply);
+        self.end(hv, event, &observed, None, &mut reply);
         reply
     }
 
@@ -577,7 +575,7 @@ impl Engine {
         };
         let exec = self.views.as_ref().map(|views| views.exec);
         let met = |page: &Page| page.shadow.is_none() || Some(event.view) == exec;
-        let Some(breakpoint) = self.registry.locate(at).filter(|at| met(self.registry.located(*at).0)) else {
+        let Some(breakpoint) = self.locate(at).filter(|at| met(self.registry.located(*at).0)) else {
             return reply.answered(self.on_foreign_int3(hv, at));
         };
         let vcpu = &mut self.vcpus[index];
@@ -603,6 +601,14 @@ impl Engine {
         self.hit = Some((at, breakpoint));
         self.count_hit(breakpoint);
         Ok(Observed::Hit(at))
+    }
+
+    /// Where a breakpoint is. Most often it is the one that was hit last.
+    fn locate(&self, at: Gpa) -> Option<Located> {
+        match self.hit {
+            Some((hit, before)) if hit == at => self.registry.locate_again(at, before),
+            _ => self.registry.locate(at),
+        }
     }
 
     fn count_hit(&mut self, at: Located) {
@@ -646,12 +652,8 @@ impl Engine {
         changed: bool,
         reply: &mut Reply,
     ) -> Result<(), H::Error> {
+        let Some(located) = self.locate(at) else { return Ok(()) };
         let (vcpu, views) = (&mut self.vcpus[index], self.views.as_ref());
-        let located = match self.hit.take() {
-            Some((hit, before)) if hit == at => self.registry.locate_again(at, before),
-            _ => self.registry.locate(at),
-        };
-        let Some(located) = located else { return Ok(()) };
         let (page, breakpoint) = self.registry.located(located);
         if breakpoint.displaced.byte() == INT3 {
             self.counters.reinjected += 1;
@@ -832,8 +834,9 @@ impl Engine {
         event: &Event,
         access: &Access,
         hit: bool,
-        registers: &Registers,
+        changed: Option<&Registers>,
     ) -> Result<Reply, H::Error> {
+        let registers = changed.unwrap_or(&event.registers);
         let gfn = access.gpa.gfn();
         let watch = self.registry.watches.get(gfn).filter(|watch| watch.accesses.include(access));
         let after = watch.is_some_and(|watch| watch.after);
@@ -841,7 +844,7 @@ impl Engine {
         let monitored = after || self.vcpus[index].stepping;
         let (vcpu, views) = (&mut self.vcpus[index], self.views.as_ref());
         match (self.registry.page_mut(gfn), views) {
-            (Some(page), views) if monitored || registers != &event.registers => {
+            (Some(page), views) if monitored || changed.is_some() => {
                 placement::catch_up(hv, views, page)?;
                 conceal::on_own_bytes(hv, views, vcpu, page, registers, access.write)
             }

@@ -133,7 +133,7 @@ const EXECUTE: Accesses = Accesses { read: false, write: false, execute: true };
 fn through(engine: &mut Engine, machine: &mut Machine, event: &Event) -> Reply {
     let mut reply = Reply::default();
     let observed = engine.begin(machine, event, &mut reply);
-    engine.end(machine, event, &observed, &event.registers, &mut reply);
+    engine.end(machine, event, &observed, None, &mut reply);
     reply
 }
 
@@ -141,9 +141,15 @@ fn begin(engine: &mut Engine, machine: &mut Machine, event: &Event) -> Observed 
     engine.begin(machine, event, &mut Reply::default())
 }
 
-fn end(engine: &mut Engine, machine: &mut Machine, event: &Event, observed: &Observed, registers: &Registers) -> Reply {
+fn end(
+    engine: &mut Engine,
+    machine: &mut Machine,
+    event: &Event,
+    observed: &Observed,
+    changed: Option<&Registers>,
+) -> Reply {
     let mut reply = Reply::default();
-    engine.end(machine, event, observed, registers, &mut reply);
+    engine.end(machine, event, observed, changed, &mut reply);
     reply
 }
 
@@ -157,7 +163,7 @@ fn whoever_moves_rip_has_done_the_instruction() {
         let observed = begin(&mut engine, &mut machine, &event);
         assert_eq!(observed, Observed::Hit(MOVE));
         let registers = Registers { rip: 0x1234, gpr: [5; 16], ..event.registers };
-        let reply = end(&mut engine, &mut machine, &event, &observed, &registers);
+        let reply = end(&mut engine, &mut machine, &event, &observed, Some(&registers));
         assert_eq!(reply, Reply { action: Action::SetRegisters(registers), ..Reply::default() }, "{mechanism}");
         assert!(engine.is_idle());
     }
@@ -173,7 +179,7 @@ fn with_other_registers_the_instruction_runs_on_these() {
         let observed = begin(&mut engine, &mut machine, &event);
         let mut registers = event.registers;
         registers.gpr[3] = 99;
-        let reply = end(&mut engine, &mut machine, &event, &observed, &registers);
+        let reply = end(&mut engine, &mut machine, &event, &observed, Some(&registers));
         let Action::SetRegisters(set) = reply.action else { panic!("{mechanism}: {reply:?}") };
         match mechanism.step_over() {
             StepOver::Interpret | StepOver::Auto => {
@@ -195,7 +201,7 @@ fn what_is_removed_between_the_halves_is_not_stepped_over() {
     let id = engine.insert(&mut machine, MOVE, Mechanism::VIEW_STEP).unwrap();
     let observed = begin(&mut engine, &mut machine, &hit(MOVE));
     engine.remove(&mut machine, id).unwrap();
-    let reply = end(&mut engine, &mut machine, &hit(MOVE), &observed, &hit(MOVE).registers);
+    let reply = end(&mut engine, &mut machine, &hit(MOVE), &observed, None);
     assert_eq!(reply, Reply::default());
 }
 
@@ -209,12 +215,12 @@ fn an_access_is_reported_before_and_after_it_is_made() {
     let Reason::Access(made) = write.reason else { unreachable!() };
     let observed = begin(&mut engine, &mut machine, &write);
     assert_eq!(observed, Observed::Access { access: made, breakpoint: None });
-    let reply = end(&mut engine, &mut machine, &write, &observed, &write.registers);
+    let reply = end(&mut engine, &mut machine, &write, &observed, None);
     assert_eq!(reply, Reply { view: Some(OWN), step: Step::On, action: Action::Resume });
     let step = event(OWN, 0x7022, Reason::Step);
     let observed = begin(&mut engine, &mut machine, &step);
     assert_eq!(observed, Observed::Accessed(made));
-    let reply = end(&mut engine, &mut machine, &step, &observed, &step.registers);
+    let reply = end(&mut engine, &mut machine, &step, &observed, None);
     assert_eq!(reply, Reply { view: Some(EXEC), step: Step::Off, action: Action::Resume });
 }
 
@@ -248,7 +254,7 @@ fn a_watch_goes_with_the_breakpoints_of_its_page() {
     assert_eq!(engine.figures(id).unwrap().hits, 1);
     engine.remove(&mut machine, id).unwrap();
     assert_eq!(machine.rights(CODE), Rights::ReadWrite);
-    let reply = end(&mut engine, &mut machine, &fetch, &observed, &fetch.registers);
+    let reply = end(&mut engine, &mut machine, &fetch, &observed, None);
     assert_eq!(reply.view, Some(OWN), "once told, it must not be met again");
     engine.insert(&mut machine, MOVE, Mechanism::AUTO).unwrap();
     assert_eq!(machine.rights(CODE), Rights::None);

@@ -32,6 +32,9 @@ vmi_mem_access_t flags_of(ffi::Accesses accesses) noexcept;
 /// emulation.
 bool translate(const vmi_event_t& event, ffi::Event& into) noexcept;
 
+/// Where an INT3 is: guest-physical, prefixes included.
+std::uint64_t address_of(const vmi_event_t& event) noexcept;
+
 /// Reads the registers a host may have changed.
 void general_of(const x86_registers_t& registers, ffi::General& into) noexcept;
 

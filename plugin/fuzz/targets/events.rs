@@ -224,7 +224,7 @@ impl World {
             let mut registers = event.registers;
             registers.gpr[0] ^= 1;
             registers.rip ^= u64::from(rip);
-            engine.end(machine, event, &observed, &registers, &mut reply);
+            engine.end(machine, event, &observed, Some(&registers), &mut reply);
             reply
         } else {
             engine.handle(machine, event, &mut |engine, machine, hit| {

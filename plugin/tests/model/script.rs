@@ -186,7 +186,7 @@ impl Session<'_> {
             Verdict::Keep
         };
         engine.tell(world, &event, &observed, &mut on_hit);
-        engine.end(world, &event, &observed, &event.registers, &mut reply);
+        engine.end(world, &event, &observed, None, &mut reply);
         world.answering = None;
         if world.machine.answer(index, &reply, *failing) {
             world.through(index);
