@@ -6,8 +6,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use cxx::UniquePtr;
 use hyperbp::{
-    Access, Action, BreakpointId, Engine, Event, Gfn, Gpa, Hypervisor as _, Int3, Mechanism, Observed, Placement,
-    Reason, Registers, Reply, StepOver, VcpuId, ViewId,
+    Action, BreakpointId, Engine, Event, Gfn, Gpa, Hypervisor as _, Int3, Mechanism, Observed, Placement, Reason,
+    Registers, Reply, StepOver, VcpuId, ViewId,
 };
 
 use crate::bridge::ffi;
@@ -56,14 +56,6 @@ enum State {
     Closed,
 }
 
-/// What [`Engine::begin`] said, where it did not answer: an [`Observed`] without the room for an answer.
-#[derive(Clone, Copy)]
-enum Told {
-    Hit(Gpa),
-    Access { access: Access, breakpoint: Option<Gpa> },
-    Accessed(Access),
-}
-
 /// An engine, the hypervisor it works on, and the event between the two halves of its answer.
 pub(crate) struct Session {
     engine: Engine,
@@ -77,7 +69,7 @@ pub(crate) struct Session {
     /// The last event.
     event: Event,
     /// What it is, while it waits for its second half.
-    told: Option<Told>,
+    told: Observed,
     /// Where replies are made: each in the same place, for they are large.
     reply: Reply,
     #[cfg(feature = "fault-injection")]
@@ -169,7 +161,7 @@ impl Session {
                 registers: Registers::default(),
                 reason: Reason::EmulationFailed,
             },
-            told: None,
+            told: Observed::Answered,
             reply: Reply::default(),
             #[cfg(feature = "fault-injection")]
             hits_until_panic: std::env::var("HYPERBP_PANIC_AT_HIT").ok().and_then(|hits| hits.parse().ok()),
@@ -266,7 +258,7 @@ impl Session {
     }
 
     fn begin_event(&mut self, reply: &mut ffi::Reply) -> ffi::Observed {
-        self.told = None;
+        self.told = Observed::Answered;
         if matches!(self.state, State::Open)
             && let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.observe(reply)))
         {
@@ -277,14 +269,14 @@ impl Session {
             return convert::observed(ffi::Kind::Failed);
         }
         match &self.told {
-            None => convert::observed(ffi::Kind::Answered),
-            Some(Told::Hit(gpa)) => ffi::Observed { pa: gpa.0, ..convert::observed(ffi::Kind::Hit) },
-            Some(Told::Access { access, breakpoint }) => ffi::Observed {
+            Observed::Answered => convert::observed(ffi::Kind::Answered),
+            Observed::Hit(gpa) => ffi::Observed { pa: gpa.0, ..convert::observed(ffi::Kind::Hit) },
+            Observed::Access { access, breakpoint } => ffi::Observed {
                 breakpoint: breakpoint.is_some(),
                 breakpoint_pa: breakpoint.map_or(0, |gpa| gpa.0),
                 ..convert::observed_access(ffi::Kind::Access, access)
             },
-            Some(Told::Accessed(access)) => convert::observed_access(ffi::Kind::Accessed, access),
+            Observed::Accessed(access) => convert::observed_access(ffi::Kind::Accessed, access),
         }
     }
 
@@ -311,17 +303,12 @@ impl Session {
     }
 
     fn observe(&mut self, reply: &mut ffi::Reply) {
-        self.told = match self.engine.begin(&mut self.machine, &self.event, &mut self.reply) {
-            Observed::Answered => {
-                convert::reply(&self.reply, reply);
-                None
-            }
-            Observed::Hit(gpa) => Some(Told::Hit(gpa)),
-            Observed::Access { access, breakpoint } => Some(Told::Access { access, breakpoint }),
-            Observed::Accessed(access) => Some(Told::Accessed(access)),
-        };
+        self.told = self.engine.begin(&mut self.machine, &self.event, &mut self.reply);
+        if self.told == Observed::Answered {
+            convert::reply(&self.reply, reply);
+        }
         #[cfg(feature = "fault-injection")]
-        if let (Some(Told::Hit(gpa)), Some(hits)) = (&self.told, &mut self.hits_until_panic) {
+        if let (Observed::Hit(gpa), Some(hits)) = (&self.told, &mut self.hits_until_panic) {
             *hits = hits.saturating_sub(1);
             assert!(*hits > 0, "HYPERBP_PANIC_AT_HIT: at the breakpoint at {gpa}");
         }
@@ -333,7 +320,7 @@ impl Session {
         if !matches!(self.state, State::Open) {
             return false;
         }
-        self.told = None;
+        self.told = Observed::Answered;
         let stepped = catch_unwind(AssertUnwindSafe(|| {
             let stepped = self.engine.stepped(&mut self.machine, VcpuId(vcpu), &mut self.reply);
             if stepped {
@@ -358,29 +345,25 @@ impl Session {
     }
 
     fn conclude(&mut self, registers: Option<&ffi::General>, reply: &mut ffi::Reply) {
-        let Some(told) = self.told.take() else {
+        let told = std::mem::replace(&mut self.told, Observed::Answered);
+        if told == Observed::Answered {
             if matches!(self.state, State::Open) {
                 log::warn!("an event was finished that was not begun, or finished before: the virtual CPU goes on");
             }
             return convert::reply(&self.let_go(), reply);
-        };
-        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.end(told, registers, reply))) {
+        }
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.end(&told, registers, reply))) {
             self.fail(&*panic);
             convert::reply(&self.let_go(), reply);
         }
     }
 
-    fn end(&mut self, told: Told, registers: Option<&ffi::General>, reply: &mut ffi::Reply) {
-        let observed = match told {
-            Told::Hit(gpa) => Observed::Hit(gpa),
-            Told::Access { access, breakpoint } => Observed::Access { access, breakpoint },
-            Told::Accessed(access) => Observed::Accessed(access),
-        };
+    fn end(&mut self, told: &Observed, registers: Option<&ffi::General>, reply: &mut ffi::Reply) {
         let changed = registers.map(|&ffi::General { gpr, rip, rflags }| {
             let before = self.event.registers;
             Registers { gpr, rip, rflags, ..before }
         });
-        self.engine.end(&mut self.machine, &self.event, &observed, changed.as_ref(), &mut self.reply);
+        self.engine.end(&mut self.machine, &self.event, told, changed.as_ref(), &mut self.reply);
         convert::reply(&self.reply, reply);
     }
 
@@ -455,7 +438,7 @@ impl Session {
         let message = message_of(panic);
         log::error!("a bug of hyperbp has ended the session: {message}");
         self.state = State::Failed(message);
-        self.told = None;
+        self.told = Observed::Answered;
         if let Err(error) = without_panic(|| Ok(self.machine.undo()?)) {
             log::error!("the domain could not be left as it was: {error}");
         }
