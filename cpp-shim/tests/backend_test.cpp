@@ -221,6 +221,7 @@ TEST_P(BackendMechanism, WhatCallbacksChangeCountsIfTheySaySo)
         machine.vcpu(0).general.rip = AT;
         vmi.run(0);
         EXPECT_NE(vmi.last & VMI_EVENT_RESPONSE_GET_NEXT_INTERRUPT, 0U);
+        EXPECT_EQ(vmi.last & VMI_EVENT_RESPONSE_EMULATE, 0U);
         run_to(AFTER);
         EXPECT_EQ(machine.vcpu(0).general.gpr[15], response != 0 ? 15U : 0U);
         EXPECT_EQ(machine.vcpu(0).general.gpr[0], VALUE);
