@@ -1,0 +1,324 @@
+//! The patches for other projects: that they only add lines, and that the script applies them to the right tree alone.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
+
+/// Where there are patches, if there are.
+const FOR: [&str; 2] = ["drakvuf-patches", "smartvmi-patches"];
+
+fn repo() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+/// The patches in a directory, by name.
+fn patches(dir: &Path) -> Result<Vec<PathBuf>> {
+    let mut patches: Vec<_> = fs::read_dir(dir)?.map(|entry| Ok(entry?.path())).collect::<Result<_>>()?;
+    patches.retain(|path| path.extension().is_some_and(|extension| extension == "patch"));
+    patches.sort();
+    Ok(patches)
+}
+
+/// The lines of a list that are no comments.
+fn list(file: &Path) -> Result<Vec<String>> {
+    Ok(list_of(&fs::read_to_string(file)?))
+}
+
+fn list_of(text: &str) -> Vec<String> {
+    text.lines().filter(|line| !line.is_empty() && !line.starts_with('#')).map(str::to_owned).collect()
+}
+
+/// Says what a patch may not have, and names the files it touches.
+fn touched_by(patch: &str, problems: &mut Vec<String>) -> Vec<String> {
+    let mut files = Vec::new();
+    // Lines of the hunk at hand that are still to come.
+    let mut left = 0;
+    for line in patch.lines().skip_while(|line| !line.starts_with("diff --git ")) {
+        if left > 0 {
+            left -= 1;
+            if !line.starts_with('+') {
+                problems.push(format!("is not an added line: {line}"));
+            }
+        } else if let Some(hunk) = line.strip_prefix("@@ -") {
+            let added = hunk.strip_suffix(" @@").and_then(|hunk| hunk.split_once(",0 +")).map(|(_, added)| added);
+            match added.map(|added| added.split_once(',').map_or(Ok(1), |(_, count)| count.parse::<usize>())) {
+                Some(Ok(count)) => left = count,
+                _ => problems.push(format!("is not the head of a hunk that only adds: {line}")),
+            }
+        } else if let Some(file) = line.strip_prefix("+++ b/") {
+            files.push(file.to_owned());
+        } else if !["diff --git ", "index ", "new file mode ", "--- "].iter().any(|start| line.starts_with(start)) {
+            problems.push(format!("is not of a patch that only adds: {line}"));
+        }
+    }
+    files
+}
+
+#[test]
+fn the_patches_only_add_lines() -> Result<()> {
+    let mut problems = Vec::new();
+    for dir in FOR.map(|dir| repo().join(dir)) {
+        let patches = patches(&dir)?;
+        if patches.is_empty() {
+            continue;
+        }
+        let upstream = list(&dir.join("upstream"))?;
+        let commit = upstream.iter().find_map(|line| line.strip_prefix("commit ")).ok_or("no commit in `upstream`")?;
+        let mut touched = Vec::new();
+        for patch in patches {
+            let text = fs::read_to_string(&patch)?;
+            assert!(text.contains(commit), "{} does not name the commit it is for", patch.display());
+            touched.append(&mut touched_by(&text, &mut problems));
+        }
+        touched.sort();
+        touched.dedup();
+        let mut listed: Vec<_> =
+            list(&dir.join("blobs"))?.iter().filter_map(|line| Some(line.split_once(' ')?.1.to_owned())).collect();
+        listed.sort();
+        assert_eq!(touched, listed, "`blobs` in {} lists what the patches touch", dir.display());
+    }
+    assert_eq!(problems, Vec::<String>::new());
+    Ok(())
+}
+
+/// A small project, and two patches for it.
+struct Fake {
+    dir: PathBuf,
+}
+
+/// What git calls the contents of `one` and `dir/two` below.
+const BLOBS: &str = "# A comment.\n\
+    5626abf0f72e58d7a153368ba57db4c673c0e171 one\n\
+    bff452f036590863e88c499fee8279f9074cc527 dir/two\n\
+    new dir/three\n";
+const UPSTREAM: &str = "# A comment.\nname Fake\ncommit 0123456789abcdef0123456789abcdef01234567\n";
+const FIRST: &str = "Adds.\n\n\
+    diff --git a/one b/one\nindex 1..2 100644\n--- a/one\n+++ b/one\n@@ -1,0 +2 @@\n+and a half\n";
+const SECOND: &str = "Adds more.\n\n\
+    diff --git a/dir/three b/dir/three\nnew file mode 100644\nindex 0..1\n--- /dev/null\n+++ b/dir/three\n\
+    @@ -0,0 +1,2 @@\n+3\n+3\n\
+    diff --git a/dir/two b/dir/two\nindex 1..2 100644\n--- a/dir/two\n+++ b/dir/two\n@@ -0,0 +1 @@\n+before two\n\
+    diff --git a/one b/one\nindex 2..3 100644\n--- a/one\n+++ b/one\n@@ -2,0 +3,2 @@\n+and\n+more\n";
+
+impl Fake {
+    fn new(name: &str) -> Result<Self> {
+        let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("patches-{name}"));
+        if dir.exists() {
+            fs::remove_dir_all(&dir)?;
+        }
+        let fake = Self { dir };
+        fs::create_dir_all(fake.tree().join("dir"))?;
+        fs::create_dir_all(fake.dir.join("patches"))?;
+        fs::copy(repo().join("drakvuf-patches/apply.sh"), fake.dir.join("patches/apply.sh"))?;
+        fake.patch("upstream", UPSTREAM)?;
+        fake.patch("blobs", BLOBS)?;
+        fake.patch("1.patch", FIRST)?;
+        fake.patch("2.patch", SECOND)?;
+        fs::write(fake.tree().join("one"), "one\n")?;
+        fs::write(fake.tree().join("dir/two"), "2\ntwo\n")?;
+        Ok(fake)
+    }
+
+    fn tree(&self) -> PathBuf {
+        self.dir.join("a tree")
+    }
+
+    /// A file beside the script.
+    fn patch(&self, name: &str, contents: &str) -> Result<()> {
+        Ok(fs::write(self.dir.join("patches").join(name), contents)?)
+    }
+
+    fn git(&self, dir: &Path, arguments: &[&str]) -> Result<()> {
+        let done = Command::new("git").args(arguments).current_dir(dir).output()?;
+        assert!(done.status.success(), "git {arguments:?}: {}", String::from_utf8_lossy(&done.stderr));
+        Ok(())
+    }
+
+    fn apply(&self, arguments: &[&str]) -> Result<Output> {
+        let script = self.dir.join("patches/apply.sh");
+        Ok(Command::new("sh").arg(script).args(arguments).arg(self.tree()).output()?)
+    }
+
+    fn succeeds(&self, arguments: &[&str]) -> Result<()> {
+        let done = self.apply(arguments)?;
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+        Ok(())
+    }
+
+    /// Refuses, says each of `words`, and changes nothing.
+    fn refuses(&self, arguments: &[&str], words: &[&str]) -> Result<()> {
+        let before = self.contents()?;
+        let done = self.apply(arguments)?;
+        let said = String::from_utf8_lossy(&done.stderr);
+        assert_eq!(done.status.code(), Some(1), "{said}");
+        for word in words {
+            assert!(said.contains(word), "`{word}` is missing: {said}");
+        }
+        assert_eq!(self.contents()?, before);
+        Ok(())
+    }
+
+    /// The files of the tree that matter here, `None` where there is none.
+    fn contents(&self) -> Result<[Option<String>; 3]> {
+        let read = |name: &str| {
+            let path = self.tree().join(name);
+            path.exists().then(|| fs::read_to_string(path)).transpose()
+        };
+        Ok([read("one")?, read("dir/two")?, read("dir/three")?])
+    }
+
+    fn is_original(&self) -> Result<bool> {
+        Ok(self.contents()? == [Some("one\n".to_owned()), Some("2\ntwo\n".to_owned()), None])
+    }
+
+    fn is_patched(&self) -> Result<bool> {
+        let texts = ["one\nand a half\nand\nmore\n", "before two\n2\ntwo\n", "3\n3\n"];
+        Ok(self.contents()? == texts.map(|text| Some(text.to_owned())))
+    }
+}
+
+#[test]
+fn a_tree_is_patched_and_reverted() -> Result<()> {
+    // The target directory lies in our own repository, so this is an export in another repository.
+    let fake = Fake::new("export")?;
+    fake.succeeds(&["--check"])?;
+    assert!(fake.is_original()?);
+    fake.succeeds(&[])?;
+    assert!(fake.is_patched()?);
+    fake.refuses(&[], &["already", "--revert"])?;
+    fake.succeeds(&["--revert"])?;
+    assert!(fake.is_original()?);
+    fake.refuses(&["--revert"], &["does not have these patches"])
+}
+
+#[test]
+fn a_checkout_is_patched_whatever_is_configured() -> Result<()> {
+    let fake = Fake::new("checkout")?;
+    let tree = fake.tree();
+    fake.git(&tree, &["init", "--quiet"])?;
+    for (key, value) in [
+        ("core.autocrlf", "true"),
+        ("apply.whitespace", "error"),
+        ("apply.ignoreWhitespace", "change"),
+        ("core.safecrlf", "true"),
+    ] {
+        fake.git(&tree, &["config", key, value])?;
+    }
+    fake.succeeds(&[])?;
+    assert!(fake.is_patched()?);
+    fake.succeeds(&["--revert"])?;
+    assert!(fake.is_original()?);
+    Ok(())
+}
+
+#[test]
+fn another_tree_is_refused_by_name() -> Result<()> {
+    let fake = Fake::new("changed")?;
+    fs::write(fake.tree().join("dir/two"), "2\nTWO\n")?;
+    let commit = "0123456789abcdef0123456789abcdef01234567";
+    fake.refuses(&[], &["dir/two: is ", "expected bff452f036590863e88c499fee8279f9074cc527", "Fake", commit])?;
+    fs::remove_file(fake.tree().join("one"))?;
+    fake.refuses(&[], &["one: is missing", "dir/two: is "])?;
+    fake.refuses(&["--check"], &["one: is missing"])?;
+
+    let fake = Fake::new("more")?;
+    fs::write(fake.tree().join("dir/three"), "of somebody else")?;
+    fake.refuses(&[], &["dir/three: is there"])
+}
+
+#[test]
+fn one_patch_that_does_not_apply_stops_all() -> Result<()> {
+    let fake = Fake::new("atomic")?;
+    fake.patch("3.patch", &FIRST.replace("one", "nowhere"))?;
+    fake.refuses(&[], &["nothing was changed"])?;
+    assert!(fake.is_original()?);
+    Ok(())
+}
+
+#[test]
+fn nothing_is_reverted_if_a_line_of_the_patches_was_changed() -> Result<()> {
+    let fake = Fake::new("edited")?;
+    fake.succeeds(&[])?;
+    fs::write(fake.tree().join("dir/three"), "3\n4\n")?;
+    fake.refuses(&["--revert"], &["have been changed"])?;
+    fake.refuses(&[], &["dir/three: is there"])
+}
+
+#[test]
+fn what_lies_beside_the_script_must_be_there() -> Result<()> {
+    for file in ["blobs", "upstream"] {
+        let fake = Fake::new(&format!("no-{file}"))?;
+        fs::remove_file(fake.dir.join("patches").join(file))?;
+        fake.refuses(&[], &[file])?;
+    }
+    let fake = Fake::new("no-patch")?;
+    fs::remove_file(fake.dir.join("patches/1.patch"))?;
+    fs::remove_file(fake.dir.join("patches/2.patch"))?;
+    fake.refuses(&[], &["no patch"])
+}
+
+#[test]
+fn what_is_generated_can_be_applied() -> Result<()> {
+    let fake = Fake::new("regenerate")?;
+    let (tree, patches_dir) = (fake.tree(), fake.dir.join("patches"));
+    fs::copy(repo().join("drakvuf-patches/regenerate.sh"), patches_dir.join("regenerate.sh"))?;
+    let commit = |message: &str| -> Result<()> {
+        fake.git(&tree, &["add", "."])?;
+        let who = ["-c", "user.name=nobody", "-c", "user.email=nobody", "-c", "commit.gpgSign=false"];
+        fake.git(&tree, &[&who, &["commit", "--quiet", "--message", message][..]].concat())
+    };
+    let regenerate = || Command::new("sh").arg(patches_dir.join("regenerate.sh")).arg(&tree).output();
+
+    fake.git(&tree, &["init", "--quiet"])?;
+    commit("What is there")?;
+    let head = Command::new("git").args(["rev-parse", "HEAD"]).current_dir(&tree).output()?;
+    let upstream = String::from_utf8(head.stdout)?;
+    fake.patch("upstream", &format!("name Fake\ncommit {upstream}"))?;
+    fs::write(tree.join("one"), "one\nand a half\n")?;
+    commit("A half: after one\n\nThe message's body.")?;
+    fs::write(tree.join("one"), "one\nand a half\nand\nmore\n")?;
+    fs::write(tree.join("dir/two"), "before two\n2\ntwo\n")?;
+    fs::write(tree.join("dir/three"), "3\n3\n")?;
+    commit("More")?;
+    let done = regenerate()?;
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+
+    let names: Vec<_> = patches(&patches_dir)?.iter().map(|path| path.file_name().map(ToOwned::to_owned)).collect();
+    assert_eq!(names, ["0001-a-half.patch", "0002-more.patch"].map(|name| Some(name.into())));
+    let first = fs::read_to_string(patches_dir.join("0001-a-half.patch"))?;
+    assert!(first.starts_with("A half: after one\n\nThe message's body.\n") && first.contains(upstream.trim()));
+    let mut problems = Vec::new();
+    touched_by(&first, &mut problems);
+    assert_eq!(problems, Vec::<String>::new());
+    assert_eq!(list(&patches_dir.join("blobs"))?.len(), list_of(BLOBS).len());
+
+    fake.git(&tree, &["checkout", "--quiet", upstream.trim()])?;
+    assert!(fake.is_original()?);
+    fake.succeeds(&[])?;
+    assert!(fake.is_patched()?);
+
+    fs::write(tree.join("one"), "1\n")?;
+    commit("Changes a line")?;
+    let done = regenerate()?;
+    assert_eq!(done.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&done.stderr).contains("one"));
+    assert_eq!(patches(&patches_dir)?.len(), 2);
+    Ok(())
+}
+
+#[test]
+fn the_usage_is_told() -> Result<()> {
+    let fake = Fake::new("usage")?;
+    let script = fake.dir.join("patches/apply.sh");
+    let run = |arguments: &[&str]| Command::new("sh").arg(&script).args(arguments).output();
+    let help = run(&["--help"])?;
+    assert!(help.status.success());
+    assert!(String::from_utf8_lossy(&help.stdout).contains("--revert"));
+    assert_eq!(run(&[])?.status.code(), Some(2));
+    assert_eq!(run(&["one", "two"])?.status.code(), Some(2));
+    assert_eq!(run(&["--force", "one"])?.status.code(), Some(2));
+    assert_eq!(run(&["nowhere"])?.status.code(), Some(1));
+    Ok(())
+}
