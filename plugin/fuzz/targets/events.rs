@@ -314,7 +314,7 @@ fn remove(engine: &mut Engine, machine: &mut Machine, number: u8) {
 fuzz_target!(|input: Input| {
     let mut page = [0; PAGE_SIZE];
     page.iter_mut().zip(input.fill.iter().cycle()).for_each(|(byte, fill)| *byte = *fill);
-    let mut machine = Machine::new(usize::from(input.vcpus) % MOST_VCPUS + 1, page);
+    let machine = Machine::new(usize::from(input.vcpus) % MOST_VCPUS + 1, page);
     let engine = Engine::new(&machine);
     let registers = input.registers.map(Registers::from);
     let mut world = World {
