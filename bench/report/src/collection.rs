@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::schema::mechanism_rank;
+use crate::schema::{host_rank, mechanism_rank};
 use crate::{Machine, Measurement, Results, Run, Workload};
 
 /// What tells the runs of a collection apart.
@@ -169,8 +169,9 @@ impl Collection {
 }
 
 /// What the canonical order goes by. Backends come after mechanisms, so that those of one mechanism are neighbours.
-fn order(run: &Run) -> (&str, usize, &str, &str, Workload) {
-    (&run.host, mechanism_rank(&run.mechanism), &run.mechanism, &run.backend, run.workload)
+fn order(run: &Run) -> (usize, &str, usize, &str, &str, Workload) {
+    let (host, mechanism) = (host_rank(&run.host), mechanism_rank(&run.mechanism));
+    (host, &run.host, mechanism, &run.mechanism, &run.backend, run.workload)
 }
 
 /// Numbers only, one a line.
@@ -234,6 +235,20 @@ mod tests {
             ("repair", Workload::ReadPage),
             ("emulate", Workload::Timer),
         ];
+        assert_eq!(order, expected);
+    }
+
+    #[test]
+    fn hosts_come_after_what_they_are_compared_with() {
+        let mut collection = Collection::new(bochs());
+        for (host, backend) in
+            [("drakvuf", "original"), ("runner", "hyperbp"), ("drakvuf", "hyperbp"), ("floor", "floor")]
+        {
+            let of_runner = measurement(backend, "view-step", Workload::ExecBp);
+            collection.push(Measurement { host: host.to_owned(), ..of_runner }, vec![1]).unwrap();
+        }
+        let order: Vec<_> = collection.runs().map(|(run, _)| (&*run.host, &*run.backend)).collect();
+        let expected = [("floor", "floor"), ("runner", "hyperbp"), ("drakvuf", "hyperbp"), ("drakvuf", "original")];
         assert_eq!(order, expected);
     }
 

@@ -40,6 +40,11 @@ impl<'a> Row<'a> {
         self.mechanism == "none"
     }
 
+    /// Whether its host is another than this repository's own programs.
+    pub(crate) fn is_elsewhere(&self) -> bool {
+        self.monitor() != self.backend
+    }
+
     /// Who answered the events, in one word where one will do: the runner is what is usual, and not named.
     pub(crate) fn monitor(&self) -> String {
         monitor(self.host, self.backend)

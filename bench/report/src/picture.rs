@@ -20,8 +20,10 @@ const GROUP_GAP: u32 = 9;
 /// Height of a panel's heading.
 const HEADING: u32 = 30;
 
-/// As many colours as monitors can be told apart; more monitors share the last one.
-const COLOURS: usize = 4;
+/// The colour of what the others are measured against, whether there are many of them or few.
+const FLOOR_COLOUR: usize = 1;
+/// The colours of the others; more of them share the last one.
+const COLOURS: [usize; 3] = [0, 2, 3];
 
 const STYLE: &str = "\
 text{font:13px system-ui,sans-serif;fill:#1f2328}\
@@ -61,13 +63,13 @@ pub fn svg(results: &Results) -> String {
     y += 24;
     let mut x = MARGIN;
     for (index, name) in monitors.iter().enumerate() {
-        rectangle(&mut body, x, y - 11, 12, 12, index);
+        rectangle(&mut body, x, y - 11, 12, 12, colour(&monitors, index));
         text(&mut body, x + 18, y, "", name);
         x += 40 + 8 * name.chars().count() as u32;
     }
     y += 8;
     for panel in &panels {
-        y = panel.draw(&mut body, y, longest);
+        y = panel.draw(&mut body, y, longest, &|monitor| colour(&monitors, monitor));
     }
     let height = y + MARGIN;
     format!(
@@ -103,7 +105,7 @@ impl<'a> Panel<'a> {
     }
 
     /// Draws the panel below `y`, and says where it ends.
-    fn draw(&self, body: &mut String, mut y: u32, longest: u64) -> u32 {
+    fn draw(&self, body: &mut String, mut y: u32, longest: u64, colour: &dyn Fn(usize) -> usize) -> u32 {
         if self.groups.is_empty() {
             return y;
         }
@@ -114,13 +116,21 @@ impl<'a> Panel<'a> {
             text(body, MARGIN, middle + 3, "", mechanism);
             for (monitor, median) in bars {
                 let length = u128::from(*median) * u128::from(BARS_WIDTH) / u128::from(longest.max(1));
-                rectangle(body, BARS_LEFT, y, length as u32, BAR_HEIGHT, *monitor);
+                rectangle(body, BARS_LEFT, y, length as u32, BAR_HEIGHT, colour(*monitor));
                 text(body, BARS_LEFT + length as u32 + 6, y + 11, "number", &grouped(*median));
                 y += BAR_PITCH;
             }
             y += GROUP_GAP;
         }
         y
+    }
+}
+
+/// The colour of a monitor, of those in the picture.
+fn colour(monitors: &[String], index: usize) -> usize {
+    match &*monitors[index] {
+        "floor" => FLOOR_COLOUR,
+        _ => COLOURS[index.min(COLOURS.len() - 1)],
     }
 }
 
@@ -136,7 +146,6 @@ fn unique<T: PartialEq>(items: impl Iterator<Item = T>) -> Vec<T> {
 }
 
 fn rectangle(body: &mut String, x: u32, y: u32, width: u32, height: u32, colour: usize) {
-    let colour = colour.min(COLOURS - 1);
     // Writing into a string cannot fail.
     let _ = writeln!(
         body,
@@ -166,6 +175,13 @@ mod tests {
         // A legend of two, and three bars in each panel; the guest without a breakpoint has none.
         assert_eq!(picture.matches("<rect").count(), 2 + 3 + 3);
         assert!(!picture.contains(">none<"));
+    }
+
+    #[test]
+    fn monitors_have_colours_of_their_own_and_the_floor_always_the_same() {
+        let monitors = ["hyperbp", "drakvuf_hyperbp", "drakvuf_original", "floor"].map(str::to_owned);
+        assert_eq!([0, 1, 2, 3].map(|index| colour(&monitors, index)), [0, 2, 3, 1]);
+        assert_eq!([0, 1].map(|index| colour(&["hyperbp".to_owned(), "floor".to_owned()], index)), [0, 1]);
     }
 
     #[test]

@@ -200,6 +200,12 @@ impl Measurement {
     }
 }
 
+/// Where a host stands in canonical order: what others are compared with stands in front.
+pub(crate) fn host_rank(host: &str) -> usize {
+    const ORDER: [&str; 3] = ["none", "floor", "runner"];
+    ORDER.iter().position(|known| *known == host).unwrap_or(ORDER.len())
+}
+
 /// Where a mechanism stands in canonical order; one this crate does not know stands behind all others.
 pub(crate) fn mechanism_rank(mechanism: &str) -> usize {
     const ORDER: [&str; 8] = ["none", "skip", "repair", "view-step", "view-fast-step", "emulate", "interpret", "auto"];

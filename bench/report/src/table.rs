@@ -13,7 +13,8 @@ const NOTHING: &str = "–";
 /// Columns of the longest bar.
 const BAR_WIDTH: u64 = 40;
 
-/// The results as a table of medians, a row for each host, backend and mechanism, and a bar chart of `exec_bp` below.
+/// The results as a table of medians, a row for each host, backend and mechanism, and a bar chart of `exec_bp` below. The host
+/// has a column of its own when there is another than the runner.
 ///
 /// `vs best` compares `exec_bp` with the cheapest monitor's. `hits reported` sets the events the monitor counted
 /// against the executions the guest counted, over all workloads. `page read as` says whether the guest saw the
@@ -45,21 +46,30 @@ fn cheapest(rows: &[Row<'_>]) -> Option<u64> {
 }
 
 fn medians(rows: &[Row<'_>]) -> String {
-    const NAMES: [&str; 2] = ["monitor", "mechanism"];
+    // The runner is what is usual: that it is the host need not be said of every row.
+    let hosts = rows.iter().any(Row::is_elsewhere);
+    let names: &[&str] = if hosts { &["host", "backend", "mechanism"] } else { &["monitor", "mechanism"] };
     let mut table = Table::new();
     table.load_preset(presets::UTF8_HORIZONTAL_ONLY).set_content_arrangement(ContentArrangement::Disabled);
     // No lines between rows: only around the table and below its head.
     table.remove_style(TableComponent::HorizontalLines).remove_style(TableComponent::MiddleIntersections);
     let workloads = Workload::ALL.map(Workload::name);
-    table.set_header(NAMES.iter().chain(&workloads).chain(&["vs best", "hits reported", "page read as"]));
-    for column in table.column_iter_mut().skip(NAMES.len()) {
+    table.set_header(names.iter().chain(&workloads).chain(&["vs best", "hits reported", "page read as"]));
+    for column in table.column_iter_mut().skip(names.len()) {
         column.set_cell_alignment(CellAlignment::Right);
     }
 
     let cheapest = cheapest(rows);
+    let mut host = "";
     for row in rows {
         let ratio = row.median(Workload::ExecBp).filter(|_| !row.is_bare()).zip(cheapest);
-        let mut cells = vec![row.monitor(), row.mechanism.to_owned()];
+        let mut cells = match hosts {
+            // Named once, above its rows.
+            true => vec![if row.host == host { "" } else { row.host }.to_owned(), row.backend.to_owned()],
+            false => vec![row.monitor()],
+        };
+        host = row.host;
+        cells.push(row.mechanism.to_owned());
         cells.extend(Workload::ALL.map(|workload| row.median(workload).map_or_else(|| NOTHING.to_owned(), grouped)));
         cells.push(ratio.map_or_else(
             || NOTHING.to_owned(),
@@ -142,6 +152,24 @@ mod tests {
             "floor|view-step|4|55 001|55 001|55 001|55 001|1.83×|all 15|original"
         );
         assert_eq!(cells(&text, &["none", "none"]).join("|"), "none|none|4|11|11|11|11|–|–|original");
+    }
+
+    #[test]
+    fn hosts_have_a_column_when_there_are_several() {
+        let mut collection = collection();
+        for backend in ["hyperbp", "original"] {
+            let there = measurement(backend, "view-step", Workload::ExecBp);
+            collection.push(Measurement { host: "drakvuf".to_owned(), ..there }, vec![70_000]).unwrap();
+        }
+        let text = table(collection.results());
+        assert_eq!(
+            cells(&text, &["drakvuf", "hyperbp", "view-step"]).join("|"),
+            "drakvuf|hyperbp|view-step|–|70 000|–|–|–|2.33×|all 3|–"
+        );
+        // The same host is not named again.
+        assert_eq!(cells(&text, &["original", "view-step"]).len(), 10);
+        assert_eq!(cells(&text, &["runner", "none"]).len(), 11);
+        assert!(text.contains("drakvuf_original view-step"), "{text}");
     }
 
     #[test]
