@@ -4,12 +4,12 @@ use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use clap::builder::PossibleValuesParser;
 use hyperbp_lab::plan::{self, Selection};
 use hyperbp_lab::protocol::{Message, Parser};
-use hyperbp_lab::{Host, Lab, Outcome, Program, Progress};
+use hyperbp_lab::{Drakvuf, Host, Lab, Outcome, Program, Progress};
 use hyperbp_report::Collection;
 
 /// What the runner measures besides the core's mechanisms.
@@ -17,6 +17,10 @@ const OTHERS: &[&str] = &["none", "skip"];
 
 /// What `--quick` measures: enough to see the order of things.
 const QUICK: (u64, u64) = (100, 4);
+
+/// What is said when a part of it is left out.
+const NO_DRAKVUF: &str = "DRAKVUF (to measure in it, build it, and name its build directory with --drakvuf)";
+const NO_HYPERBP: &str = "hyperbp in DRAKVUF (this one was built without it: see drakvuf-patches)";
 
 const EXAMPLES: &str = "\
 Examples:
@@ -28,6 +32,8 @@ Examples:
       Only these.
   cargo xtask bench --cpus 2
       dom0 and the guest have a CPU each.
+  cargo xtask bench --drakvuf ../drakvuf/build
+      Measure in DRAKVUF, too: this is Meson's build directory, with DRAKVUF built in it.
   cargo xtask bench --domain bench
       On this machine: run it in dom0 of a Xen with `altp2m=1`, with the benchmark guest running as the domain `bench`.
 
@@ -47,7 +53,11 @@ pub(crate) struct Bench {
     #[arg(long = "mechanism", value_name = "M", value_parser = mechanism)]
     mechanisms: Vec<String>,
 
-    /// Measure only this backend: the crate, or the least a monitor has to do; may be repeated
+    /// Measure only in this host; may be repeated
+    #[arg(long = "host", value_name = "H", value_parser = PossibleValuesParser::new(plan::HOSTS))]
+    hosts: Vec<String>,
+
+    /// Measure only this backend: the crate, the least a monitor has to do, or what DRAKVUF has itself; may be repeated
     #[arg(long = "backend", value_name = "B", value_parser = PossibleValuesParser::new(plan::BACKENDS))]
     backends: Vec<String>,
 
@@ -75,6 +85,10 @@ pub(crate) struct Bench {
     #[arg(long, value_name = "NAME", conflicts_with_all = ["cpus", "jobs"])]
     domain: Option<String>,
 
+    /// Measure in DRAKVUF, too: Meson's build directory of it, with or without drakvuf-patches
+    #[arg(long, value_name = "BUILD_DIR")]
+    drakvuf: Option<PathBuf>,
+
     /// Ask Debian's mirror for newer packages
     #[arg(long)]
     update: bool,
@@ -97,35 +111,63 @@ impl Bench {
         if parts.exists() {
             std::fs::remove_dir_all(&parts).with_context(|| format!("cannot remove {}", parts.display()))?;
         }
+        let drakvuf = self.drakvuf.as_deref().map(|tree| lab.drakvuf(tree)).transpose()?;
+        let skipped = self.skipped(drakvuf.as_ref());
+        if plan::machines(&self.selection(drakvuf.as_ref().map(Drakvuf::in_dom0))).is_empty() {
+            let skipped = skipped.map(|skipped| format!("; skipped: {skipped}")).unwrap_or_default();
+            bail!("no host has what was selected{skipped}");
+        }
         let (collections, label) = match &self.domain {
-            Some(domain) => (self.measure_here(&lab, domain, &parts)?, "xen"),
-            None => (self.measure_in_the_lab(&lab, &parts)?, "bochs"),
+            Some(domain) => (self.measure_here(&lab, drakvuf.as_ref(), domain, &parts)?, "xen"),
+            None => (self.measure_in_the_lab(&lab, drakvuf.as_ref(), &parts)?, "bochs"),
         };
-        present(collections, label, &out)
+        present(collections, label, &out)?;
+        if let Some(skipped) = skipped {
+            println!("Skipped:  {skipped}");
+        }
+        Ok(())
     }
 
-    fn selection(&self) -> Selection {
+    /// What of the selection cannot be measured, and why.
+    fn skipped(&self, drakvuf: Option<&Drakvuf>) -> Option<&'static str> {
+        let wants = |names: &[String], name| names.is_empty() || names.iter().any(|wanted| wanted == name);
+        let (original, hyperbp) = (wants(&self.backends, plan::ORIGINAL), wants(&self.backends, plan::HYPERBP));
+        match drakvuf {
+            _ if !wants(&self.hosts, plan::DRAKVUF) => None,
+            None if original || hyperbp => Some(NO_DRAKVUF),
+            Some(drakvuf) if hyperbp && !drakvuf.has_hyperbp => Some(NO_HYPERBP),
+            _ => None,
+        }
+    }
+
+    /// `drakvuf` is where the runner finds its program.
+    fn selection(&self, drakvuf: Option<String>) -> Selection {
         let (samples, page_samples) = match self.quick {
             true => (Some(QUICK.0), Some(QUICK.1)),
             false => (self.samples, self.page_samples),
         };
         Selection {
+            hosts: self.hosts.clone(),
             backends: self.backends.clone(),
             mechanisms: self.mechanisms.clone(),
             workloads: self.workloads.clone(),
             samples,
             page_samples,
+            drakvuf,
         }
     }
 
     /// Returns the directories of the collections that were measured.
-    fn measure_in_the_lab(&self, lab: &Lab, parts: &Path) -> Result<Vec<PathBuf>> {
+    fn measure_in_the_lab(&self, lab: &Lab, drakvuf: Option<&Drakvuf>, parts: &Path) -> Result<Vec<PathBuf>> {
         let prepared = lab.prepare(self.update)?;
         let runner = lab.build(Program::Runner, Some(&prepared.sysroot))?;
-        let machines = plan::machines(&self.selection());
+        let machines = plan::machines(&self.selection(drakvuf.map(Drakvuf::in_dom0)));
         let mut jobs = Vec::new();
         for (n, selections) in (1..).zip(&machines) {
-            let job = prepared.bench(&format!("bench-{n}"), &runner, selections, self.cpus);
+            let mut job = prepared.bench(&format!("bench-{n}"), &runner, selections, self.cpus);
+            if let Some(drakvuf) = drakvuf {
+                drakvuf.put_into(&mut job);
+            }
             let image = prepared.image(&job)?;
             jobs.push((job, image));
         }
@@ -139,7 +181,7 @@ impl Bench {
         Ok(collections)
     }
 
-    fn measure_here(&self, lab: &Lab, domain: &str, parts: &Path) -> Result<Vec<PathBuf>> {
+    fn measure_here(&self, lab: &Lab, drakvuf: Option<&Drakvuf>, domain: &str, parts: &Path) -> Result<Vec<PathBuf>> {
         // The system's own Xen is the one that runs; its headers are needed only when they are not installed.
         let sysroot = match Path::new("/usr/include/xenctrl.h").exists() {
             true => None,
@@ -148,7 +190,8 @@ impl Bench {
         let runner = lab.build(Program::Runner, sysroot.as_deref())?;
         let mut command = Command::new(runner);
         command.args(["run", "--domain", domain, "--progress", "lines", "--out"]).arg(parts);
-        command.args(self.selection().arguments()).stdout(Stdio::piped());
+        let drakvuf = drakvuf.map(|drakvuf| drakvuf.program.display().to_string());
+        command.args(self.selection(drakvuf).arguments()).stdout(Stdio::piped());
         let task = lab.progress.start("bench");
         let mut child = command.spawn().context("cannot run the runner")?;
         let mut parser = Parser::new();
@@ -174,6 +217,7 @@ fn present(dirs: Vec<PathBuf>, label: &str, out: &Path) -> Result<()> {
     for collection in collections {
         all.merge(collection?)?;
     }
+    ensure!(!all.results().runs.is_empty(), "no host has what was selected");
     all.write(out)?;
     let date = jiff::Timestamp::now().strftime("%Y-%m-%d").to_string();
     let bpbench = out.join("bpbench");

@@ -8,8 +8,8 @@ use goblin::elf::Elf;
 
 use crate::{Error, Result};
 
-/// Every shared library the `programs` need, directly or not, by the name they ask for: each where it is first found
-/// in `dirs`. The dynamic linker is among them, under its full path.
+/// Every shared library the `programs` need, directly or not, by the name they ask for: each where it is first found,
+/// where whoever needs it says, or else in `dirs`. The dynamic linker is among them, under its full path.
 ///
 /// # Errors
 /// [`Error::Unexpected`] when a library is in none of `dirs` or a file is no ELF.
@@ -29,13 +29,43 @@ pub fn libraries(programs: &[&Path], dirs: &[PathBuf]) -> Result<BTreeMap<String
             if found.contains_key(name) {
                 continue;
             }
-            let file = dirs.iter().map(|dir| dir.join(name)).find(|file| file.exists());
+            let own = elf.runpaths.iter().chain(&elf.rpaths).flat_map(|path| path.split(':')).map(Path::new);
+            let own = own.filter(|dir| dir.is_absolute());
+            let file =
+                own.chain(dirs.iter().map(PathBuf::as_path)).map(|dir| dir.join(name)).find(|file| file.exists());
             let file = file.ok_or_else(|| unexpected(format!("needs {name}, which is not in {dirs:?}")))?;
             left.push(file.clone());
             found.insert(name.to_owned(), file);
         }
     }
     Ok(found)
+}
+
+/// A shared library that a program loads while it runs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Named {
+    /// The name it is asked for by.
+    pub name: String,
+    /// The name programs that are linked with it ask for.
+    pub soname: String,
+    /// Where it is.
+    pub file: PathBuf,
+}
+
+/// Shared libraries with these names, each where it is first found in `dirs`.
+///
+/// # Errors
+/// Those of [`libraries`].
+pub fn named(names: &[String], dirs: &[PathBuf]) -> Result<Vec<Named>> {
+    let find = |name: &String| {
+        let unexpected = |path: &Path, problem: String| Error::Unexpected { path: path.to_owned(), problem };
+        let file = dirs.iter().map(|dir| dir.join(name)).find(|file| file.exists());
+        let file = file.ok_or_else(|| unexpected(Path::new(name), format!("is in none of {dirs:?}")))?;
+        let bytes = fs::read(&file).map_err(Error::io("read", &file))?;
+        let elf = Elf::parse(&bytes).map_err(|e| unexpected(&file, format!("not a readable ELF: {e}")))?;
+        Ok(Named { name: name.clone(), soname: elf.soname.unwrap_or(name).to_owned(), file })
+    };
+    names.iter().map(find).collect()
 }
 
 #[cfg(test)]
@@ -49,6 +79,15 @@ mod tests {
         let found = libraries(&[&this], &dirs).unwrap();
         assert!(found.contains_key("libc.so.6"), "{found:?}");
         assert!(found.contains_key("/lib64/ld-linux-x86-64.so.2"), "{found:?}");
+    }
+
+    #[test]
+    fn a_library_has_the_name_others_are_linked_with() {
+        let dirs = [PathBuf::from("/lib/x86_64-linux-gnu"), PathBuf::from("/usr/lib/x86_64-linux-gnu")];
+        let found = named(&["libc.so.6".to_owned()], &dirs).unwrap();
+        assert_eq!((&*found[0].name, &*found[0].soname), ("libc.so.6", "libc.so.6"));
+        let error = named(&["libnothing.so".to_owned()], &dirs).unwrap_err().to_string();
+        assert!(error.contains("libnothing.so"), "{error}");
     }
 
     #[test]

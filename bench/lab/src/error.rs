@@ -114,6 +114,19 @@ pub enum Error {
         source: io::Error,
     },
 
+    /// There is no DRAKVUF to measure.
+    #[error(
+        "{} is no build of DRAKVUF ({problem}): build it first, in DRAKVUF's source, with \
+         `meson setup --native-file llvm.ini BUILD_DIR && ninja -C BUILD_DIR`",
+        build.display()
+    )]
+    NoDrakvuf {
+        /// What was to be Meson's build directory.
+        build: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
+
     /// The emulator ended before the job did.
     #[error("{job}: the emulator ended before the job did ({status}); it said last:\n{tail}")]
     Died {

@@ -165,8 +165,16 @@ fn initramfs(host: &Host, sysroot: &Path, kernel: &Kernel, e9: &Path, job: &Job)
     }
     // Xen's libraries from the sysroot; libc from the host, for our programs were linked against that one.
     let dirs = [sysroot.join(LIBRARIES), host.root.join(LIBRARIES), host.root.join("lib/x86_64-linux-gnu")];
-    let programs: Vec<&Path> = xen.iter().map(PathBuf::as_path).chain(ours).collect();
-    let mut libraries = elf::libraries(&programs, &dirs)?;
+    let loaded = elf::named(&job.libraries, &dirs)?;
+    let programs = xen.iter().map(PathBuf::as_path).chain(ours).chain(loaded.iter().map(|library| &*library.file));
+    let mut libraries = elf::libraries(&programs.collect::<Vec<_>>(), &dirs)?;
+    for library in loaded {
+        // Who asks for it by this name must get the file that others are linked with: it is loaded once.
+        if library.name != library.soname {
+            fs.link(&format!("lib/x86_64-linux-gnu/{}", library.name), &library.soname);
+        }
+        libraries.entry(library.soname).or_insert(library.file);
+    }
     // glibc loads it by name when a thread ends, and xenstored's threads do.
     let unwinder = "libgcc_s.so.1";
     libraries.entry(unwinder.to_owned()).or_insert_with(|| dirs[2].join(unwinder));

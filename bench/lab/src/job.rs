@@ -15,6 +15,8 @@ pub struct Job {
     pub variables: Vec<(String, String)>,
     /// Programs of ours that are put into dom0's `/bin`, dynamically linked or not.
     pub programs: Vec<PathBuf>,
+    /// Shared libraries that these load by a name without a version, such as `libxenctrl.so`. They are looked for where Xen's are.
+    pub libraries: Vec<String>,
     /// Kernel of the benchmark guest, `/guest/guest.elf` in dom0.
     pub guest: PathBuf,
     /// Whether there is a Linux guest, too: `/guest/linux.cfg` in dom0. The machine has twice the memory then.
@@ -52,6 +54,7 @@ mod tests {
             script: "printf %s \"$VALUE\"".into(),
             variables: vec![("VALUE".into(), value.into())],
             programs: vec![],
+            libraries: vec![],
             guest: PathBuf::new(),
             linux: false,
             cpus: 1,

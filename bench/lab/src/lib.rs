@@ -18,6 +18,7 @@ pub mod apt;
 pub mod bochs;
 pub mod build;
 mod command;
+pub mod drakvuf;
 pub mod elf;
 mod error;
 mod host;
@@ -35,6 +36,7 @@ pub mod tools;
 
 pub use build::Program;
 pub use command::Log;
+pub use drakvuf::Drakvuf;
 pub use error::{Error, Result, Tail};
 pub use host::Host;
 pub use job::Job;
@@ -135,6 +137,14 @@ impl Lab {
     pub fn build(&self, program: Program, sysroot: Option<&Path>) -> Result<PathBuf> {
         build::build(program, &self.host, &self.repo, sysroot, &self.stages, &self.progress)
     }
+
+    /// Builds the program that serves breakpoints from inside DRAKVUF, against the one that is built in `tree`.
+    ///
+    /// # Errors
+    /// Those of [`drakvuf::build`].
+    pub fn drakvuf(&self, tree: &Path) -> Result<Drakvuf> {
+        drakvuf::build(&self.host, tree, &self.stages, &self.progress)
+    }
 }
 
 /// What [`Bench::trace`] is to trace.
@@ -233,9 +243,9 @@ impl Bench<'_> {
 
     fn job(&self, name: String, script: &str, cpus: u32, limit: Duration) -> Job {
         let silence = Duration::from_secs(600);
-        let (variables, programs) = (Vec::new(), Vec::new());
+        let (variables, programs, libraries) = (Vec::new(), Vec::new(), Vec::new());
         let (script, guest) = (script.to_owned(), self.guest.clone());
-        Job { name, script, variables, programs, guest, linux: false, cpus, limit, silence }
+        Job { name, script, variables, programs, libraries, guest, linux: false, cpus, limit, silence }
     }
 
     /// Builds the image of `job`, and returns it.

@@ -1,8 +1,8 @@
 //! How a bench is spread over emulated machines.
 //!
-//! Nearly all of the time goes to reading whole pages: 512 events a sample. So hyperbp's reads get a machine of their
-//! own, next to one for all the rest. One emulated instruction is one tick whatever else the host does, so machines
-//! beside each other do not disturb each other's figures.
+//! Nearly all of the time goes to reading whole pages: 512 events a sample. So hyperbp's reads, in whatever host, get a machine
+//! of their own, next to one for all the rest. One emulated instruction is one tick whatever else the host does, so machines
+//! beside each other do not disturb each other's figures. All hosts execute the breakpoint, and read at it, in the same guest.
 
 use std::time::Duration;
 
@@ -13,12 +13,24 @@ const READS: u64 = 512;
 
 /// bpbench's workloads, in its order.
 pub const WORKLOADS: &[&str] = &["timer", "exec_bp", "exec_page", "read_bp", READ_PAGE];
-/// What the runner can measure: the crate, and the least a monitor has to do.
-pub const BACKENDS: &[&str] = &["hyperbp", "floor"];
+/// What the runner can measure: the crate, the least a monitor has to do, and DRAKVUF as it is without the crate.
+pub const BACKENDS: &[&str] = &[HYPERBP, "floor", ORIGINAL];
+/// The crate.
+pub const HYPERBP: &str = "hyperbp";
+/// The backend that only a host other than the runner has.
+pub const ORIGINAL: &str = "original";
+/// Who can own the ring: the runner, and DRAKVUF. (The floor counts as a host of its own.)
+pub const HOSTS: &[&str] = &["runner", "floor", DRAKVUF];
+/// The host that is measured only where there is one.
+pub const DRAKVUF: &str = "drakvuf";
+/// Which host has which backend.
+const PAIRS: &[(&str, &str)] = &[("runner", HYPERBP), ("floor", "floor"), (DRAKVUF, ORIGINAL), (DRAKVUF, HYPERBP)];
 
 /// What to measure. An empty list stands for everything there is.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Selection {
+    /// Hosts, of [`HOSTS`].
+    pub hosts: Vec<String>,
     /// Backends, of [`BACKENDS`].
     pub backends: Vec<String>,
     /// Mechanisms; the runner knows which there are.
@@ -29,6 +41,8 @@ pub struct Selection {
     pub samples: Option<u64>,
     /// Samples of `read_page`; the runner's own number when not given.
     pub page_samples: Option<u64>,
+    /// The program that serves breakpoints from inside DRAKVUF, if there is one: a path where the runner is run.
+    pub drakvuf: Option<String>,
 }
 
 impl Selection {
@@ -36,13 +50,19 @@ impl Selection {
     #[must_use]
     pub fn arguments(&self) -> Vec<String> {
         let mut arguments = Vec::new();
-        let lists = [("--backend", &self.backends), ("--mechanism", &self.mechanisms), ("--workload", &self.workloads)];
+        let lists = [
+            ("--host", &self.hosts),
+            ("--backend", &self.backends),
+            ("--mechanism", &self.mechanisms),
+            ("--workload", &self.workloads),
+        ];
         for (option, values) in lists {
             arguments.extend(values.iter().flat_map(|value| [option.to_owned(), value.clone()]));
         }
         for (option, number) in [("--samples", self.samples), ("--page-samples", self.page_samples)] {
             arguments.extend(number.into_iter().flat_map(|number| [option.to_owned(), number.to_string()]));
         }
+        arguments.extend(self.drakvuf.iter().flat_map(|program| ["--drakvuf".to_owned(), program.clone()]));
         arguments
     }
 
@@ -52,23 +72,34 @@ impl Selection {
             let has = |name: &&&str| wanted.is_empty() || wanted.iter().any(|wanted| wanted == **name);
             part.iter().filter(has).map(|name| (*name).to_owned()).collect()
         };
-        let (backends, workloads) = (meet(&self.backends, backends), meet(&self.workloads, workloads));
+        let (mut backends, workloads) = (meet(&self.backends, backends), meet(&self.workloads, workloads));
+        backends.retain(|backend| self.has_host_of(backend));
         let some = !backends.is_empty() && !workloads.is_empty();
         some.then(|| Self { backends, workloads, ..self.clone() })
     }
 
+    /// Whether a host with this backend is among those to be measured.
+    fn has_host_of(&self, backend: &str) -> bool {
+        let wanted = |host: &str| match host {
+            DRAKVUF if self.drakvuf.is_none() => false,
+            _ => self.hosts.is_empty() || self.hosts.iter().any(|wanted| wanted == host),
+        };
+        PAIRS.iter().any(|(host, of_host)| *of_host == backend && wanted(host))
+    }
+
     /// Upper bound of how long this takes in the emulator.
     ///
-    /// From the dearest mechanism's 65 000 ticks an event, a slow host's 10 million ticks a second, and the seven
-    /// mechanisms a backend has at most. The samples where none are given are the runner's.
+    /// From the dearest mechanism's 80 000 ticks an event, a slow host's 10 million ticks a second, and the seven
+    /// mechanisms a backend has at most; DRAKVUF has two backends. The samples where none are given are the runner's.
     #[must_use]
     pub fn limit(&self) -> Duration {
         let or_all = |named: &[String], all: usize| if named.is_empty() { all } else { named.len() } as u64;
-        let runs = or_all(&self.backends, BACKENDS.len()) * or_all(&self.mechanisms, 7);
+        let backends = or_all(&self.backends, BACKENDS.len()) + if self.drakvuf.is_some() { 2 } else { 0 };
+        let runs = backends * or_all(&self.mechanisms, 7);
         let reads_pages = self.workloads.is_empty() || self.workloads.iter().any(|w| w == READ_PAGE);
         let page_samples = if reads_pages { self.page_samples.unwrap_or(200) } else { 0 };
         let events = self.samples.unwrap_or(1000) * 4 + page_samples * READS;
-        Duration::from_secs((runs * events).saturating_mul(65_000) / 10_000_000) + Duration::from_secs(600)
+        Duration::from_secs((runs * events).saturating_mul(80_000) / 10_000_000) + Duration::from_secs(600)
     }
 }
 
@@ -76,9 +107,9 @@ impl Selection {
 #[must_use]
 pub fn machines(selection: &Selection) -> Vec<Vec<Selection>> {
     let short = &WORKLOADS[..WORKLOADS.len() - 1];
-    let rest = [selection.part(BACKENDS, short), selection.part(&["floor"], &[READ_PAGE])];
+    let rest = [selection.part(BACKENDS, short), selection.part(&BACKENDS[1..], &[READ_PAGE])];
     let rest: Vec<Selection> = rest.into_iter().flatten().collect();
-    let pages: Vec<Selection> = selection.part(&["hyperbp"], &[READ_PAGE]).into_iter().collect();
+    let pages: Vec<Selection> = selection.part(&[HYPERBP], &[READ_PAGE]).into_iter().collect();
     [rest, pages].into_iter().filter(|machine| !machine.is_empty()).collect()
 }
 
@@ -105,13 +136,29 @@ mod tests {
     fn everything_is_measured_once() {
         let machines = machines(&Selection::default());
         assert_eq!(machines.len(), 2);
-        let mut all: Vec<_> =
-            BACKENDS.iter().flat_map(|b| WORKLOADS.iter().map(|w| ((*b).to_owned(), (*w).to_owned()))).collect();
-        all.sort();
-        assert_eq!(pairs(&machines), all);
+        let all = |backends: &[&str]| {
+            let pair = |backend: &str, workload: &&str| (backend.to_owned(), (*workload).to_owned());
+            let mut all: Vec<_> = backends.iter().flat_map(|b| WORKLOADS.iter().map(move |w| pair(b, w))).collect();
+            all.sort();
+            all
+        };
+        assert_eq!(pairs(&machines), all(&["hyperbp", "floor"]));
+        let with_drakvuf = Selection { drakvuf: Some("/program".into()), ..Selection::default() };
+        assert_eq!(pairs(&super::machines(&with_drakvuf)), all(BACKENDS));
         assert_eq!(machines[1].len(), 1);
         assert_eq!(machines[1][0].backends, ["hyperbp"]);
         assert_eq!(machines[1][0].workloads, [READ_PAGE]);
+    }
+
+    #[test]
+    fn whoever_executes_the_breakpoint_does_so_in_one_machine() {
+        let selection = Selection { drakvuf: Some("/program".into()), ..Selection::default() };
+        let machines = machines(&selection);
+        assert_eq!(machines[0][0].backends, BACKENDS);
+        assert!(machines[0][0].hosts.is_empty(), "all hosts");
+        assert_eq!(machines[0][1].backends, ["floor", "original"]);
+        assert_eq!(machines[1][0].backends, ["hyperbp"]);
+        assert!(machines.iter().flatten().all(|selection| selection.drakvuf.is_some()));
     }
 
     #[test]
@@ -147,15 +194,31 @@ mod tests {
     #[test]
     fn arguments_are_the_runners() {
         let selection = Selection {
+            hosts: strings(&["drakvuf"]),
             backends: strings(&["hyperbp"]),
             mechanisms: strings(&["repair", "emulate"]),
             workloads: strings(&["exec_bp"]),
             samples: Some(10),
             page_samples: None,
+            drakvuf: Some("/bin/drakvuf-bench".into()),
         };
-        let expected = "--backend hyperbp --mechanism repair --mechanism emulate --workload exec_bp --samples 10";
+        let expected = "--host drakvuf --backend hyperbp --mechanism repair --mechanism emulate --workload exec_bp \
+            --samples 10 --drakvuf /bin/drakvuf-bench";
         assert_eq!(selection.arguments().join(" "), expected);
         assert!(Selection::default().arguments().is_empty());
+    }
+
+    #[test]
+    fn a_machine_that_has_nothing_to_measure_is_not_started() {
+        let hosts = |hosts: &[&str], drakvuf: Option<&str>| {
+            let drakvuf = drakvuf.map(str::to_owned);
+            machines(&Selection { hosts: strings(hosts), drakvuf, ..Selection::default() }).len()
+        };
+        assert_eq!(hosts(&["floor"], None), 1);
+        assert_eq!(hosts(&["drakvuf"], Some("/program")), 2);
+        assert_eq!(hosts(&["drakvuf"], None), 0);
+        let original = Selection { backends: strings(&["original"]), ..Selection::default() };
+        assert!(machines(&original).is_empty());
     }
 
     #[test]

@@ -9,7 +9,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use hyperbp_lab::apt::Apt;
-use hyperbp_lab::{Error, Host, Inputs, Job, Lab, Log, Machine, Outcome, Progress, Result, Stages, packages, tools};
+use hyperbp_lab::{
+    Drakvuf, Error, Host, Inputs, Job, Lab, Log, Machine, Outcome, Progress, Result, Stages, drakvuf, packages, tools,
+};
 use tempfile::TempDir;
 
 /// A host of our own: a root with a Debian's files, and programs in front of the real ones.
@@ -92,6 +94,7 @@ fn job() -> Job {
         script: String::new(),
         variables: vec![],
         programs: vec![],
+        libraries: vec![],
         guest: PathBuf::new(),
         linux: false,
         cpus: 1,
@@ -266,6 +269,113 @@ fn two_processes_do_not_build_in_the_same_place() {
         drop(first);
         second.join().unwrap();
     });
+}
+
+// DRAKVUF.
+
+/// A directory that looks like a build of DRAKVUF, with a compiler that is this shell script.
+struct Tree {
+    fake: Fake,
+    build: PathBuf,
+}
+
+impl Tree {
+    fn new(compiler: &str) -> Self {
+        let fake = Fake::new();
+        let build = fake.dir.path().join("drakvuf/build");
+        fake.program("drakvuf-cc", compiler);
+        let tree = Self { fake, build };
+        let target = |name: &str| {
+            format!(
+                r#"{{"name":"{name}","type":"static library","filename":["src/lib{name}.a"],
+                "target_sources":[{{"compiler":["drakvuf-cc"],"parameters":["-O3","-flto=thin"]}}]}}"#
+            )
+        };
+        let source = tree.fake.dir.path().join("drakvuf");
+        tree.file("../src/libdrakvuf/libdrakvuf.h", "bool drakvuf_init(void);\n");
+        tree.file("meson-info/meson-info.json", &format!(r#"{{"directories":{{"source":"{}"}}}}"#, source.display()));
+        tree.file("meson-info/intro-targets.json", &format!("[{},{}]", target("drakvuf"), target("xen_helper")));
+        tree.file("meson-info/intro-dependencies.json", r#"[{"name":"libvmi","link_args":["/opt/libvmi.so"]}]"#);
+        tree.file("config.h", "");
+        tree.file("src/libdrakvuf.a", "one");
+        tree.file("src/libxen_helper.a", "two");
+        tree
+    }
+
+    fn file(&self, path: &str, content: &str) {
+        let file = self.build.join(path);
+        fs::create_dir_all(file.parent().unwrap()).unwrap();
+        fs::write(file, content).unwrap();
+    }
+
+    fn build(&self) -> Result<Drakvuf> {
+        drakvuf::build(&self.fake.host, &self.build, &self.fake.stages(), &Progress::silent())
+    }
+
+    /// What is wrong, and where.
+    fn problem(&self) -> String {
+        let error = self.build().unwrap_err();
+        assert!(matches!(error, Error::NoDrakvuf { .. }), "{error}");
+        assert!(message(&error).contains("ninja -C"), "{error}");
+        assert!(message(&error).contains(&*self.build.to_string_lossy()), "{error}");
+        message(&error)
+    }
+}
+
+/// Leaves its arguments beside the program it makes, and some program.
+const COMPILER: &str = r#"for last; do [ "$previous" = -o ] && program=$last; previous=$last; done
+    echo "$*" >"$program"; echo "$*""#;
+
+#[test]
+fn a_directory_without_drakvuf_is_refused() {
+    let tree = Tree::new(COMPILER);
+    fs::remove_file(tree.build.join("meson-info/meson-info.json")).unwrap();
+    assert!(tree.problem().contains("cannot read"));
+    tree.file("meson-info/meson-info.json", "not json");
+    assert!(tree.problem().contains("not Meson's"));
+    let other = Tree::new(COMPILER);
+    other.file("meson-info/intro-targets.json", r#"[{"name":"drakvuf","type":"executable"}]"#);
+    assert!(other.problem().contains("no static library `drakvuf`"));
+}
+
+#[test]
+fn a_drakvuf_that_is_not_built_is_refused() {
+    let tree = Tree::new(COMPILER);
+    fs::remove_file(tree.build.join("src/libxen_helper.a")).unwrap();
+    assert!(tree.problem().contains("libxen_helper.a is not built"));
+}
+
+#[test]
+fn drakvuf_s_compiler_is_used_and_quoted() {
+    let tree = Tree::new("echo 'no such flag' >&2; exit 1");
+    let error = tree.build().unwrap_err();
+    let Error::Build { what, tail, .. } = &error else { panic!("{error}") };
+    assert_eq!((&**what, &**tail.lines.last().unwrap()), ("drakvuf", "no such flag"));
+    fs::remove_file(tree.fake.dir.path().join("bin/drakvuf-cc")).unwrap();
+    let error = tree.build().unwrap_err();
+    assert!(matches!(&error, Error::Spawn { program, .. } if program == "drakvuf-cc"), "{error}");
+}
+
+#[test]
+fn drakvuf_says_itself_whether_it_has_hyperbp() {
+    let tree = Tree::new(COMPILER);
+    let arguments = |drakvuf: &Drakvuf| fs::read_to_string(&drakvuf.program).unwrap();
+    let stock = tree.build().unwrap();
+    assert!(!stock.has_hyperbp && !arguments(&stock).contains("-DHYPERBP"));
+    assert!(arguments(&stock).contains("-fuse-ld=lld"), "{}", arguments(&stock));
+
+    // Patched, but built without it.
+    tree.file("../src/libdrakvuf/libdrakvuf.h", "bool drakvuf_use_hyperbp(const char*);\n");
+    assert!(!tree.build().unwrap().has_hyperbp);
+    tree.file("meson-info/intro-dependencies.json", r#"[{"name":"hyperbp","link_args":["-lhyperbp"]}]"#);
+    let loaded = tree.build().unwrap();
+    assert!(loaded.has_hyperbp);
+    assert!(arguments(&loaded).contains("-DHYPERBP") && arguments(&loaded).contains("-lhyperbp"));
+
+    // Another library is another program; the same one is not built twice.
+    assert_eq!(tree.build().unwrap(), loaded);
+    tree.file("src/libdrakvuf.a", "three");
+    assert_ne!(tree.build().unwrap().program, loaded.program);
 }
 
 // The machine.

@@ -1,5 +1,7 @@
-//! Measures: one attachment for each backend, mechanism and workload.
+//! Measures: one attachment for each host, backend, mechanism and workload.
 
+use std::fmt;
+use std::iter;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -9,11 +11,13 @@ use hyperbp::Mechanism;
 use hyperbp_bench_abi as abi;
 use hyperbp_report::{Collection, Kind, Machine, Measurement, TicksAre, Workload};
 
+use crate::cli::{Backend, Host};
+use crate::drakvuf::{Original, Program};
 use crate::floor::{self, FloorMechanism};
 use crate::guest::Guest;
 use crate::ring::{Monitor, PATIENCE};
 use crate::xen::Domain;
-use crate::{cli::Backend, core};
+use crate::{core, drakvuf};
 
 /// No workload's batch takes this long, even in the emulator.
 const STUCK: Duration = Duration::from_secs(300);
@@ -24,27 +28,48 @@ const PAGE_BATCH: u32 = 10;
 
 /// Who owns the breakpoint, and how it works.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Subject {
+pub(crate) enum Subject<'a> {
     /// Nobody: no monitor is attached.
     None,
     /// The core.
     Core(Mechanism),
     /// The bare loop.
     Floor(FloorMechanism),
+    /// DRAKVUF, in a process of its own.
+    Drakvuf(Program<'a>, drakvuf::Backend),
 }
 
-impl Subject {
+impl<'a> Subject<'a> {
     /// All there are, in canonical order.
-    pub(crate) fn all() -> Vec<Self> {
-        let core = Mechanism::NAMED.map(|(_, mechanism)| Self::Core(mechanism));
+    pub(crate) fn all(drakvuf: Option<Program<'a>>) -> Vec<Self> {
+        let named = Mechanism::NAMED.map(|(_, mechanism)| mechanism);
         let floor = FloorMechanism::ALL.map(Self::Floor);
-        [Self::None].into_iter().chain(core).chain(floor).collect()
+        let original = Original::ALL.map(drakvuf::Backend::Original);
+        let original = drakvuf.into_iter().flat_map(|program| original.map(|backend| Self::Drakvuf(program, backend)));
+        let core = named.into_iter().flat_map(|mechanism| Self::of_core(mechanism, drakvuf));
+        [Self::None].into_iter().chain(core).chain(floor).chain(original).collect()
+    }
+
+    /// Each host that has the core, with this mechanism.
+    pub(crate) fn of_core(mechanism: Mechanism, drakvuf: Option<Program<'a>>) -> impl Iterator<Item = Self> + use<'a> {
+        let loaded = drakvuf.filter(|program| program.has_hyperbp());
+        let backend = drakvuf::Backend::Hyperbp(mechanism);
+        iter::once(Self::Core(mechanism)).chain(loaded.map(|program| Self::Drakvuf(program, backend)))
+    }
+
+    pub(crate) fn host(self) -> Host {
+        match self {
+            Self::None | Self::Core(_) => Host::Runner,
+            Self::Floor(_) => Host::Floor,
+            Self::Drakvuf(..) => Host::Drakvuf,
+        }
     }
 
     pub(crate) fn backend(self) -> Backend {
         match self {
-            Self::None | Self::Core(_) => Backend::Hyperbp,
+            Self::None | Self::Core(_) | Self::Drakvuf(_, drakvuf::Backend::Hyperbp(_)) => Backend::Hyperbp,
             Self::Floor(_) => Backend::Floor,
+            Self::Drakvuf(_, drakvuf::Backend::Original(_)) => Backend::Original,
         }
     }
 
@@ -53,13 +78,14 @@ impl Subject {
             Self::None => "none".to_owned(),
             Self::Core(mechanism) => mechanism.to_string(),
             Self::Floor(mechanism) => mechanism.name().to_owned(),
+            Self::Drakvuf(_, backend) => backend.mechanism(),
         }
     }
 
     /// Serves the guest's breakpoint until `idle` returns false, and leaves nothing behind. Returns how often it was hit.
     ///
     /// # Errors
-    /// If the domain cannot be monitored, or those of [`core::run`] and [`floor::run`].
+    /// If the domain cannot be monitored, or those of [`core::run`], [`floor::run`] and [`drakvuf::run`].
     pub(crate) fn serve(self, domain: &mut Domain, guest: &Guest, idle: &mut dyn FnMut() -> bool) -> Result<u64> {
         let attach = |domain: &Domain| Monitor::attach(domain).context("cannot monitor the domain");
         match self {
@@ -77,6 +103,14 @@ impl Subject {
                 let mut monitor = attach(domain)?;
                 Ok(floor::run(domain, &mut monitor, mechanism, guest.breakpoint().0, idle)?.hits)
             }
+            Self::Drakvuf(program, backend) => {
+                let served = drakvuf::run(program, domain.id(), guest.breakpoint(), backend, idle);
+                if served.is_err() {
+                    // DRAKVUF leaves it paused when it cannot attach.
+                    domain.let_run().context("cannot let the domain run again")?;
+                }
+                served
+            }
         }
     }
 
@@ -87,10 +121,20 @@ impl Subject {
     }
 }
 
+impl fmt::Display for Subject<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // The runner is what is usual, and not named.
+        if self.host() == Host::Drakvuf {
+            write!(f, "{} ", self.host())?;
+        }
+        write!(f, "{} {}", self.backend(), self.mechanism())
+    }
+}
+
 /// What to measure.
 #[derive(Clone, Debug)]
-pub(crate) struct Plan {
-    pub(crate) subjects: Vec<Subject>,
+pub(crate) struct Plan<'a> {
+    pub(crate) subjects: Vec<Subject<'a>>,
     pub(crate) workloads: Vec<Workload>,
     /// Of each workload but `read_page`.
     pub(crate) samples: u32,
@@ -105,7 +149,7 @@ pub(crate) struct Plan {
 /// If the guest or Xen does not play along, or if a count is wrong.
 pub(crate) fn measure(
     domain: &mut Domain,
-    plan: &Plan,
+    plan: &Plan<'_>,
     progress: &mut dyn FnMut(u64, u64, &str),
 ) -> Result<Collection> {
     let guest = Guest::find(domain)?;
@@ -121,7 +165,7 @@ pub(crate) fn measure(
     let total = cells.iter().map(|(_, workload)| u64::from(samples(*workload).div_ceil(batch(*workload)))).sum();
     let mut done = 0;
     for (subject, workload) in cells {
-        let text = format!("{} {} {}", subject.backend(), subject.mechanism(), workload.name());
+        let text = format!("{subject} {}", workload.name());
         let (measurement, ticks) =
             cell(domain, &guest, &interrupted, subject, workload, samples(workload), &mut || {
                 progress(done, total, &text);
@@ -155,7 +199,7 @@ fn cell(
     domain: &mut Domain,
     guest: &Guest,
     interrupted: &AtomicBool,
-    subject: Subject,
+    subject: Subject<'_>,
     workload: Workload,
     samples: u32,
     next: &mut dyn FnMut(),
@@ -190,7 +234,7 @@ fn cell(
     let expected = if matches!(workload, Workload::ExecBp | Workload::ExecPage) { samples.into() } else { 0 };
     ensure!(executions == expected, "the guest executed the instruction {executions} times, not {expected}");
     let measurement = Measurement {
-        host: if subject.backend() == Backend::Floor { "floor" } else { "runner" }.to_owned(),
+        host: subject.host().to_string(),
         backend: subject.backend().to_string(),
         mechanism: subject.mechanism(),
         workload,

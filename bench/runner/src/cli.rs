@@ -149,6 +149,10 @@ pub(crate) struct Check {
     /// Instead, attach and detach this often while all virtual CPUs are busy, and look each time what is left
     #[arg(long, value_name = "TIMES")]
     pub(crate) attach: Option<u32>,
+
+    /// Check in DRAKVUF, too: with this program, bench/drakvuf built by `cargo xtask test --drakvuf`
+    #[arg(long, value_name = "PROGRAM", conflicts_with = "attach")]
+    pub(crate) drakvuf: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
@@ -165,6 +169,10 @@ pub(crate) struct Run {
     /// What this machine is: with `bochs`, a tick is an instruction
     #[arg(long, value_enum, default_value = "xen")]
     pub(crate) machine: MachineKind,
+
+    /// Measure only in this host; may be repeated
+    #[arg(long = "host", value_name = "H", value_enum)]
+    pub(crate) hosts: Vec<Host>,
 
     /// Measure only this backend; may be repeated
     #[arg(long = "backend", value_name = "B", value_enum)]
@@ -187,6 +195,10 @@ pub(crate) struct Run {
     #[arg(long, value_name = "N", default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub(crate) page_samples: u32,
 
+    /// Measure in DRAKVUF, too: with this program, bench/drakvuf built by `cargo xtask bench --drakvuf`
+    #[arg(long, value_name = "PROGRAM")]
+    pub(crate) drakvuf: Option<PathBuf>,
+
     /// How to show progress
     #[arg(long, value_enum, default_value = "text")]
     pub(crate) progress: Progress,
@@ -207,12 +219,35 @@ impl From<MachineKind> for Kind {
     }
 }
 
+/// Who owns the ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Host {
+    /// This program
+    Runner,
+    /// This program, with nothing but a bare loop
+    Floor,
+    /// DRAKVUF
+    Drakvuf,
+}
+
+impl fmt::Display for Host {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Runner => "runner",
+            Self::Floor => "floor",
+            Self::Drakvuf => "drakvuf",
+        })
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Backend {
     /// The crate
     Hyperbp,
     /// The least a monitor has to do
     Floor,
+    /// What DRAKVUF has itself
+    Original,
 }
 
 impl fmt::Display for Backend {
@@ -220,6 +255,7 @@ impl fmt::Display for Backend {
         f.write_str(match self {
             Self::Hyperbp => "hyperbp",
             Self::Floor => "floor",
+            Self::Original => "original",
         })
     }
 }

@@ -4,6 +4,7 @@ mod bench;
 mod check;
 mod cli;
 mod core;
+mod drakvuf;
 mod floor;
 mod guest;
 mod recover;
@@ -109,10 +110,11 @@ fn settle(arguments: &cli::Settle) -> anyhow::Result<()> {
 }
 
 fn check(arguments: &cli::Check) -> anyhow::Result<()> {
+    let drakvuf = arguments.drakvuf.as_deref().map(drakvuf::Program::new).transpose()?;
     let mut domain = Domain::open(&arguments.domain)?;
     let failed = match arguments.attach {
         Some(times) => check::attach(&mut domain, times)?,
-        None => check::all(&mut domain)?,
+        None => check::all(&mut domain, drakvuf)?,
     };
     anyhow::ensure!(failed == 0, "{failed} checks failed");
     Ok(())
@@ -160,16 +162,18 @@ fn mechanism(name: &str) -> anyhow::Result<Mechanism> {
     Ok(name.parse().map_err(|error: hyperbp::Error| Usage(error.to_string()))?)
 }
 
-fn plan(run: &Run) -> anyhow::Result<Plan> {
-    let all = Subject::all();
-    let mut subjects: Vec<_> =
-        all.iter().copied().filter(|s| run.mechanisms.is_empty() || run.mechanisms.contains(&s.mechanism())).collect();
-    for name in &run.mechanisms {
-        if !all.iter().any(|subject| subject.mechanism() == *name) {
-            subjects.push(Subject::Core(mechanism(name)?));
-        }
+fn plan(run: &Run) -> anyhow::Result<Plan<'_>> {
+    let drakvuf = run.drakvuf.as_deref().map(drakvuf::Program::new).transpose()?;
+    let all = Subject::all(drakvuf);
+    let named = |subject: &Subject<'_>| run.mechanisms.is_empty() || run.mechanisms.contains(&subject.mechanism());
+    let mut subjects: Vec<_> = all.iter().copied().filter(named).collect();
+    for name in run.mechanisms.iter().filter(|name| !all.iter().any(|subject| subject.mechanism() == **name)) {
+        subjects.extend(Subject::of_core(mechanism(name)?, drakvuf));
     }
-    subjects.retain(|subject| run.backends.is_empty() || run.backends.contains(&subject.backend()));
+    subjects.retain(|subject| {
+        (run.hosts.is_empty() || run.hosts.contains(&subject.host()))
+            && (run.backends.is_empty() || run.backends.contains(&subject.backend()))
+    });
     let workloads = hyperbp_report::Workload::ALL;
     let workloads = workloads.into_iter().filter(|w| run.workloads.is_empty() || run.workloads.contains(w)).collect();
     Ok(Plan { subjects, workloads, samples: run.samples, page_samples: run.page_samples, kind: run.machine.into() })

@@ -401,6 +401,18 @@ impl Domain {
         move || matches!(info(&xc, id), Ok(Some(info)) if info.dying() == 0 && info.shutdown() == 0)
     }
 
+    /// Lets it run, however often somebody who is gone now has paused it.
+    ///
+    /// # Errors
+    /// If Xen refuses.
+    pub(crate) fn let_run(&self) -> Result<(), Error> {
+        while info(&self.xc, self.id)?.is_some_and(|info| info.paused() != 0) {
+            // SAFETY: the handle is open.
+            check("xc_domain_unpause", unsafe { sys::xc_domain_unpause(self.xc.raw(), self.id) })?;
+        }
+        Ok(())
+    }
+
     /// Whether it exists and has crashed.
     ///
     /// # Errors
