@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
-use hyperbp_lab::plan::Selection;
-use hyperbp_lab::{Bench, Host, Lab, Outcome, Program, Progress};
+use hyperbp_lab::plan::{self, Selection};
+use hyperbp_lab::{Bench, Drakvuf, Host, Lab, Outcome, Program, Progress};
 use hyperbp_report::{Collection, Results, Run, Workload};
 
 use crate::fuzz::Fuzz;
@@ -28,6 +28,10 @@ pub(crate) struct Test {
     /// Only what runs in the emulator
     #[arg(long)]
     only_lab: bool,
+
+    /// Measure in DRAKVUF, too, and check what comes of it: Meson's build directory of it
+    #[arg(long, value_name = "BUILD_DIR", conflicts_with = "no_lab")]
+    drakvuf: Option<PathBuf>,
 }
 
 /// A name, and cargo's arguments.
@@ -93,6 +97,9 @@ const TRACED_SECONDS: u32 = 3;
 /// What the core may cost, in hundredths of what the bare loop costs.
 const FLOOR_PERCENT: u64 = 110;
 
+/// What the core may cost in DRAKVUF, in hundredths of what the same costs there without it.
+const OWN_PERCENT: u64 = 102;
+
 impl Test {
     pub(crate) fn run(self) -> Result<()> {
         if self.only_cpp {
@@ -113,8 +120,14 @@ impl Test {
         if !self.only_lab {
             steps(WITH_XEN, Some(&bench.sysroot))?;
         }
+        let drakvuf = self.drakvuf.map(|tree| lab.drakvuf(&tree)).transpose()?;
         let mut checks = Checks::default();
-        in_the_lab(&lab, &bench, &mut checks)?;
+        in_the_lab(&lab, &bench, drakvuf.as_ref(), &mut checks)?;
+        match drakvuf {
+            None => println!("skipped: DRAKVUF (name a build of it with --drakvuf)"),
+            Some(Drakvuf { has_hyperbp: false, .. }) => println!("skipped: hyperbp in DRAKVUF (this one has none)"),
+            Some(_) => {}
+        }
         println!("{} passed, {} failed", checks.passed, checks.failed);
         ensure!(checks.failed == 0, "checks in the lab failed: they are named above");
         Ok(())
@@ -162,16 +175,27 @@ impl Checks {
     }
 }
 
-fn in_the_lab(lab: &Lab, bench: &Bench<'_>, checks: &mut Checks) -> Result<()> {
+fn in_the_lab(lab: &Lab, bench: &Bench<'_>, drakvuf: Option<&Drakvuf>, checks: &mut Checks) -> Result<()> {
     let runner = lab.build(Program::Runner, Some(&bench.sysroot))?;
-    let quick = Selection { samples: Some(100), page_samples: Some(2), ..Selection::default() };
+    let quick = Selection {
+        samples: Some(100),
+        page_samples: Some(2),
+        drakvuf: drakvuf.map(Drakvuf::in_dom0),
+        ..Selection::default()
+    };
     // The same image twice, at the same time, and then the checks with one CPU and with two.
-    let measure = bench.bench("test", &runner, std::slice::from_ref(&quick), 1);
+    let mut measure = bench.bench("test", &runner, std::slice::from_ref(&quick), 1);
+    if let Some(drakvuf) = drakvuf {
+        drakvuf.put_into(&mut measure);
+    }
     let again = hyperbp_lab::Job { name: "test-again".to_owned(), ..measure.clone() };
     let image = bench.image(&measure)?;
     let mut jobs = vec![(measure, image.clone()), (again, image)];
     for cpus in [1, 2] {
-        let job = bench.checks(&runner, cpus);
+        let mut job = bench.checks(&runner, cpus);
+        if let Some(drakvuf) = drakvuf {
+            drakvuf.put_into(&mut job);
+        }
         let image = bench.image(&job)?;
         jobs.push((job, image));
     }
@@ -197,6 +221,9 @@ fn in_the_lab(lab: &Lab, bench: &Bench<'_>, checks: &mut Checks) -> Result<()> {
     let second = Collection::read(&dirs[1].join("0"))?;
     checks.check("two runs of the same image give the same results and samples", first == second);
     results(first.results(), checks);
+    if let Some(drakvuf) = drakvuf {
+        in_drakvuf(first.results(), drakvuf, checks);
+    }
     for (dir, cpus) in dirs[2..].iter().zip([1, 2]) {
         println!("With {cpus} CPUs:");
         checks.add(&fs::read_to_string(dir.join("checks")).context("the checks left nothing")?);
@@ -231,10 +258,44 @@ fn storms(dir: &Path, checks: &mut Checks) -> Result<()> {
     Ok(())
 }
 
+/// The run of a workload under a mechanism.
+fn find<'a>(results: &'a Results, host: &str, backend: &str, mechanism: &str, workload: Workload) -> Option<&'a Run> {
+    let is = |run: &&Run| run.host == host && run.backend == backend && run.mechanism == mechanism;
+    results.runs.iter().filter(is).find(|run| run.workload == workload)
+}
+
+/// Checks that everything was measured in DRAKVUF, and what the core costs there.
+/// (Hits and reads were checked with those of all hosts.)
+fn in_drakvuf(results: &Results, drakvuf: &Drakvuf, checks: &mut Checks) {
+    let ticks = |backend, mechanism: &str| {
+        let run = |workload| find(results, plan::DRAKVUF, backend, mechanism, workload);
+        let all = Workload::ALL.iter().all(|workload| run(*workload).is_some());
+        all.then(|| run(Workload::ExecBp).map_or(0, |run| run.ticks.median))
+    };
+    let original = ["view-step", "view-fast-step"].map(|mechanism| (mechanism, ticks(plan::ORIGINAL, mechanism)));
+    for (mechanism, measured) in original {
+        let what = format!("every workload of {mechanism} was measured in DRAKVUF as it is: {measured:?}");
+        checks.check(&what, measured.is_some());
+    }
+    for (mechanism, _) in hyperbp::Mechanism::NAMED.iter().filter(|_| drakvuf.has_hyperbp) {
+        let measured = ticks(plan::HYPERBP, mechanism);
+        checks.check(&format!("every workload of {mechanism} was measured in DRAKVUF"), measured.is_some());
+        // What DRAKVUF has not itself is compared with the cheapest that it has. Repair takes two events, which that does not.
+        let same = original.iter().find(|(name, _)| name == mechanism);
+        let (own, percent) = same.map_or((original[1].1, 100), |(_, ticks)| (*ticks, OWN_PERCENT));
+        if let (Some(ours), Some(own), true) = (measured, own, *mechanism != "repair") {
+            let what =
+                format!("a hit of {mechanism} costs {ours} ticks in DRAKVUF, at most {percent} % of its own {own}");
+            checks.check(&what, ours * 100 <= own * percent);
+        }
+    }
+}
+
 /// Checks what was counted, and what it cost.
 fn results(results: &Results, checks: &mut Checks) {
-    let find = |backend: &str, mechanism: &str, workload: Workload| -> Option<&Run> {
-        results.runs.iter().find(|r| r.backend == backend && r.mechanism == mechanism && r.workload == workload)
+    let find = |backend: &str, mechanism: &str, workload| {
+        let host = if backend == "floor" { "floor" } else { "runner" };
+        find(results, host, backend, mechanism, workload)
     };
     for mechanism in PUBLISHED_ORDER {
         let all = Workload::ALL.iter().all(|w| ["hyperbp", "floor"].iter().all(|b| find(b, mechanism, *w).is_some()));
