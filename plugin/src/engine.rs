@@ -611,6 +611,7 @@ impl Engine {
         }
     }
 
+    #[inline]
     fn count_hit(&mut self, at: Located) {
         self.counters.hits += 1;
         self.registry.located_mut(at).figures.hits += 1;
@@ -713,7 +714,7 @@ impl Engine {
         Ok(reinject())
     }
 
-    #[inline]
+    #[inline(always)]
     fn on_step<H: Hypervisor>(&mut self, hv: &mut H, index: usize, reply: &mut Reply) -> Observed {
         let vcpu = &mut self.vcpus[index];
         if !std::mem::take(&mut vcpu.stepping) {
@@ -738,6 +739,7 @@ impl Engine {
     }
 
     /// Puts the breakpoints on what is now in pages that an instruction may have written to.
+    #[inline(never)]
     fn settle<H: Hypervisor>(&mut self, hv: &mut H, pages: &Pages) {
         for &gfn in pages.as_slice() {
             let settled = match (self.registry.page_mut(gfn), &self.views) {
@@ -773,6 +775,7 @@ impl Engine {
     }
 
     /// Sets a breakpoint again that a virtual CPU has been stepped over.
+    #[inline(never)]
     fn arm_again<H: Hypervisor>(&mut self, hv: &mut H, gpa: Gpa) {
         if let Some((page, breakpoint)) = self.registry.at(gpa)
             && page.lifted == 0
