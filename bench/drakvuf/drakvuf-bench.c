@@ -6,9 +6,10 @@
  *
  *   drakvuf-bench --backends
  *       The backends it has, one a line: `original`, and `hyperbp` where that is loaded in DRAKVUF.
- *   drakvuf-bench --domain NAME --gpa ADDRESS --backend B --mechanism M
+ *   drakvuf-bench --domain NAME --gpa ADDRESS --backend B --mechanism M [--watch page]
  *       Sets a breakpoint, says `ready`, and serves it until SIGTERM, SIGINT, or until its standard input, a pipe, closes. Then it
- *       takes the breakpoint out and says how often it was hit, {"hits":N}. Exit codes: 0 fine, 2 bad arguments, 1 anything else;
+ *       takes the breakpoint out and says how often it was hit, {"hits":N,"before":N,"after":N}. With `--watch page`, memory traps on
+ *       the page of the breakpoint are served, too: for reads and writes before they are made, and for writes after. Exit codes: 0 fine, 2 bad arguments, 1 anything else;
  *       why is on standard error.
  */
 #define _GNU_SOURCE
@@ -25,26 +26,29 @@
 #include <libdrakvuf/libdrakvuf.h>
 
 static volatile sig_atomic_t stop;
-static uint64_t hits;
+static drakvuf_t drakvuf;
+static uint64_t hits, before, after;
 
 static void on_signal(int sig)
 {
-    (void)sig;
     stop = 1;
+    /* It may be about to wait. */
+    if (drakvuf)
+        drakvuf_interrupt(drakvuf, sig);
 }
 
-static bool is_over(drakvuf_t drakvuf, void* data)
+static bool is_over(drakvuf_t same, void* data)
 {
     (void)data;
     /* drakvuf_loop itself stops when waiting for events fails. */
-    return stop || drakvuf_is_interrupted(drakvuf);
+    return stop || drakvuf_is_interrupted(same);
 }
 
-static event_response_t on_hit(drakvuf_t drakvuf, drakvuf_trap_info_t* info)
+/* Counts in what the trap points to. */
+static event_response_t on_event(drakvuf_t same, drakvuf_trap_info_t* info)
 {
-    (void)drakvuf;
-    (void)info;
-    hits++;
+    (void)same;
+    ++*(uint64_t*)info->trap->data;
     return VMI_EVENT_RESPONSE_NONE;
 }
 
@@ -73,17 +77,39 @@ static void handle_signals(void)
     signal(SIGPIPE, SIG_IGN);
 }
 
+static bool watch;
+
 static int serve(const char* domain, addr_t gpa, bool fast)
 {
-    drakvuf_t drakvuf;
-    drakvuf_trap_t trap =
+    const addr_t gfn = gpa >> 12;
+    drakvuf_trap_t traps[] =
     {
-        .type = BREAKPOINT,
-        .cb = on_hit,
-        .name = "benchmark",
-        .ttl = UNLIMITED_TTL,
-        .breakpoint = {.lookup_type = LOOKUP_NONE, .addr_type = ADDR_PA, .addr = gpa},
+        {
+            .type = BREAKPOINT,
+            .cb = on_event,
+            .data = &hits,
+            .name = "benchmark",
+            .ttl = UNLIMITED_TTL,
+            .breakpoint = {.lookup_type = LOOKUP_NONE, .addr_type = ADDR_PA, .addr = gpa},
+        },
+        {
+            .type = MEMACCESS,
+            .cb = on_event,
+            .data = &before,
+            .name = "before",
+            .ttl = UNLIMITED_TTL,
+            .memaccess = {.gfn = gfn, .type = PRE, .access = VMI_MEMACCESS_RW},
+        },
+        {
+            .type = MEMACCESS,
+            .cb = on_event,
+            .data = &after,
+            .name = "after",
+            .ttl = UNLIMITED_TTL,
+            .memaccess = {.gfn = gfn, .type = POST, .access = VMI_MEMACCESS_W},
+        },
     };
+    const size_t count = watch ? sizeof traps / sizeof *traps : 1;
     handle_signals();
     /* No profile of an operating system: the guest has none. */
     if (!drakvuf_init(&drakvuf, domain, NULL, NULL, false, 0, fast, UNLIMITED_TTL, NULL, false, false))
@@ -91,7 +117,10 @@ static int serve(const char* domain, addr_t gpa, bool fast)
         fprintf(stderr, "DRAKVUF cannot attach to the domain %s\n", domain);
         return 1;
     }
-    bool set = drakvuf_add_trap(drakvuf, &trap);
+    size_t added = 0;
+    while (added < count && drakvuf_add_trap(drakvuf, &traps[added]))
+        added++;
+    bool set = added == count;
     if (set)
     {
         watch_input();
@@ -99,22 +128,25 @@ static int serve(const char* domain, addr_t gpa, bool fast)
         fflush(stdout);
         /* The domain is paused until then. */
         drakvuf_loop(drakvuf, is_over, NULL);
-        drakvuf_remove_trap(drakvuf, &trap, NULL);
     }
     else
-        fprintf(stderr, "DRAKVUF cannot set a breakpoint at %#" PRIx64 "\n", gpa);
+        fprintf(stderr, "DRAKVUF cannot set the trap `%s` at %#" PRIx64 "\n", traps[added].name, gpa);
+    while (added)
+        drakvuf_remove_trap(drakvuf, &traps[--added], NULL);
     bool broken = !stop && drakvuf_is_interrupted(drakvuf);
-    drakvuf_close(drakvuf, false);
+    drakvuf_t open = drakvuf;
+    drakvuf = NULL;
+    drakvuf_close(open, false);
     if (broken)
         fprintf(stderr, "DRAKVUF's loop has broken off\n");
     if (set)
-        printf("{\"hits\":%" PRIu64 "}\n", hits);
+        printf("{\"hits\":%" PRIu64 ",\"before\":%" PRIu64 ",\"after\":%" PRIu64 "}\n", hits, before, after);
     return set && !broken ? 0 : 1;
 }
 
 static int usage(const char* problem, const char* what)
 {
-    fprintf(stderr, "%s%s\nusage: drakvuf-bench --domain NAME --gpa ADDRESS --backend original|hyperbp --mechanism M\n", problem,
+    fprintf(stderr, "%s%s\nusage: drakvuf-bench --domain NAME --gpa ADDRESS --backend original|hyperbp --mechanism M [--watch page]\n", problem,
         what);
     return 2;
 }
@@ -145,12 +177,12 @@ static int serve_hyperbp(const char* domain, addr_t gpa, const char* mechanism)
 
 int main(int argc, char** argv)
 {
-    const char *domain = NULL, *gpa = NULL, *backend = NULL, *mechanism = NULL;
+    const char *domain = NULL, *gpa = NULL, *backend = NULL, *mechanism = NULL, *watched = "nothing";
     const struct
     {
         const char* name;
         const char** value;
-    } options[] = {{"--domain", &domain}, {"--gpa", &gpa}, {"--backend", &backend}, {"--mechanism", &mechanism}};
+    } options[] = {{"--domain", &domain}, {"--gpa", &gpa}, {"--backend", &backend}, {"--mechanism", &mechanism}, {"--watch", &watched}};
 
     if (argc == 2 && !strcmp(argv[1], "--backends"))
     {
@@ -178,6 +210,9 @@ int main(int argc, char** argv)
     addr_t address = strtoull(gpa, &end, 0);
     if (end == gpa || *end)
         return usage("this is no address: ", gpa);
+    watch = !strcmp(watched, "page");
+    if (!watch && strcmp(watched, "nothing"))
+        return usage("this cannot be watched: ", watched);
     if (!strcmp(backend, "original"))
         return serve_original(domain, address, mechanism);
     if (!strcmp(backend, "hyperbp"))

@@ -104,12 +104,12 @@ impl<'a> Subject<'a> {
                 Ok(floor::run(domain, &mut monitor, mechanism, guest.breakpoint().0, idle)?.hits)
             }
             Self::Drakvuf(program, backend) => {
-                let served = drakvuf::run(program, domain.id(), guest.breakpoint(), backend, idle);
+                let served = drakvuf::run(program, domain.id(), guest.breakpoint(), backend, false, idle);
                 if served.is_err() {
                     // DRAKVUF leaves it paused when it cannot attach.
                     domain.let_run().context("cannot let the domain run again")?;
                 }
-                served
+                Ok(served?.hits)
             }
         }
     }

@@ -11,7 +11,7 @@ use hyperbp_bench_abi::{SITES, Workload};
 use crate::bench::Subject;
 use crate::cli::{Backend, Host};
 use crate::core;
-use crate::drakvuf::Program;
+use crate::drakvuf::{self, Original, Program};
 use crate::guest::Guest;
 use crate::recover::Traces;
 use crate::ring::Monitor;
@@ -66,8 +66,42 @@ pub(crate) fn all(domain: &mut Domain, drakvuf: Option<Program<'_>>) -> Result<u
     for subject in original.chain(core.filter(|subject| subject.host() == Host::Drakvuf)) {
         report(&format!("{subject} counts every hit, hides, and leaves nothing"), elsewhere(domain, &guest, subject));
     }
+    if let Some(program) = drakvuf.filter(|program| program.has_hyperbp()) {
+        let own = watched(domain, &guest, program, drakvuf::Backend::Original(Original::ViewStep));
+        let expected = own.as_ref().map_or(drakvuf::Counts::default(), |counts| *counts);
+        report(&format!("DRAKVUF's own memory traps are told: {expected:?}"), own.map(drop));
+        for mechanism in Mechanism::all() {
+            let result = watched(domain, &guest, program, drakvuf::Backend::Hyperbp(mechanism)).and_then(|counts| {
+                ensure!(counts == expected, "they were told {counts:?}, not {expected:?}");
+                Ok(())
+            });
+            report(&format!("DRAKVUF's memory traps are told the same by hyperbp with {mechanism}"), result);
+        }
+    }
     report("the guest runs on without a monitor", one(domain, &guest, Subject::None));
     Ok(failed)
+}
+
+/// Has DRAKVUF watch the page of the breakpoint, too, while the guest reads, writes and executes it.
+fn watched(domain: &Domain, guest: &Guest, program: Program<'_>, backend: drakvuf::Backend) -> Result<drakvuf::Counts> {
+    const WORK: [(Workload, u32); 4] =
+        [(Workload::ReadBp, 20), (Workload::ExecBp, 10), (Workload::WriteByte, 10), (Workload::ExecBp, 10)];
+    guest.wait_until_done(STUCK)?;
+    let (mut work, mut since) = (WORK.into_iter(), Instant::now());
+    let counts = drakvuf::run(program, domain.id(), guest.breakpoint(), backend, true, &mut || {
+        if !guest.is_done() {
+            return since.elapsed() < STUCK;
+        }
+        since = Instant::now();
+        work.next().map(|(workload, calls)| guest.request(workload, calls)).is_some()
+    })?;
+    guest.wait_until_done(STUCK)?;
+    guest.check_all_but_rewritten(domain)?;
+    let calls: u64 =
+        WORK.iter().filter(|(workload, _)| *workload == Workload::ExecBp).map(|(_, calls)| u64::from(*calls)).sum();
+    ensure!(counts.hits == calls, "{} hits were reported, of {calls}", counts.hits);
+    ensure!(counts.before > 0 && counts.after > 0, "no access was reported: {counts:?}");
+    Ok(counts)
 }
 
 /// Attaches and detaches, under one mechanism after another, while the guest is in the middle of a storm. Looks each time

@@ -87,7 +87,28 @@ impl<'a> Program<'a> {
     }
 }
 
-/// Has DRAKVUF serve a breakpoint at `gpa` until `idle` returns false, and leave. Returns how often it was hit.
+/// How often DRAKVUF's traps were told.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Counts {
+    /// That the breakpoint was hit.
+    pub(crate) hits: u64,
+    /// That its page was about to be read or written.
+    pub(crate) before: u64,
+    /// That it has been written.
+    pub(crate) after: u64,
+}
+
+impl Counts {
+    /// What the program says at last.
+    fn parse(line: &str) -> Option<Self> {
+        let mut rest = line.strip_prefix('{')?.strip_suffix('}')?.split(',');
+        let mut number = |name: &str| rest.next()?.strip_prefix(name)?.parse().ok();
+        Some(Self { hits: number("\"hits\":")?, before: number("\"before\":")?, after: number("\"after\":")? })
+    }
+}
+
+/// Has DRAKVUF serve a breakpoint at `gpa`, and memory traps on its page if it is to be `watched`, until `idle` returns false,
+/// and leave. Returns how often they were told.
 ///
 /// # Errors
 /// If DRAKVUF cannot attach, ends before it is told to, or does not end when it is: with what it said.
@@ -96,11 +117,15 @@ pub(crate) fn run(
     domain: u32,
     gpa: Gpa,
     backend: Backend,
+    watched: bool,
     idle: &mut dyn FnMut() -> bool,
-) -> Result<u64> {
+) -> Result<Counts> {
     let mut command = Command::new(program.path);
     command.args(["--domain", &domain.to_string(), "--gpa", &format!("{:#x}", gpa.0)]);
     command.args(["--backend", backend.name(), "--mechanism", &backend.mechanism()]);
+    if watched {
+        command.args(["--watch", "page"]);
+    }
     let mut drakvuf = Drakvuf::start(command, domain)?;
     drakvuf.until(ATTACHING, is_ready)?;
     while idle() {
@@ -167,14 +192,13 @@ impl Drakvuf {
         }
     }
 
-    /// Tells it to leave, and returns its count.
-    fn leave(mut self) -> Result<u64> {
+    /// Tells it to leave, and returns its counts.
+    fn leave(mut self) -> Result<Counts> {
         drop(self.child.stdin.take());
-        let hits =
-            self.until(LEAVING, |line| line.strip_prefix("{\"hits\":")?.strip_suffix('}')?.parse::<u64>().ok())?;
+        let counts = self.until(LEAVING, Counts::parse)?;
         let status = self.wait()?;
         ensure!(status.success(), self.problem(&format!("has ended ({status})")));
-        Ok(hits)
+        Ok(counts)
     }
 
     fn wait(&mut self) -> Result<ExitStatus> {
@@ -239,7 +263,7 @@ mod tests {
     }
 
     /// Waits until it is ready, and tells it to leave.
-    fn serve(script: &str) -> Result<u64> {
+    fn serve(script: &str) -> Result<Counts> {
         let mut drakvuf = Drakvuf::start(shell(script), 1)?;
         drakvuf.until(Duration::from_secs(10), is_ready)?;
         drakvuf.leave()
@@ -247,8 +271,9 @@ mod tests {
 
     #[test]
     fn it_is_told_to_leave_and_says_its_count() {
-        let hits = serve("echo some library says this; echo ready; read line; echo '{\"hits\":1048577}'").unwrap();
-        assert_eq!(hits, 1_048_577);
+        let script =
+            "echo some library says this; echo ready; read line; echo '{\"hits\":1048577,\"before\":2,\"after\":1}'";
+        assert_eq!(serve(script).unwrap(), Counts { hits: 1_048_577, before: 2, after: 1 });
     }
 
     #[test]
@@ -256,7 +281,8 @@ mod tests {
         let error = |script| serve(script).unwrap_err().to_string();
         assert_eq!(error("echo no such domain >&2; exit 1"), "DRAKVUF has ended (exit status: 1): no such domain");
         assert_eq!(error("echo ready; kill -9 $$"), "DRAKVUF has ended (signal: 9 (SIGKILL))");
-        let count = error("echo ready; read line; echo '{\"hits\":3}'; echo too late >&2; exit 1");
+        let count =
+            error("echo ready; read line; echo '{\"hits\":3,\"before\":0,\"after\":0}'; echo too late >&2; exit 1");
         assert_eq!(count, "DRAKVUF has ended (exit status: 1): too late");
         let silent = Drakvuf::start(shell("read line"), 1).unwrap().until(Duration::from_millis(10), is_ready);
         assert_eq!(silent.unwrap_err().to_string(), "DRAKVUF says nothing for 10ms");
