@@ -274,7 +274,7 @@ fn in_drakvuf(results: &Results, drakvuf: &Drakvuf, checks: &mut Checks) {
     };
     let original = ["view-step", "view-fast-step"].map(|mechanism| (mechanism, ticks(plan::ORIGINAL, mechanism)));
     for (mechanism, measured) in original {
-        let what = format!("every workload of {mechanism} was measured in DRAKVUF as it is: {measured:?}");
+        let what = format!("every workload of {mechanism} was measured in DRAKVUF as it is");
         checks.check(&what, measured.is_some());
     }
     for (mechanism, _) in hyperbp::Mechanism::NAMED.iter().filter(|_| drakvuf.has_hyperbp) {
