@@ -7,7 +7,7 @@ use rustc_hash::FxBuildHasher;
 
 use crate::insn::Displaced;
 use crate::stats::Figures;
-use crate::watch::Watches;
+use crate::watch::{Watch, Watches};
 use crate::{Conceal, Error, Gfn, Gpa, Placement, StepOver};
 
 /// The name of a breakpoint: one subscriber's interest in one instruction.
@@ -120,7 +120,22 @@ impl Registry {
 
     /// Where the breakpoint at `gpa` is now, that was there a moment ago.
     pub(crate) fn locate_again(&self, gpa: Gpa, before: Located) -> Option<Located> {
-        if before.generation == self.generation { Some(before) } else { self.locate(gpa) }
+        if self.is_unchanged_since(before) { Some(before) } else { self.locate(gpa) }
+    }
+
+    /// Whether no breakpoint, no page and no watch came or went since a breakpoint was located.
+    pub(crate) fn is_unchanged_since(&self, before: Located) -> bool {
+        before.generation == self.generation
+    }
+
+    pub(crate) fn set_watch(&mut self, gfn: Gfn, watch: Watch) {
+        self.generation += 1;
+        self.watches.set(gfn, watch);
+    }
+
+    pub(crate) fn remove_watch(&mut self, gfn: Gfn) -> Option<Watch> {
+        self.generation += 1;
+        self.watches.remove(gfn)
     }
 
     /// Where the breakpoint at `gpa` is, until something is inserted or removed.

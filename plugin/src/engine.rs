@@ -237,7 +237,7 @@ impl Engine {
             // Its rights are to be set once more.
             Accesses::NONE if before.is_none() => return Ok(()),
             Accesses::NONE => {
-                self.registry.watches.set(gfn, Watch { accesses, after });
+                self.registry.set_watch(gfn, Watch { accesses, after });
                 self.restrict(hv, gfn)
             }
             _ => {
@@ -251,15 +251,15 @@ impl Engine {
                 if self.views.as_ref().is_some_and(|views| views.hides(gfn)) {
                     return Err(Error::NoMemory(gfn.at(0)));
                 }
-                self.registry.watches.set(gfn, Watch { accesses, after });
+                self.registry.set_watch(gfn, Watch { accesses, after });
                 self.restrict(hv, gfn)
             }
         };
         match (&result, before) {
-            (Ok(()), _) if accesses == Accesses::NONE => drop(self.registry.watches.remove(gfn)),
+            (Ok(()), _) if accesses == Accesses::NONE => drop(self.registry.remove_watch(gfn)),
             (Ok(()), _) => {}
-            (Err(_), Some(before)) => self.registry.watches.set(gfn, before),
-            (Err(_), None) => drop(self.registry.watches.remove(gfn)),
+            (Err(_), Some(before)) => self.registry.set_watch(gfn, before),
+            (Err(_), None) => drop(self.registry.remove_watch(gfn)),
         }
         result.doing("watch the page")
     }
@@ -662,7 +662,13 @@ impl Engine {
             return Ok(());
         }
         let lifted = page.placement == Placement::InPlace && page.lifted > 0;
-        let at_once = step::at_once(hv, views, vcpu, &self.registry, (page, breakpoint), registers, reply);
+        // Where pages were mapped or guarded since the hit, Xen has been seen to enter the guest without the registers of
+        // the response, and the breakpoint was hit twice (docs/mechanisms.md). A change of view it always makes.
+        let settled = self.hit.is_some_and(|(hit, before)| hit == at && self.registry.is_unchanged_since(before));
+        let at_once = match settled {
+            true => step::at_once(hv, views, vcpu, &self.registry, (page, breakpoint), registers, reply),
+            false => None,
+        };
         // A response has room for new registers or for what to emulate, but not for both.
         let fits = !changed || matches!(reply.action, Action::SetRegisters(_));
         let served = match at_once.filter(|_| fits) {

@@ -320,3 +320,33 @@ fn a_virtual_cpu_of_no_interest_meets_nothing_and_is_followed_when_it_writes() {
     engine.monitor_all(&mut machine, true).unwrap();
     assert_eq!(machine.current, EXEC);
 }
+
+#[test]
+fn after_pages_have_changed_an_instruction_is_stepped_over() {
+    type Change = fn(&mut Engine, &mut Machine);
+    let changes: [Change; 3] = [
+        |engine, machine| {
+            engine.insert(machine, DATA.at(0), Mechanism::AUTO).unwrap();
+        },
+        |engine, machine| engine.watch(machine, DATA, WRITES, false).unwrap(),
+        |engine, machine| {
+            let id = engine.insert(machine, DATA.at(0), Mechanism::AUTO).unwrap();
+            engine.remove(machine, id).unwrap();
+        },
+    ];
+    for change in changes {
+        for mechanism in [Mechanism::AUTO, Mechanism::INTERPRET, Mechanism::EMULATE] {
+            let mut machine = Machine::new();
+            let mut engine = Engine::new(&machine);
+            let id = engine.insert(&mut machine, MOVE, mechanism).unwrap();
+            let observed = begin(&mut engine, &mut machine, &hit(MOVE));
+            change(&mut engine, &mut machine);
+            let reply = end(&mut engine, &mut machine, &hit(MOVE), &observed, None);
+            assert_eq!(reply, Reply { view: Some(OWN), step: Step::Fast(EXEC), action: Action::Resume }, "{mechanism}");
+            let reply = through(&mut engine, &mut machine, &hit(MOVE));
+            assert_ne!(reply.action, Action::Resume, "{mechanism}: nothing has changed since the second hit");
+            let figures = engine.figures(id).unwrap();
+            assert_eq!((figures.hits, figures.fallbacks), (2, 1), "{mechanism}");
+        }
+    }
+}
