@@ -10,6 +10,8 @@ mod bench;
 mod boot;
 mod cpp;
 mod deny;
+mod drakvuf;
+mod events;
 mod fuzz;
 mod install;
 mod recover;
@@ -30,6 +32,7 @@ struct Cli {
 enum Command {
     Bench(bench::Bench),
     Boot(boot::Boot),
+    Drakvuf(drakvuf::Drakvuf),
     Fuzz(fuzz::Fuzz),
     Install(install::Install),
     Storm(storm::Storm),
@@ -42,6 +45,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Bench(bench) => bench.run(),
         Command::Boot(boot) => boot.run(),
+        Command::Drakvuf(drakvuf) => drakvuf.run(),
         Command::Fuzz(fuzz) => fuzz.run(),
         Command::Install(install) => install.run(),
         Command::Storm(storm) => storm.run(),

@@ -36,7 +36,7 @@ pub struct Drakvuf {
 
 /// Names of shared libraries that DRAKVUF and LibVMI load themselves. They leave out the version, and so are usually found only
 /// where Xen's headers are installed.
-const LOADS: [&str; 5] =
+pub(crate) const LOADS: [&str; 5] =
     ["libxenctrl.so", "libxenforeignmemory.so", "libxenlight.so", "libxenstore.so", "libxentoollog.so"];
 
 impl Drakvuf {

@@ -15,6 +15,7 @@ const INIT: &str = include_str!("../dom0/init");
 const GUEST_CFG: &str = include_str!("../dom0/guest.cfg");
 const LINUX_CFG: &str = include_str!("../dom0/linux.cfg");
 const LINUX_INIT: &str = include_str!("../linux/init");
+const LINUX_ROUNDS: &str = include_str!("../linux/rounds");
 
 /// Xen's programs, in `usr/lib/xen-4.17/bin` of the sysroot and of dom0.
 const XEN_BIN: &str = "usr/lib/xen-4.17/bin";
@@ -62,7 +63,7 @@ pub fn build(
         .archive()
         .map_err(Error::io("archive", Path::new("dom0's file system")))?;
     let xen = sysroot.join("boot/xen-4.17-amd64.gz");
-    let xen_options = xen_options(job.cpus, job.linux);
+    let xen_options = xen_options(job.cpus, job.memory);
     let grub = format!(
         "set root=cd\nmultiboot2 /boot/xen xen {xen_options}\nmodule2 /boot/vmlinux linux {LINUX}\n\
          module2 /boot/initramfs initramfs\nboot\n"
@@ -104,11 +105,10 @@ pub fn build(
     Ok(dir.join("lab.iso"))
 }
 
-/// With two CPUs, dom0 has the first for itself. A guest's kernel is in dom0's memory too: in its file system.
-fn xen_options(cpus: u32, linux: bool) -> String {
+/// With two CPUs, dom0 has the first for itself.
+fn xen_options(cpus: u32, memory: u32) -> String {
     let pin = if cpus > 1 { " dom0_vcpus_pin" } else { "" };
-    let memory = if linux { "448M" } else { "256M" };
-    format!("{}{pin}", XEN.replace("$MEMORY", memory))
+    format!("{}{pin}", XEN.replace("$MEMORY", &format!("{memory}M")))
 }
 
 /// With two CPUs, the guest has the second for itself; with more, all but the first.
@@ -144,8 +144,12 @@ fn initramfs(host: &Host, sysroot: &Path, kernel: &Kernel, e9: &Path, job: &Job)
     fs.copy("bin/busybox", 0o755, &busybox)?;
     if job.linux {
         fs.file("guest/linux.cfg", 0o644, pinned(LINUX_CFG, job.cpus));
-        fs.copy("guest/vmlinux", 0o644, &kernel.vmlinux)?;
+        fs.file("guest/vmlinux", 0o644, kernel.moved(job.moved)?);
         fs.file("guest/linux.cpio", 0o644, linux(&busybox)?);
+    }
+
+    for (path, file) in &job.files {
+        fs.copy(path, 0o644, file)?;
     }
 
     let mut order = String::new();
@@ -197,6 +201,7 @@ fn linux(busybox: &Path) -> Result<Vec<u8>> {
     fs.device("dev/null", 1, 3);
     fs.device("dev/zero", 1, 5);
     fs.file("init", 0o755, LINUX_INIT);
+    fs.file("rounds", 0o755, LINUX_ROUNDS);
     fs.copy("bin/busybox", 0o755, busybox)?;
     fs.archive().map_err(Error::io("archive", Path::new("the Linux guest's file system")))
 }
@@ -214,8 +219,8 @@ mod tests {
 
     #[test]
     fn with_two_cpus_dom0_and_the_guest_have_one_each() {
-        assert!(!xen_options(1, false).contains("dom0_vcpus_pin"));
-        assert!(xen_options(2, false).contains("dom0_vcpus_pin"));
+        assert!(!xen_options(1, 256).contains("dom0_vcpus_pin"));
+        assert!(xen_options(2, 256).contains("dom0_vcpus_pin"));
         for config in [GUEST_CFG, LINUX_CFG] {
             assert!(!pinned(config, 1).contains("\ncpus = "));
             assert!(pinned(config, 2).contains("\ncpus = \"1\""));
@@ -224,8 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_s_kernel_has_room_in_dom0() {
-        assert!(xen_options(1, false).contains(" dom0_mem=256M,max:256M "));
-        assert!(xen_options(1, true).contains(" dom0_mem=448M,max:448M "));
+    fn dom0_has_the_job_s_memory() {
+        assert!(xen_options(1, 448).contains(" dom0_mem=448M,max:448M "));
     }
 }

@@ -5,11 +5,13 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
-use crate::{Error, Host, Inputs, Progress, Result, Stages};
+use crate::{Error, Host, Inputs, Progress, Result, Stages, kaslr};
 
 /// The kernel and the modules dom0's tools need.
 #[derive(Clone, Debug)]
 pub struct Kernel {
+    /// Its version, as in the name of its package.
+    pub release: String,
     /// The ELF.
     pub vmlinux: PathBuf,
     /// The modules, in the order to load them.
@@ -47,9 +49,26 @@ pub fn extract(host: &Host, sysroot: &Path, stages: &Stages, progress: &Progress
         }
         fs::remove_file(&compressed).map_err(Error::io("remove", &compressed))
     })?;
-    let drivers = sysroot.join("lib/modules").join(release).join("kernel/drivers/xen");
+    let drivers = sysroot.join("lib/modules").join(&release).join("kernel/drivers/xen");
     let modules = MODULES.iter().map(|name| drivers.join(format!("{name}.ko"))).collect();
-    Ok(Kernel { vmlinux: dir.join("vmlinux"), modules })
+    Ok(Kernel { release, vmlinux: dir.join("vmlinux"), modules })
+}
+
+impl Kernel {
+    /// The ELF, moved up by `distance` bytes: see [`kaslr::moved`].
+    ///
+    /// # Errors
+    /// [`Error::Unexpected`] when it cannot be moved.
+    pub fn moved(&self, distance: u32) -> Result<Vec<u8>> {
+        let kernel = fs::read(&self.vmlinux).map_err(Error::io("read", &self.vmlinux))?;
+        if distance == 0 {
+            return Ok(kernel);
+        }
+        kaslr::moved(&kernel, distance).ok_or_else(|| Error::Unexpected {
+            path: self.vmlinux.clone(),
+            problem: "a kernel that cannot be moved: it has no table of relocations".to_owned(),
+        })
+    }
 }
 
 fn find_image(boot: &Path) -> Result<PathBuf> {

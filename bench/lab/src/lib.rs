@@ -25,10 +25,12 @@ mod host;
 pub mod image;
 pub mod initramfs;
 mod job;
+pub mod kaslr;
 pub mod kernel;
 pub mod machine;
 pub mod packages;
 pub mod plan;
+pub mod profile;
 pub mod progress;
 pub mod protocol;
 mod stage;
@@ -55,6 +57,7 @@ const BENCH: &str = include_str!("../dom0/bench.sh");
 const CHECKS: &str = include_str!("../dom0/checks.sh");
 const STORM: &str = include_str!("../dom0/storm.sh");
 const RECOVER: &str = include_str!("../dom0/recover.sh");
+const DRAKVUF: &str = include_str!("../dom0/drakvuf.sh");
 const TRACE: &str = include_str!("../dom0/trace.sh");
 const SMOKE: &str = include_str!("../dom0/smoke.sh");
 
@@ -160,6 +163,22 @@ pub struct Trace<'a> {
     pub seconds: u32,
 }
 
+/// What [`Bench::drakvuf`] is to run.
+#[derive(Clone, Copy, Debug)]
+pub struct Monitor<'a> {
+    /// The directory DRAKVUF was built in.
+    pub build: &'a Path,
+    /// The profile of the guest's kernel.
+    pub profile: &'a Path,
+    /// DRAKVUF's arguments, besides the profile and the domain. No space or other special character can be in one.
+    pub arguments: &'a [String],
+    /// How many rounds of work the guest does.
+    pub rounds: u32,
+}
+
+/// How far [`Bench::drakvuf`]'s guest's kernel is moved.
+const MOVED: u32 = 16 << 20;
+
 /// A lab with everything built that jobs have in common.
 #[derive(Debug)]
 pub struct Bench<'a> {
@@ -232,6 +251,8 @@ impl Bench<'_> {
     pub fn trace(&self, runner: &Path, cpus: u32, vcpus: u32, trace: &Trace<'_>) -> Job {
         let mut job = self.job(format!("trace-{cpus}-{vcpus}"), TRACE, cpus, Duration::from_secs(3600));
         job.linux = true;
+        // A guest's kernel is in dom0's memory too: in its file system.
+        job.memory = 448;
         let Trace { functions, between, mechanism, seconds } = trace;
         let functions: String = functions.iter().map(|function| format!(" --function {function}")).collect();
         let arguments = format!("--mechanism {mechanism} --between {between}{functions}");
@@ -241,11 +262,51 @@ impl Bench<'_> {
         job
     }
 
+    /// A job that runs a DRAKVUF on a Linux guest at work. With the [late](Job::late) variables `HYPERBP` and `ENVIRONMENT` it
+    /// has more arguments, and an environment (`NAME=VALUE`). It leaves what the guest said in `console`, what DRAKVUF printed
+    /// in `events` and `messages`, and in `ended` its exit code and, `early` or `late`, whether it was there to the end.
+    ///
+    /// # Errors
+    /// [`Error::NoDrakvuf`] when there is no program; those of [`profile::check`].
+    pub fn drakvuf(&self, monitor: &Monitor<'_>) -> Result<Job> {
+        let Monitor { build, profile, arguments, rounds } = monitor;
+        let program = build.join("drakvuf");
+        if !program.is_file() {
+            let problem = format!("there is no {}", program.display());
+            return Err(Error::NoDrakvuf { build: build.to_path_buf(), problem });
+        }
+        let size = profile::check(profile, &self.kernel)?;
+        let mut job = self.job("drakvuf".to_owned(), DRAKVUF, 1, Duration::from_secs(3600));
+        job.linux = true;
+        job.moved = MOVED;
+        // As json-c has it in memory, a profile takes so many times its size.
+        job.memory = 448 + 14 * u32::try_from(size >> 20).unwrap_or(u32::MAX / 64);
+        job.files.push(("profile.json".to_owned(), profile.to_path_buf()));
+        job.libraries.extend(drakvuf::LOADS.map(str::to_owned));
+        job.programs.push(program);
+        let variables = [("DRAKVUF", arguments.join(" ")), ("ROUNDS", rounds.to_string())];
+        job.variables.extend(variables.map(|(name, value)| (name.to_owned(), value)));
+        Ok(job)
+    }
+
     fn job(&self, name: String, script: &str, cpus: u32, limit: Duration) -> Job {
         let silence = Duration::from_secs(600);
-        let (variables, programs, libraries) = (Vec::new(), Vec::new(), Vec::new());
-        let (script, guest) = (script.to_owned(), self.guest.clone());
-        Job { name, script, variables, programs, libraries, guest, linux: false, cpus, limit, silence }
+        Job {
+            name,
+            script: script.to_owned(),
+            variables: Vec::new(),
+            late: Vec::new(),
+            programs: Vec::new(),
+            libraries: Vec::new(),
+            files: Vec::new(),
+            guest: self.guest.clone(),
+            linux: false,
+            moved: 0,
+            memory: 256,
+            cpus,
+            limit,
+            silence,
+        }
     }
 
     /// Builds the image of `job`, and returns it.

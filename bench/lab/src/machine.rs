@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use crate::command::spawn_error;
 use crate::error::Tail;
+use crate::job::LATE_AT;
 use crate::protocol::{self, Message, Parser};
 use crate::{Error, Host, Job, Progress, Result};
 
@@ -60,6 +61,10 @@ impl Machine {
         fs::create_dir_all(&dir).map_err(Error::io("create", &dir))?;
         let config = dir.join("bochsrc");
         fs::write(&config, self.config(&dir, image, job)).map_err(Error::io("write", &config))?;
+        if let Some(content) = job.rom() {
+            let rom = dir.join(ROM);
+            fs::write(&rom, content).map_err(Error::io("write", &rom))?;
+        }
 
         // Bochs has its own process group, so that no signal from the terminal reaches it half-way; setpriv sees to it
         // that it does not outlive the thread that watches it.
@@ -76,7 +81,7 @@ impl Machine {
     /// One tick is one instruction, and nothing depends on the host: its time (`sync=none`, a fixed `time0`) or its
     /// random numbers (RDRAND is left out). So the same image gives the same run, to the instruction.
     fn config(&self, dir: &Path, image: &Path, job: &Job) -> String {
-        let (cpus, memory) = (job.cpus, if job.linux { 1024 } else { 512 });
+        let (cpus, memory) = (job.cpus, job.machine_memory());
         let mut config = String::new();
         let mut line = |text: std::fmt::Arguments<'_>| {
             // Writing to a String cannot fail.
@@ -87,6 +92,9 @@ impl Machine {
         line(format_args!("memory: guest={memory}, host={memory}"));
         line(format_args!("romimage: file=\"{}\"", self.bios.display()));
         line(format_args!("vgaromimage: file=\"{}\"", self.vga_bios.display()));
+        if !job.late.is_empty() {
+            line(format_args!("optromimage1: file=\"{}\", address={LATE_AT:#x}", dir.join(ROM).display()));
+        }
         line(format_args!("boot: cdrom"));
         line(format_args!("ata0: enabled=1, ioaddr1=0x1f0, ioaddr2=0x3f0, irq=14"));
         line(format_args!("ata0-master: type=cdrom, path=\"{}\", status=inserted", image.display()));
@@ -107,6 +115,7 @@ impl Machine {
     }
 }
 
+const ROM: &str = "late.rom";
 const CONSOLE: &str = "console.log";
 const OUTPUT: &str = "output.log";
 const BOCHS_LOG: &str = "bochs.log";
