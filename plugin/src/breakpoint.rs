@@ -7,7 +7,7 @@ use rustc_hash::FxBuildHasher;
 
 use crate::insn::Displaced;
 use crate::stats::Figures;
-use crate::watch::{Watch, Watches};
+use crate::watch::Watches;
 use crate::{Conceal, Error, Gfn, Gpa, Placement, StepOver};
 
 /// The name of a breakpoint: one subscriber's interest in one instruction.
@@ -120,22 +120,7 @@ impl Registry {
 
     /// Where the breakpoint at `gpa` is now, that was there a moment ago.
     pub(crate) fn locate_again(&self, gpa: Gpa, before: Located) -> Option<Located> {
-        if self.is_unchanged_since(before) { Some(before) } else { self.locate(gpa) }
-    }
-
-    /// Whether no breakpoint, no page and no watch came or went since a breakpoint was located.
-    pub(crate) fn is_unchanged_since(&self, before: Located) -> bool {
-        before.generation == self.generation
-    }
-
-    pub(crate) fn set_watch(&mut self, gfn: Gfn, watch: Watch) {
-        self.generation += 1;
-        self.watches.set(gfn, watch);
-    }
-
-    pub(crate) fn remove_watch(&mut self, gfn: Gfn) -> Option<Watch> {
-        self.generation += 1;
-        self.watches.remove(gfn)
+        if before.generation == self.generation { Some(before) } else { self.locate(gpa) }
     }
 
     /// Where the breakpoint at `gpa` is, until something is inserted or removed.
@@ -202,21 +187,16 @@ impl Registry {
         Some(BreakpointId { gpa, serial })
     }
 
-    /// Takes a subscriber out, its breakpoint if it was the last one there, and the page if it was the last in that.
-    /// Returns the page in that case.
-    pub(crate) fn unsubscribe(&mut self, id: BreakpointId) -> Option<Page> {
-        let gfn = id.gpa.gfn();
+    /// Takes a subscriber out, and its breakpoint if it was the last one there. Returns the page if it has none then.
+    pub(crate) fn unsubscribe(&mut self, id: BreakpointId) -> Option<&Page> {
         self.generation += 1;
-        let page = self.page_mut(gfn)?;
+        let page = self.page_mut(id.gpa.gfn())?;
         let index = page.index(id.gpa.offset()).ok()?;
         page.breakpoints[index].subscribers.retain(|serial| *serial != id.serial);
         if page.breakpoints[index].subscribers.is_empty() {
             page.breakpoints.remove(index);
         }
-        match page.breakpoints.is_empty() {
-            true => self.remove_page(gfn),
-            false => None,
-        }
+        page.breakpoints.is_empty().then_some(&*page)
     }
 
     pub(crate) fn remove_page(&mut self, gfn: Gfn) -> Option<Page> {

@@ -80,6 +80,10 @@ pub struct Engine {
     views: Option<Views>,
     /// Pages whose last breakpoint is gone, but that the hypervisor has refused to make the guest's own again.
     unclosed: Vec<Page>,
+    /// Pages whose last breakpoint was gone, between the two halves of an event, and that are to be made so after it.
+    vacant: Vec<Gfn>,
+    /// Between the two halves of an event.
+    telling: bool,
     factory: InstructionInfoFactory,
     counters: Counters,
     handling: HandlingTime,
@@ -89,6 +93,9 @@ pub struct Engine {
     leaving: bool,
 }
 
+/// How many pages without breakpoints are left as they are while nothing else gives an occasion.
+const VACANT: usize = 16;
+
 impl Engine {
     /// An engine without breakpoints. Nothing is done to the domain.
     pub fn new<H: Hypervisor>(hv: &H) -> Self {
@@ -97,6 +104,8 @@ impl Engine {
             vcpus: vec![Vcpu::at_home(true); usize::from(hv.vcpus())],
             views: None,
             unclosed: Vec::new(),
+            vacant: Vec::new(),
+            telling: false,
             factory: InstructionInfoFactory::new(),
             counters: Counters::default(),
             handling: HandlingTime::new(),
@@ -116,8 +125,12 @@ impl Engine {
             return Err(Error::Leaving);
         }
         self.catch_up(hv, gpa.gfn()).doing("settle the page")?;
+        let other = |p: &Page| p.placement != mechanism.placement() || p.conceal != mechanism.conceal();
+        if self.registry.page(gpa.gfn()).is_some_and(|page| page.breakpoints.is_empty() && other(page)) {
+            self.vacate(hv, gpa.gfn()).doing("prepare the page")?;
+        }
         let page = self.registry.page(gpa.gfn());
-        if page.is_some_and(|p| p.placement != mechanism.placement() || p.conceal != mechanism.conceal()) {
+        if page.is_some_and(other) {
             return Err(Error::PageConflict(gpa));
         }
         if let Some(breakpoint) = page.and_then(|page| page.at(gpa.offset())) {
@@ -237,7 +250,7 @@ impl Engine {
             // Its rights are to be set once more.
             Accesses::NONE if before.is_none() => return Ok(()),
             Accesses::NONE => {
-                self.registry.set_watch(gfn, Watch { accesses, after });
+                self.registry.watches.set(gfn, Watch { accesses, after });
                 self.restrict(hv, gfn)
             }
             _ => {
@@ -251,15 +264,15 @@ impl Engine {
                 if self.views.as_ref().is_some_and(|views| views.hides(gfn)) {
                     return Err(Error::NoMemory(gfn.at(0)));
                 }
-                self.registry.set_watch(gfn, Watch { accesses, after });
+                self.registry.watches.set(gfn, Watch { accesses, after });
                 self.restrict(hv, gfn)
             }
         };
         match (&result, before) {
-            (Ok(()), _) if accesses == Accesses::NONE => drop(self.registry.remove_watch(gfn)),
+            (Ok(()), _) if accesses == Accesses::NONE => drop(self.registry.watches.remove(gfn)),
             (Ok(()), _) => {}
-            (Err(_), Some(before)) => self.registry.set_watch(gfn, before),
-            (Err(_), None) => drop(self.registry.remove_watch(gfn)),
+            (Err(_), Some(before)) => self.registry.watches.set(gfn, before),
+            (Err(_), None) => drop(self.registry.watches.remove(gfn)),
         }
         result.doing("watch the page")
     }
@@ -375,12 +388,33 @@ impl Engine {
             let disarmed = placement::disarm(hv, page, breakpoint.gpa, breakpoint.displaced.byte());
             disarmed.doing("write the original byte back")?;
         }
-        if let Some(page) = self.registry.unsubscribe(id) {
-            // If there are breakpoints in it again before a step is over, that is another page.
-            self.vcpus.iter_mut().for_each(|vcpu| vcpu.forget(page.gfn));
-            self.close(hv, page).doing("give the page back")?;
+        let Some(page) = self.registry.unsubscribe(id) else { return Ok(()) };
+        let gfn = page.gfn;
+        if self.telling && page.shadow.is_some() {
+            self.vacant.push(gfn);
+            return Ok(());
         }
-        Ok(())
+        self.vacate(hv, gfn).doing("give the page back")
+    }
+
+    /// Makes a page without breakpoints the guest's own again.
+    fn vacate<H: Hypervisor>(&mut self, hv: &mut H, gfn: Gfn) -> Result<(), H::Error> {
+        let Some(page) = self.registry.remove_page(gfn) else { return Ok(()) };
+        // If there are breakpoints in it again before a step is over, that is another page.
+        self.vcpus.iter_mut().for_each(|vcpu| vcpu.forget(gfn));
+        self.close(hv, page)
+    }
+
+    /// The same with all that have none after an event.
+    #[cold]
+    fn vacate_all<H: Hypervisor>(&mut self, hv: &mut H) -> Result<(), H::Error> {
+        let mut result = Ok(());
+        for gfn in std::mem::take(&mut self.vacant) {
+            if self.registry.page(gfn).is_some_and(|page| page.breakpoints.is_empty()) {
+                result = result.and(self.vacate(hv, gfn));
+            }
+        }
+        result
     }
 
     /// All breakpoints, by address.
@@ -427,10 +461,37 @@ impl Engine {
             *reply = self.give_way(event, &error);
             Observed::Answered
         });
-        if observed == Observed::Answered {
-            self.bring_home(index, reply);
+        match observed {
+            Observed::Answered => self.conclude(hv, index, reply),
+            _ => self.telling = true,
         }
         observed
+    }
+
+    /// Whether Xen would be late with the registers or the emulation of a virtual CPU's next response
+    /// ([`Views::unmappings`]).
+    fn is_late(&self, index: usize) -> bool {
+        self.views.as_ref().is_some_and(|views| views.unmappings != self.vcpus[index].unmappings)
+    }
+
+    /// The last of an answer.
+    #[inline(always)]
+    fn conclude<H: Hypervisor>(&mut self, hv: &mut H, index: usize, reply: &mut Reply) {
+        if self.is_late(index)
+            && matches!(reply.action, Action::Emulate | Action::EmulateRead(_) | Action::EmulateInstruction(_))
+        {
+            // It tries again, and then it is not too late any more.
+            reply.action = Action::Resume;
+        }
+        self.bring_home(index, reply);
+        if !self.vacant.is_empty()
+            && reply.action == Action::Resume
+            && let Err(error) = self.vacate_all(hv)
+        {
+            log::warn!("a page could not be given back: {error}");
+            self.counters.failures += 1;
+        }
+        self.vcpus[index].unmappings = self.views.as_ref().map_or(0, |views| views.unmappings);
     }
 
     /// The whole of the end of a single-step, without the rest of its event, of which it needs nothing. False if somebody is
@@ -443,6 +504,7 @@ impl Engine {
         }
         *reply = Reply::default();
         self.on_step(hv, index, reply);
+        self.vcpus[index].unmappings = self.views.as_ref().map_or(0, |views| views.unmappings);
         true
     }
 
@@ -460,6 +522,7 @@ impl Engine {
         if index >= self.vcpus.len() || *observed == Observed::Answered {
             return;
         }
+        self.telling = false;
         *reply = Reply::default();
         let registers = changed.unwrap_or(&event.registers);
         let moved = registers.rip != event.registers.rip;
@@ -487,7 +550,7 @@ impl Engine {
         if matches!(observed, Observed::Hit(_)) {
             self.handling.record(hv.now().saturating_sub(self.hit_at));
         }
-        self.bring_home(index, reply);
+        self.conclude(hv, index, reply);
     }
 
     /// Answers an event: [`begin`](Self::begin) and [`end`](Self::end). `on_hit` is called for every hit, once for each
@@ -654,6 +717,8 @@ impl Engine {
         reply: &mut Reply,
     ) -> Result<(), H::Error> {
         let Some(located) = self.locate(at) else { return Ok(()) };
+        // If many pages wait to be given back, that is done now: after an answer that Xen is not late with.
+        let steps = self.is_late(index) || (self.vacant.len() >= VACANT && !changed);
         let (vcpu, views) = (&mut self.vcpus[index], self.views.as_ref());
         let (page, breakpoint) = self.registry.located(located);
         if breakpoint.displaced.byte() == INT3 {
@@ -662,12 +727,9 @@ impl Engine {
             return Ok(());
         }
         let lifted = page.placement == Placement::InPlace && page.lifted > 0;
-        // Where pages were mapped or guarded since the hit, Xen has been seen to enter the guest without the registers of
-        // the response, and the breakpoint was hit twice (docs/mechanisms.md). A change of view it always makes.
-        let settled = self.hit.is_some_and(|(hit, before)| hit == at && self.registry.is_unchanged_since(before));
-        let at_once = match settled {
-            true => step::at_once(hv, views, vcpu, &self.registry, (page, breakpoint), registers, reply),
-            false => None,
+        let at_once = match steps {
+            true => None,
+            false => step::at_once(hv, views, vcpu, &self.registry, (page, breakpoint), registers, reply),
         };
         // A response has room for new registers or for what to emulate, but not for both.
         let fits = !changed || matches!(reply.action, Action::SetRegisters(_));
@@ -994,6 +1056,7 @@ impl Engine {
         for id in self.registry.ids() {
             result = result.and(self.remove(hv, id));
         }
+        result = result.and(self.vacate_all(hv).doing("give a page back"));
         result.and(self.close_again(hv, |_| true).doing("give a page back"))
     }
 
@@ -1018,6 +1081,7 @@ impl Engine {
             views.destroy(hv).doing("drop the views")
         })?;
         self.views = None;
+        self.vcpus.iter_mut().for_each(|vcpu| vcpu.unmappings = 0);
         Ok(())
     }
 }

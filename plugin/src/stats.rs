@@ -34,8 +34,8 @@ pub struct Figures {
     pub hits: u64,
     /// Which step-over served the hits. The rest of them were the guest's own INT3s, or the breakpoint was removed.
     pub served: Served,
-    /// The step-over that was chosen could not do the instruction, or breakpoints or watches came or went while the hit was
-    /// told, and another one did.
+    /// The step-over that was chosen could not do the instruction, or Xen would have carried it out too late, and another one
+    /// did.
     pub fallbacks: u64,
     /// The guest has changed the instruction under it; it is set on the new one.
     pub rewritten: u64,

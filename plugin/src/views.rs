@@ -32,6 +32,13 @@ pub(crate) struct Views {
     frames: HashSet<Gfn, FxBuildHasher>,
     /// Those of the views that have not been dropped.
     there: Vec<ViewId>,
+    /// Changes whenever a view lets go of a page.
+    ///
+    /// When Xen takes a page out of a view, it marks all virtual CPUs of the domain (`p2m_remove_entry`,
+    /// xen/arch/x86/mm/p2m.c), and the next time each of them goes on, `hvm_do_resume` passes the mark on and returns before
+    /// it comes to the registers and the emulation of a response (xen/arch/x86/hvm/hvm.c, `vcpu_ioreq_handle_completion` in
+    /// xen/common/ioreq.c). These it does the time after, whatever the guest is at then. Views and steps are not affected.
+    pub(crate) unmappings: u64,
 }
 
 impl Views {
@@ -53,7 +60,7 @@ impl Views {
         let mut frame = |hv: &mut H| hv.add_shadow_gfn().inspect(|gfn| _ = frames.insert(*gfn));
         let (sink, spill) = (frame(hv)?, frame(hv)?);
         let (there, frames) = (there.clone(), frames.clone());
-        let views = Self { exec, own, write, sink, spill, free: Vec::new(), frames, there };
+        let views = Self { exec, own, write, sink, spill, free: Vec::new(), frames, there, unmappings: 0 };
         hv.write(sink.at(0), &[0xff; PAGE_SIZE])?;
         hv.remap(exec, spill, Some(sink))?;
         hv.remap(own, spill, Some(sink))?;
@@ -91,8 +98,8 @@ impl Views {
         [self.exec, self.own, self.write]
     }
 
-    /// A frame with a page for a shadow, with these bytes. No virtual CPU may run: until it is [shown](Self::show), the
-    /// guest can see it where it is.
+    /// A frame with a page for a shadow, with these bytes, that the execute view shows where it is. No virtual CPU may run:
+    /// until it is [shown](Self::show) elsewhere, the guest can see it there.
     pub(crate) fn take_frame<H: Hypervisor>(&mut self, hv: &mut H, bytes: &[u8; PAGE_SIZE]) -> Result<Gfn, H::Error> {
         let gfn = match self.free.pop() {
             Some(gfn) => gfn,
@@ -104,17 +111,24 @@ impl Views {
         Ok(gfn)
     }
 
-    /// Takes such a frame back.
-    pub(crate) fn give_frame(&mut self, gfn: Gfn) {
+    /// Takes such a frame back, which no view shows elsewhere any more. From here on the execute view shows it where it is,
+    /// so that nothing has to be unmapped when it is needed again; and it looks as if there was no memory.
+    pub(crate) fn give_frame<H: Hypervisor>(&mut self, hv: &mut H, gfn: Gfn) -> Result<(), H::Error> {
+        hv.write(gfn.at(0), &[0xff; PAGE_SIZE])?;
+        self.unmappings += 1;
+        hv.remap(self.exec, gfn, None)?;
+        hv.set_rights(self.exec, gfn, Rights::ReadExecute)?;
+        // Between these two another virtual CPU may have written there.
+        hv.write(gfn.at(0), &[0xff; PAGE_SIZE])?;
         self.free.push(gfn);
+        Ok(())
     }
 
     /// Lets the execute view show a shadow in place of a page, guards the page in all of them, and shows nothing where the
     /// shadow is.
     pub(crate) fn show<H: Hypervisor>(&self, hv: &mut H, shadow: Gfn, at: Gfn) -> Result<(), H::Error> {
         // A view is remapped to what it shows itself at the other frame, not to what the host view shows there
-        // (`p2m_change_altp2m_gfn`, xen/arch/x86/mm/p2m.c). So first it must show the shadow where that is.
-        hv.remap(self.exec, shadow, None)?;
+        // (`p2m_change_altp2m_gfn`, xen/arch/x86/mm/p2m.c). So it is only now that the shadow is hidden in it.
         hv.remap(self.exec, at, Some(shadow))?;
         hv.remap(self.exec, shadow, Some(self.sink))?;
         hv.remap(self.own, shadow, Some(self.sink))?;
@@ -126,7 +140,8 @@ impl Views {
     }
 
     /// Lets all views show the page itself again.
-    pub(crate) fn unshow<H: Hypervisor>(&self, hv: &mut H, at: Gfn) -> Result<(), H::Error> {
+    pub(crate) fn unshow<H: Hypervisor>(&mut self, hv: &mut H, at: Gfn) -> Result<(), H::Error> {
+        self.unmappings += 1;
         self.all().into_iter().try_for_each(|view| hv.remap(view, at, None))
     }
 

@@ -4,8 +4,8 @@ use std::collections::HashMap;
 use std::convert::Infallible;
 
 use hyperbp::{
-    Access, Accesses, Action, CodeMode, Conceal, Engine, Error, Event, Gfn, Gpa, Hypervisor, Int3, Mechanism, Observed,
-    PAGE_SIZE, Placement, Reason, Registers, Reply, Rights, Step, StepOver, VcpuId, ViewId,
+    Access, Accesses, Action, BreakpointId, CodeMode, Conceal, Engine, Error, Event, Gfn, Gpa, Hypervisor, Int3,
+    Mechanism, Observed, PAGE_SIZE, Placement, Reason, Registers, Reply, Rights, Step, StepOver, VcpuId, ViewId,
 };
 
 const CODE: Gfn = Gfn(7);
@@ -253,9 +253,9 @@ fn a_watch_goes_with_the_breakpoints_of_its_page() {
     assert_eq!(observed, Observed::Access { access: made, breakpoint: Some(MOVE) });
     assert_eq!(engine.figures(id).unwrap().hits, 1);
     engine.remove(&mut machine, id).unwrap();
-    assert_eq!(machine.rights(CODE), Rights::ReadWrite);
     let reply = end(&mut engine, &mut machine, &fetch, &observed, None);
     assert_eq!(reply.view, Some(OWN), "once told, it must not be met again");
+    assert_eq!(machine.rights(CODE), Rights::ReadWrite);
     engine.insert(&mut machine, MOVE, Mechanism::AUTO).unwrap();
     assert_eq!(machine.rights(CODE), Rights::None);
     engine.watch(&mut machine, CODE, Accesses::NONE, false).unwrap();
@@ -321,32 +321,106 @@ fn a_virtual_cpu_of_no_interest_meets_nothing_and_is_followed_when_it_writes() {
     assert_eq!(machine.current, EXEC);
 }
 
+const AT_ONCE: [Mechanism; 3] = [Mechanism::AUTO, Mechanism::INTERPRET, Mechanism::EMULATE];
+
+/// A breakpoint in a page of its own.
+fn other(engine: &mut Engine, machine: &mut Machine, mechanism: Mechanism) -> BreakpointId {
+    engine.insert(machine, DATA.at(0), mechanism).unwrap()
+}
+
 #[test]
-fn after_pages_have_changed_an_instruction_is_stepped_over() {
-    type Change = fn(&mut Engine, &mut Machine);
-    let changes: [Change; 3] = [
-        |engine, machine| {
-            engine.insert(machine, DATA.at(0), Mechanism::AUTO).unwrap();
-        },
-        |engine, machine| engine.watch(machine, DATA, WRITES, false).unwrap(),
-        |engine, machine| {
-            let id = engine.insert(machine, DATA.at(0), Mechanism::AUTO).unwrap();
-            engine.remove(machine, id).unwrap();
-        },
-    ];
-    for change in changes {
-        for mechanism in [Mechanism::AUTO, Mechanism::INTERPRET, Mechanism::EMULATE] {
-            let mut machine = Machine::new();
-            let mut engine = Engine::new(&machine);
-            let id = engine.insert(&mut machine, MOVE, mechanism).unwrap();
-            let observed = begin(&mut engine, &mut machine, &hit(MOVE));
-            change(&mut engine, &mut machine);
-            let reply = end(&mut engine, &mut machine, &hit(MOVE), &observed, None);
-            assert_eq!(reply, Reply { view: Some(OWN), step: Step::Fast(EXEC), action: Action::Resume }, "{mechanism}");
-            let reply = through(&mut engine, &mut machine, &hit(MOVE));
-            assert_ne!(reply.action, Action::Resume, "{mechanism}: nothing has changed since the second hit");
-            let figures = engine.figures(id).unwrap();
-            assert_eq!((figures.hits, figures.fallbacks), (2, 1), "{mechanism}");
-        }
+fn what_xen_would_be_late_with_is_not_asked_of_it() {
+    for mechanism in AT_ONCE {
+        let mut machine = Machine::new();
+        let mut engine = Engine::new(&machine);
+        let id = engine.insert(&mut machine, MOVE, mechanism).unwrap();
+        assert_ne!(through(&mut engine, &mut machine, &hit(MOVE)).action, Action::Resume, "{mechanism}");
+        let gone = other(&mut engine, &mut machine, mechanism);
+        engine.remove(&mut machine, gone).unwrap();
+        let reply = through(&mut engine, &mut machine, &hit(MOVE));
+        assert_eq!(reply, Reply { view: Some(OWN), step: Step::Fast(EXEC), action: Action::Resume }, "{mechanism}");
+        assert_ne!(through(&mut engine, &mut machine, &hit(MOVE)).action, Action::Resume, "{mechanism}");
+        let figures = engine.figures(id).unwrap();
+        assert_eq!((figures.hits, figures.fallbacks), (3, 1), "{mechanism}");
     }
+}
+
+#[test]
+fn an_access_that_xen_would_be_late_to_emulate_is_tried_again() {
+    let mechanism = Mechanism::new(Placement::Shadow, StepOver::Auto, Conceal::Emulate).unwrap();
+    let mut machine = Machine::new();
+    let mut engine = Engine::new(&machine);
+    engine.insert(&mut machine, MOVE, mechanism).unwrap();
+    // mov eax, [ebx], at which the machine is.
+    machine.pages.get_mut(&DATA).unwrap()[0x20..0x22].copy_from_slice(&[0x8b, 0x03]);
+    let read = access(EXEC, DATA.at(0x20).0, MOVE, READ);
+    assert_eq!(through(&mut engine, &mut machine, &read).action, Action::Emulate);
+    let gone = engine.insert(&mut machine, DATA.at(0), mechanism).unwrap();
+    engine.remove(&mut machine, gone).unwrap();
+    assert_eq!(through(&mut engine, &mut machine, &read), Reply::default());
+    assert_eq!(through(&mut engine, &mut machine, &read).action, Action::Emulate);
+}
+
+#[test]
+fn a_page_that_loses_its_breakpoints_between_the_halves_is_given_back_when_xen_cannot_be_late() {
+    for mechanism in AT_ONCE {
+        let mut machine = Machine::new();
+        let mut engine = Engine::new(&machine);
+        let id = engine.insert(&mut machine, MOVE, mechanism).unwrap();
+        let gone = other(&mut engine, &mut machine, mechanism);
+        let observed = begin(&mut engine, &mut machine, &hit(MOVE));
+        engine.remove(&mut machine, gone).unwrap();
+        assert!(engine.figures(gone).is_err());
+        let changed = Registers { rip: 0x1234, ..hit(MOVE).registers };
+        let reply = end(&mut engine, &mut machine, &hit(MOVE), &observed, Some(&changed));
+        assert_eq!(reply.action, Action::SetRegisters(changed), "{mechanism}");
+        assert_eq!(machine.rights(DATA), Rights::Execute, "{mechanism}: not yet");
+        // It may be used again as it is.
+        let gone = other(&mut engine, &mut machine, mechanism);
+        let observed = begin(&mut engine, &mut machine, &hit(MOVE));
+        engine.remove(&mut machine, gone).unwrap();
+        assert_ne!(end(&mut engine, &mut machine, &hit(MOVE), &observed, None).action, Action::Resume, "{mechanism}");
+        let observed = begin(&mut engine, &mut machine, &hit(MOVE));
+        engine.remove(&mut machine, id).unwrap();
+        assert_eq!(end(&mut engine, &mut machine, &hit(MOVE), &observed, None), Reply::default(), "{mechanism}");
+        assert_eq!((machine.rights(DATA), machine.rights(CODE)), (Rights::All, Rights::All), "{mechanism}");
+    }
+}
+
+#[test]
+fn a_page_without_breakpoints_can_be_used_in_another_way() {
+    let mut machine = Machine::new();
+    let mut engine = Engine::new(&machine);
+    engine.insert(&mut machine, MOVE, Mechanism::AUTO).unwrap();
+    let gone = other(&mut engine, &mut machine, Mechanism::AUTO);
+    let observed = begin(&mut engine, &mut machine, &hit(MOVE));
+    engine.remove(&mut machine, gone).unwrap();
+    other(&mut engine, &mut machine, Mechanism::REPAIR);
+    // Its frame was let go of in the execute view.
+    assert_eq!(end(&mut engine, &mut machine, &hit(MOVE), &observed, None).step, Step::Fast(EXEC));
+    assert!(matches!(engine.insert(&mut machine, DATA.at(1), Mechanism::AUTO), Err(Error::PageConflict(_))));
+}
+
+#[test]
+fn pages_without_breakpoints_do_not_pile_up() {
+    const PAGES: u64 = 40;
+    let mut machine = Machine::new();
+    for page in 0..PAGES {
+        machine.pages.insert(Gfn(0x20 + page), Box::new([0x90; PAGE_SIZE]));
+    }
+    let mut engine = Engine::new(&machine);
+    engine.insert(&mut machine, MOVE, Mechanism::AUTO).unwrap();
+    let mut most = 0;
+    for page in 0..PAGES {
+        let gfn = Gfn(0x20 + page);
+        let id = engine.insert(&mut machine, gfn.at(0), Mechanism::AUTO).unwrap();
+        let observed = begin(&mut engine, &mut machine, &hit(MOVE));
+        engine.remove(&mut machine, id).unwrap();
+        end(&mut engine, &mut machine, &hit(MOVE), &observed, None);
+        let guarded = (0..PAGES).filter(|page| machine.rights(Gfn(0x20 + page)) != Rights::All).count();
+        most = most.max(guarded);
+    }
+    assert_eq!(most, 15);
+    engine.leave(&mut machine).unwrap();
+    assert!((0..PAGES).all(|page| machine.rights(Gfn(0x20 + page)) == Rights::All));
 }

@@ -13,7 +13,7 @@ pub(super) fn open<H: Hypervisor>(hv: &mut H, views: &mut Views, gfn: Gfn) -> Re
     if let Err(error) = views.show(hv, shadow, gfn) {
         // What failed is what the caller is to hear about, not that undoing it failed too.
         let _ = views.unshow(hv, gfn);
-        views.give_frame(shadow);
+        let _ = views.give_frame(hv, shadow);
         return Err(error);
     }
     Ok(shadow)
@@ -21,8 +21,7 @@ pub(super) fn open<H: Hypervisor>(hv: &mut H, views: &mut Views, gfn: Gfn) -> Re
 
 pub(super) fn close<H: Hypervisor>(hv: &mut H, views: &mut Views, gfn: Gfn, shadow: Gfn) -> Result<(), H::Error> {
     views.unshow(hv, gfn)?;
-    views.give_frame(shadow);
-    Ok(())
+    views.give_frame(hv, shadow)
 }
 
 /// The guest has written to its page: the copy follows.

@@ -65,6 +65,8 @@ pub(crate) struct Vcpu {
     pub(crate) accessing: Option<Access>,
     /// It is at home in the execute view; else in the own view.
     pub(crate) monitored: bool,
+    /// What [`Views::unmappings`] was when it was last answered.
+    pub(crate) unmappings: u64,
 }
 
 /// What the hypervisor was asked to emulate.
@@ -88,6 +90,7 @@ impl Vcpu {
             pages: Pages { gfns: [Gfn(0); 8], count: 0 },
             accessing: None,
             monitored,
+            unmappings: 0,
         }
     }
 

@@ -54,6 +54,9 @@ pub(crate) struct Vcpu {
     pub(crate) fast: Option<ViewId>,
     /// It waits for the answer to this.
     pub(crate) waiting: Option<Event>,
+    /// A view has let go of a page since it was last answered (`mapcache_invalidate`): the next answer's registers and
+    /// emulation will not be carried out when it goes on, but at some later time.
+    unmapped: bool,
     /// Exceptions that were delivered to it, and the last one: which, and where.
     pub(crate) exceptions: u64,
     pub(crate) last_exception: Option<(u8, u64)>,
@@ -115,6 +118,7 @@ impl Machine {
             stepping: false,
             fast: None,
             waiting: None,
+            unmapped: false,
             exceptions: 0,
             last_exception: None,
         };
@@ -239,7 +243,10 @@ impl Machine {
                 true
             }
             (None, _) => {
-                view.entries.remove(&gfn);
+                // `p2m_remove_entry`
+                if view.entries.remove(&gfn).is_some() {
+                    self.vcpus.iter_mut().for_each(|vcpu| vcpu.unmapped = true);
+                }
                 true
             }
             _ => false,
@@ -359,6 +366,14 @@ impl Machine {
             assert!(view == ViewId::HOST || self.views.contains_key(&view), "there is no {view:?}");
             self.vcpus[index].view = view;
         }
+        let unmapped = std::mem::take(&mut self.vcpus[index].unmapped);
+        let at_once = match &reply.action {
+            Action::Resume | Action::Reinject => true,
+            Action::Emulate | Action::EmulateRead(_) => !denied,
+            Action::EmulateInstruction(_) | Action::SetRegisters(_) => false,
+        };
+        // `hvm_do_resume`
+        assert!(at_once || !unmapped, "Xen would do it too late: {reply:?}");
         match &reply.action {
             Action::Resume => false,
             Action::Emulate => denied && self.emulate(index, None, None, fails),
