@@ -13,6 +13,7 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd};
+use std::time::Duration;
 
 use hyperbp::{Wait, Waiting};
 
@@ -57,14 +58,20 @@ impl EventChannel {
     }
 
     /// Waits until the port signals, or for less: look whether there are events. `pending` says whether there are, of those
-    /// that are signalled, in memory.
+    /// that are signalled, in memory. False if there was no signal for about as long as `timeout`; without that it costs a
+    /// system call less to sleep.
     ///
     /// # Errors
     /// What reading and writing the device says; if a signal comes, [`io::ErrorKind::Interrupted`]; and
     /// [`io::ErrorKind::WouldBlock`] if the device does not block. The port is unmasked then.
-    pub fn wait(&mut self, device: BorrowedFd<'_>, pending: impl Fn() -> bool) -> io::Result<()> {
+    pub fn wait(
+        &mut self,
+        device: BorrowedFd<'_>,
+        timeout: Option<Duration>,
+        pending: impl Fn() -> bool,
+    ) -> io::Result<bool> {
         let mut halt = self.halt.take();
-        let waited = self.wait_with(&mut halt, device, pending);
+        let waited = self.wait_with(&mut halt, device, timeout, pending);
         self.halt = halt;
         waited
     }
@@ -84,8 +91,9 @@ impl EventChannel {
         &mut self,
         halting: &mut Option<impl Halting>,
         device: BorrowedFd<'_>,
+        timeout: Option<Duration>,
         pending: impl Fn() -> bool,
-    ) -> io::Result<()> {
+    ) -> io::Result<bool> {
         if let Some(port) = self.masked
             && let Some(halt) = halting
             && self.waiting.choose() == Wait::Halt
@@ -105,11 +113,16 @@ impl EventChannel {
             }
             if events {
                 self.unread += 1;
-                return Ok(());
+                return Ok(true);
             }
             self.masked = None;
         }
         self.stop(device)?;
+        if let Some(timeout) = timeout
+            && !is_readable(device, timeout)?
+        {
+            return Ok(false);
+        }
         let port = read(device)?;
         self.unread = 0;
         // It may have been an old note: then it is not masked.
@@ -117,7 +130,7 @@ impl EventChannel {
             true => self.masked = Some(port),
             false => unmask(device, port)?,
         }
-        Ok(())
+        Ok(true)
     }
 }
 
@@ -134,6 +147,18 @@ fn read(device: BorrowedFd<'_>) -> io::Result<Port> {
     match notes.first_chunk() {
         Some(port) if length >= size_of::<Port>() => Ok(Port::from_ne_bytes(*port)),
         _ => Err(io::Error::new(io::ErrorKind::UnexpectedEof, "there was no event channel in what was read")),
+    }
+}
+
+/// Whether there is something to read, at the latest after this time.
+fn is_readable(device: BorrowedFd<'_>, timeout: Duration) -> io::Result<bool> {
+    let mut poll = libc::pollfd { fd: device.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    let timeout = libc::c_int::try_from(timeout.as_millis()).unwrap_or(libc::c_int::MAX);
+    // SAFETY: the one entry outlives the call.
+    match unsafe { libc::poll(&raw mut poll, 1, timeout) } {
+        0 => Ok(false),
+        1.. => Ok(true),
+        _ => Err(io::Error::last_os_error()),
     }
 }
 
@@ -227,9 +252,9 @@ mod tests {
             }
         }
 
-        fn wait(self: &Rc<Self>, channel: &mut EventChannel) -> io::Result<()> {
+        fn wait(self: &Rc<Self>, channel: &mut EventChannel) -> io::Result<bool> {
             let mut halting = (!self.refuses.get()).then(|| Xen(self.clone()));
-            channel.wait_with(&mut halting, self.device.as_fd(), || {
+            channel.wait_with(&mut halting, self.device.as_fd(), None, || {
                 self.settle();
                 self.ring.get() > 0
             })
@@ -317,6 +342,18 @@ mod tests {
         assert_eq!(kernel.serve(), 0);
         sleep_until_event(&kernel, &mut channel);
         assert_eq!(kernel.serve(), 1);
+    }
+
+    #[test]
+    fn it_waits_for_no_longer_than_it_is_told_to() {
+        let kernel = Kernel::new();
+        let mut channel = channel();
+        let wait = |channel: &mut EventChannel| {
+            channel.wait(kernel.device.as_fd(), Some(Duration::from_millis(1)), || true).unwrap()
+        };
+        assert!(!wait(&mut channel));
+        kernel.event();
+        assert!(wait(&mut channel));
     }
 
     #[test]

@@ -66,7 +66,7 @@ impl Domain {
     /// As [`EventChannel::wait`].
     pub(crate) fn wait(&mut self, device: BorrowedFd<'_>) -> io::Result<()> {
         // SAFETY: `new` was promised that the instance lives. (It looks at the ring, in memory.)
-        self.channel.wait(device, || unsafe { sys::vmi_are_events_pending(self.vmi) } > 0)
+        self.channel.wait(device, None, || unsafe { sys::vmi_are_events_pending(self.vmi) } > 0).map(drop)
     }
 
     /// Lets the device signal again.
