@@ -50,9 +50,14 @@ git_apply() {
     git_in_tree apply --unidiff-zero --whitespace=nowarn --no-ignore-whitespace "$@"
 }
 
+# All patches as one, to be checked: by itself, one that changes what another has added does not fit the tree.
+check() {
+    cat "$here"/*.patch | git_apply --check "$@" -
+}
+
 # Whether the tree has the patches.
 is_patched() {
-    git_apply --reverse --check "$@" 2>/dev/null
+    check --reverse 2>/dev/null
 }
 
 # A line for each file of the tree that is not as the patches need it.
@@ -112,16 +117,18 @@ for patch in "$here"/*.patch; do
 done
 
 if [ "$action" = revert ]; then
-    is_patched "$@" ||
+    is_patched ||
         refuse "$tree does not have these patches, or lines of theirs have been changed since; nothing was changed"
-    git_apply --reverse "$@" || refuse "git could not take the patches out of $tree"
+    for patch in "$@"; do
+        git_apply --reverse "$patch" || refuse "git could not take $patch out of $tree"
+    done
     printf '%s: the patches are out of %s again\n' "$self" "$tree"
     exit 0
 fi
 
 differences=$(differences)
 if [ -n "$differences" ]; then
-    if is_patched "$@"; then
+    if is_patched; then
         refuse "$tree has these patches already (--revert takes them out)"
     fi
     refuse "$tree is not what the patches are for; nothing was changed
@@ -130,10 +137,12 @@ They are for $name, commit $commit.
 In a checkout, \`git checkout $commit\` brings it; if the changes are your own, \`git stash\` puts them aside first."
 fi
 
-git_apply --check "$here"/*.patch || refuse "git cannot apply the patches to $tree; nothing was changed"
+check || refuse "git cannot apply the patches to $tree; nothing was changed"
 if [ "$action" = check ]; then
     printf '%s: the patches can be applied to %s\n' "$self" "$tree"
     exit 0
 fi
-git_apply "$here"/*.patch || refuse "git could not apply the patches to $tree"
+for patch in "$here"/*.patch; do
+    git_apply "$patch" || refuse "git could not apply $patch to $tree"
+done
 printf '%s: %s has the patches now\n' "$self" "$tree"

@@ -101,6 +101,10 @@ const SECOND: &str = "Adds more.\n\n\
     @@ -0,0 +1,2 @@\n+3\n+3\n\
     diff --git a/dir/two b/dir/two\nindex 1..2 100644\n--- a/dir/two\n+++ b/dir/two\n@@ -0,0 +1 @@\n+before two\n\
     diff --git a/one b/one\nindex 2..3 100644\n--- a/one\n+++ b/one\n@@ -2,0 +3,2 @@\n+and\n+more\n";
+/// To what the first two have added.
+const THIRD: &str = "Adds to that.\n\n\
+    diff --git a/dir/three b/dir/three\nindex 1..2 100644\n--- a/dir/three\n+++ b/dir/three\n@@ -1,0 +2 @@\n+3 and a half\n\
+    diff --git a/one b/one\nindex 3..4 100644\n--- a/one\n+++ b/one\n@@ -4,0 +5 @@\n+and more\n";
 
 impl Fake {
     fn new(name: &str) -> Result<Self> {
@@ -116,6 +120,7 @@ impl Fake {
         fake.patch("blobs", BLOBS)?;
         fake.patch("1.patch", FIRST)?;
         fake.patch("2.patch", SECOND)?;
+        fake.patch("3.patch", THIRD)?;
         fs::write(fake.tree().join("one"), "one\n")?;
         fs::write(fake.tree().join("dir/two"), "2\ntwo\n")?;
         Ok(fake)
@@ -174,7 +179,7 @@ impl Fake {
     }
 
     fn is_patched(&self) -> Result<bool> {
-        let texts = ["one\nand a half\nand\nmore\n", "before two\n2\ntwo\n", "3\n3\n"];
+        let texts = ["one\nand a half\nand\nmore\nand more\n", "before two\n2\ntwo\n", "3\n3 and a half\n3\n"];
         Ok(self.contents()? == texts.map(|text| Some(text.to_owned())))
     }
 }
@@ -254,8 +259,9 @@ fn what_lies_beside_the_script_must_be_there() -> Result<()> {
         fake.refuses(&[], &[file])?;
     }
     let fake = Fake::new("no-patch")?;
-    fs::remove_file(fake.dir.join("patches/1.patch"))?;
-    fs::remove_file(fake.dir.join("patches/2.patch"))?;
+    for patch in patches(&fake.dir.join("patches"))? {
+        fs::remove_file(patch)?;
+    }
     fake.refuses(&[], &["no patch"])
 }
 
@@ -282,11 +288,14 @@ fn what_is_generated_can_be_applied() -> Result<()> {
     fs::write(tree.join("dir/two"), "before two\n2\ntwo\n")?;
     fs::write(tree.join("dir/three"), "3\n3\n")?;
     commit("More")?;
+    fs::write(tree.join("one"), "one\nand a half\nand\nmore\nand more\n")?;
+    fs::write(tree.join("dir/three"), "3\n3 and a half\n3\n")?;
+    commit("To that")?;
     let done = regenerate()?;
     assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
 
     let names: Vec<_> = patches(&patches_dir)?.iter().map(|path| path.file_name().map(ToOwned::to_owned)).collect();
-    assert_eq!(names, ["0001-a-half.patch", "0002-more.patch"].map(|name| Some(name.into())));
+    assert_eq!(names, ["0001-a-half.patch", "0002-more.patch", "0003-to-that.patch"].map(|name| Some(name.into())));
     let first = fs::read_to_string(patches_dir.join("0001-a-half.patch"))?;
     assert!(first.starts_with("A half: after one\n\nThe message's body.\n") && first.contains(upstream.trim()));
     let mut problems = Vec::new();
@@ -304,7 +313,7 @@ fn what_is_generated_can_be_applied() -> Result<()> {
     let done = regenerate()?;
     assert_eq!(done.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&done.stderr).contains("one"));
-    assert_eq!(patches(&patches_dir)?.len(), 2);
+    assert_eq!(patches(&patches_dir)?.len(), 3);
     Ok(())
 }
 

@@ -4,8 +4,9 @@
 //! kernel masks it, and its number can be read from the device; written there, it is unmasked
 //! (`drivers/xen/evtchn.c`). Reading is how to sleep until then.
 //!
-//! To be woken from a sleep, and to fall asleep again, is a third of what a hit costs. So while events come one after another
-//! the channel is left masked, and [Xen itself waits](halt::Halt) until it is pending.
+//! To be woken from a sleep, and to fall asleep again, is a third of what a hit costs, and where the guest has a CPU of its own
+//! more than half. So while events come one after another the channel is left masked, and the ring is looked at until there
+//! is one; or [Xen itself waits](halt::Halt) until the channel is pending.
 
 mod halt;
 
@@ -36,6 +37,8 @@ pub struct EventChannel {
     masked: Option<Port>,
     waiting: Waiting,
     halt: Option<Halt>,
+    /// There were events since, whose signals nobody has waited for.
+    signalled: bool,
     /// How often the kernel has noted, for a read that did not come, that it signalled.
     unread: usize,
 }
@@ -54,7 +57,7 @@ impl EventChannel {
             log::debug!("waiting for events in dom0's kernel only: Xen cannot be asked to: {error}");
             None
         });
-        Self { masked: None, waiting: Waiting::default(), halt, unread: 0 }
+        Self { masked: None, waiting: Waiting::default(), halt, signalled: false, unread: 0 }
     }
 
     /// Waits until the port signals, or for less: look whether there are events. `pending` says whether there are, of those
@@ -94,29 +97,46 @@ impl EventChannel {
         timeout: Option<Duration>,
         pending: impl Fn() -> bool,
     ) -> io::Result<bool> {
-        if let Some(port) = self.masked
+        let mut how = self.waiting.choose(halting.is_some());
+        if let Wait::Watch(looks) = how {
+            let event = watch(looks, &pending);
+            self.waiting.watched(event);
+            if event {
+                // It has signalled, or is about to.
+                self.signalled = true;
+                return Ok(true);
+            }
+            how = self.waiting.choose_again(halting.is_some());
+        }
+        if how == Wait::Halt
+            && let Some(port) = self.masked
             && let Some(halt) = halting
-            && self.waiting.choose() == Wait::Halt
         {
             if self.unread >= Self::UNREAD {
                 read(device)?;
                 self.unread = 0;
             }
+            if std::mem::take(&mut self.signalled) {
+                // Of what has been served.
+                unmask(device, port)?;
+                self.unread += 1;
+            }
             let halted = halt.halt(port);
             // If it is pending the kernel sees that now, notes it, and masks it again. Else it stays unmasked.
             unmask(device, port)?;
-            let events = pending();
-            self.waiting.halted(events);
+            let event = pending();
+            self.waiting.halted(event);
             if let Err(error) = halted {
                 log::debug!("from here on waiting for events in dom0's kernel: Xen has refused to: {error}");
                 *halting = None;
             }
-            if events {
+            if event {
                 self.unread += 1;
                 return Ok(true);
             }
             self.masked = None;
         }
+        self.signalled = false;
         self.stop(device)?;
         if let Some(timeout) = timeout
             && !is_readable(device, timeout)?
@@ -138,6 +158,14 @@ impl Default for EventChannel {
     fn default() -> Self {
         Self::new()
     }
+}
+
+/// Looks whether there are events.
+fn watch(looks: u32, pending: impl Fn() -> bool) -> bool {
+    (0..looks).any(|_| {
+        std::hint::spin_loop();
+        pending()
+    })
 }
 
 /// Reads what has been noted, after waiting until there is something. All of it is the same port.
@@ -271,6 +299,7 @@ mod tests {
     impl Halting for Xen {
         fn halt(&mut self, port: Port) -> io::Result<()> {
             assert_eq!(port, PORT);
+            self.0.settle();
             assert!(self.0.masked.get(), "an unmasked port is not to be waited for: it may be delivered before");
             self.0.calls.borrow_mut().push("halt");
             for _ in 0..self.0.coming.take() {
@@ -281,7 +310,7 @@ mod tests {
     }
 
     fn channel() -> EventChannel {
-        EventChannel { masked: None, waiting: Waiting::default(), halt: None, unread: 0 }
+        EventChannel { masked: None, waiting: Waiting::new(0), halt: None, signalled: false, unread: 0 }
     }
 
     /// As if it had blocked until now: the kernel sees the write that came before the read.
@@ -340,6 +369,39 @@ mod tests {
         // It halts in vain, and then reads the ten notes: for nothing, once.
         kernel.wait(&mut channel).unwrap();
         assert_eq!(kernel.serve(), 0);
+        sleep_until_event(&kernel, &mut channel);
+        assert_eq!(kernel.serve(), 1);
+    }
+
+    #[test]
+    fn what_comes_while_it_watches_takes_no_system_call() {
+        let kernel = Kernel::new();
+        let mut channel = channel();
+        kernel.event();
+        kernel.wait(&mut channel).unwrap();
+        assert_eq!(kernel.serve(), 1);
+        channel.waiting = Waiting::new(8);
+        for _ in 0..100 {
+            kernel.event();
+            kernel.wait(&mut channel).unwrap();
+            assert_eq!(kernel.serve(), 1);
+        }
+        assert!(kernel.calls.take().is_empty());
+        // What is pending of those does not end the halt that comes next.
+        kernel.coming.set(1);
+        kernel.wait(&mut channel).unwrap();
+        assert_eq!(kernel.serve(), 1);
+        assert_eq!(*kernel.calls.borrow(), ["unmask", "halt", "unmask"]);
+        // And having slept it is woken.
+        for _ in 0..10 {
+            kernel.event();
+            kernel.wait(&mut channel).unwrap();
+            assert_eq!(kernel.serve(), 1);
+        }
+        kernel.refuses.set(true);
+        let in_vain = (0..10).take_while(|_| kernel.wait(&mut channel).is_ok()).count();
+        assert!(in_vain <= 2, "{in_vain} old notes");
+        kernel.settle();
         sleep_until_event(&kernel, &mut channel);
         assert_eq!(kernel.serve(), 1);
     }
