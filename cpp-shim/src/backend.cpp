@@ -72,6 +72,19 @@ public:
             throw std::runtime_error("the host program could not take a page of memory away from the domain");
     }
 
+    bool maps_pages() const noexcept override
+    {
+        return memory_.map_page != nullptr;
+    }
+
+    std::uint8_t* map_page(std::uint64_t gfn) override
+    {
+        void* page = memory_.map_page(memory_.data, gfn);
+        if (page == nullptr)
+            throw std::runtime_error("the host program could not map a page of the domain's memory");
+        return static_cast<std::uint8_t*>(page);
+    }
+
 private:
     hyperbp_memory_t memory_;
 };

@@ -10,6 +10,7 @@
 
 #include <fcntl.h>
 #include <gtest/gtest.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/time.h>
 #include <unistd.h>
@@ -75,6 +76,17 @@ protected:
         }
     }
 
+    static void* map_page(void* data, std::uint64_t gfn)
+    {
+        auto* self = static_cast<Backend*>(data);
+        ++self->mapped_by_host;
+        void* page = nullptr;
+        const addr_t address = gfn * fake::PAGE_SIZE;
+        const bool mapped = !self->out_of_memory
+                            && vmi_mmap_guest_pa(&self->vmi, address, 1, PROT_READ | PROT_WRITE, &page) == VMI_SUCCESS;
+        return mapped ? page : nullptr;
+    }
+
     static event_response_t on_event(vmi_instance_t /*vmi*/, vmi_event_t* event)
     {
         auto* self = static_cast<Backend*>(event->data);
@@ -137,6 +149,7 @@ protected:
     std::function<event_response_t(const Told&, vmi_event_t*)> on_told;
     bool out_of_memory = false;
     bool keeps_pages = false;
+    unsigned mapped_by_host = 0;
 };
 
 class BackendMechanism : public Backend, public testing::WithParamInterface<std::string>
@@ -375,6 +388,26 @@ TEST_F(Backend, WithoutMemoryThereAreNoShadows)
     open(nullptr);
     out_of_memory = true;
     EXPECT_FALSE(hyperbp_insert(session, AT));
+    out_of_memory = false;
+    EXPECT_TRUE(hyperbp_insert(session, AT));
+    close();
+}
+
+TEST_F(Backend, TheHostMayMapPagesItself)
+{
+    host_memory.map_page = map_page;
+    open("view-step");
+    ASSERT_TRUE(hyperbp_insert(session, AT));
+    run_to(AFTER);
+    EXPECT_EQ(told.size(), 1U);
+    EXPECT_GT(mapped_by_host, 0U);
+    EXPECT_EQ(mapped_by_host, vmi.mapped) << "and LibVMI maps none";
+    close();
+
+    open("repair");
+    out_of_memory = true;
+    EXPECT_FALSE(hyperbp_insert(session, AT));
+    EXPECT_NE(std::string(hyperbp_error()).find("could not map a page"), std::string::npos) << hyperbp_error();
     out_of_memory = false;
     EXPECT_TRUE(hyperbp_insert(session, AT));
     close();

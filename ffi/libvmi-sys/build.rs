@@ -3,10 +3,13 @@
 use std::env;
 use std::path::PathBuf;
 
+/// One that LibVMI got late, and forks may lack.
+const LATE: &str = "vmi_mmap_guest_pa";
+
 const FUNCTIONS: &[&str] = &[
     "vmi_get_num_vcpus",
     "vmi_are_events_pending",
-    "vmi_mmap_guest_pa",
+    LATE,
     "vmi_(pause|resume)_vm",
     "vmi_slat_(create|destroy|switch|change_gfn)",
     "vmi_set_mem_event",
@@ -54,7 +57,12 @@ fn main() {
     }
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("Cargo sets OUT_DIR for build scripts"));
     let written = match builder.generate() {
-        Ok(bindings) => bindings.write_to_file(out.join("bindings.rs")),
+        Ok(bindings) => {
+            if bindings.to_string().contains(&format!("fn {LATE}(")) {
+                println!("cargo::metadata={LATE}=1");
+            }
+            bindings.write_to_file(out.join("bindings.rs"))
+        }
         Err(error) => {
             eprintln!("{error}");
             println!(

@@ -258,6 +258,8 @@ pub(crate) mod ffi {
         type Memory;
         fn add_page(self: Pin<&mut Memory>) -> Result<u64>;
         fn drop_page(self: Pin<&mut Memory>, gfn: u64) -> Result<()>;
+        fn maps_pages(self: &Memory) -> bool;
+        fn map_page(self: Pin<&mut Memory>, gfn: u64) -> Result<*mut u8>;
     }
 
     #[namespace = ""]

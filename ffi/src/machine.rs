@@ -19,6 +19,10 @@ pub(crate) enum Error {
     #[cfg(feature = "libvmi")]
     #[error("{0} failed")]
     LibVmi(&'static str),
+    /// Some of LibVMI's forks do not map memory by its guest-physical address.
+    #[cfg(feature = "libvmi")]
+    #[error("this LibVMI has no vmi_mmap_guest_pa: the host program is to have a map_page")]
+    NoMapping,
     /// Guest memory is accessed page by page.
     #[cfg(feature = "libvmi")]
     #[error("{1} bytes at {0} are in two pages")]

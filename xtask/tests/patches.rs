@@ -318,6 +318,19 @@ fn what_is_generated_can_be_applied() -> Result<()> {
 }
 
 #[test]
+fn each_project_has_the_script() -> Result<()> {
+    for dir in FOR.map(|dir| repo().join(dir)) {
+        let help = Command::new("sh").arg(dir.join("apply.sh")).arg("--help").output()?;
+        let said = String::from_utf8_lossy(&help.stdout);
+        for line in list(&dir.join("upstream"))? {
+            let (_, word) = line.split_once(' ').ok_or("a key alone in `upstream`")?;
+            assert!(said.contains(word), "{} does not name {word}: {said}", dir.display());
+        }
+    }
+    Ok(())
+}
+
+#[test]
 fn the_usage_is_told() -> Result<()> {
     let fake = Fake::new("usage")?;
     let script = fake.dir.join("patches/apply.sh");

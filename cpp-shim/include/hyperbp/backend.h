@@ -41,8 +41,8 @@ extern "C" {
 /* The breakpoints and watches of one domain. */
 typedef struct hyperbp_session hyperbp_session_t;
 
-/* What LibVMI cannot do for us: pages of memory for shadows. Both are called with `data`, and return whether they have
- * succeeded; both may be called from within any function here. */
+/* What LibVMI cannot do for us: pages of memory for shadows. All are called with `data`, and may be called from within
+ * any function here. Those that return a bool say whether they have succeeded. */
 typedef struct hyperbp_memory
 {
     void* data;
@@ -50,6 +50,9 @@ typedef struct hyperbp_memory
     bool (*add_page)(void* data, uint64_t* gfn);
     /* Takes such a page away again. */
     bool (*drop_page)(void* data, uint64_t gfn);
+    /* Maps a page of the domain's memory for reading and writing, until munmap() of that one page; NULL if it fails.
+     * Only a LibVMI without vmi_mmap_guest_pa needs it, such as GDATA's fork: leave it NULL with others. */
+    void* (*map_page)(void* data, uint64_t gfn);
 } hyperbp_memory_t;
 
 /* What an event is. */

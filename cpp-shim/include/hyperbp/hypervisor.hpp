@@ -3,6 +3,7 @@
 #define HYPERBP_HYPERVISOR_HPP
 
 #include <cstdint>
+#include <stdexcept>
 
 #include "rust/cxx.h"
 
@@ -82,6 +83,19 @@ public:
 
     /// Takes such a page away again.
     virtual void drop_page(std::uint64_t gfn) = 0;
+
+    /// Whether `map_page` maps pages. If not, LibVMI does, with vmi_mmap_guest_pa.
+    virtual bool maps_pages() const noexcept
+    {
+        return false;
+    }
+
+    /// Maps a page of the domain, for reading and writing, until munmap() of that one page.
+    virtual std::uint8_t* map_page(std::uint64_t gfn)
+    {
+        (void)gfn;
+        throw std::logic_error("there is no map_page");
+    }
 };
 
 } // namespace hyperbp

@@ -34,7 +34,7 @@ impl Domain {
     /// The domain of an instance of LibVMI.
     ///
     /// # Errors
-    /// If there is no `memory`, or the domain has more virtual CPUs than LibVMI steps.
+    /// If there is no `memory`, the domain has more virtual CPUs than LibVMI steps, or nobody maps its pages.
     ///
     /// # Safety
     /// `vmi` is an instance that was initialised with events, and outlives the result.
@@ -47,6 +47,9 @@ impl Domain {
         if vcpus > sys::MAX_SINGLESTEP_VCPUS {
             return Err(Error::TooManyVcpus(vcpus));
         }
+        if !memory.maps_pages() && !cfg!(vmi_mmap_guest_pa) {
+            return Err(Error::NoMapping);
+        }
         let vcpus = vcpus as u16;
         Ok(Self { vmi, vcpus, memory, pages: PageCache::default(), channel: EventChannel::new() })
     }
@@ -55,9 +58,9 @@ impl Domain {
         if usize::from(gpa.offset()) + length > PAGE_SIZE {
             return Err(Error::TwoPages(gpa, length));
         }
-        let Self { pages, vmi, .. } = self;
+        let Self { pages, vmi, memory, .. } = self;
         // SAFETY: `new` was promised that the instance lives.
-        pages.get(gpa.gfn(), || unsafe { page::map(*vmi, gpa.gfn()) })
+        pages.get(gpa.gfn(), || unsafe { page::map(*vmi, memory.pin_mut(), gpa.gfn()) })
     }
 
     /// Waits until there are events, or for less.

@@ -1,0 +1,1 @@
+../drakvuf-patches/apply.sh

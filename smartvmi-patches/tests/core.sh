@@ -1,0 +1,35 @@
+#!/bin/sh
+# Builds and runs the tests of a patched SmartVMI's supervisor over hyperbp itself.
+set -eu
+
+if [ $# -ne 1 ] || [ ! -f "$1/compile_commands.json" ]; then
+    echo "Usage: $(basename "$0") BUILD, the directory in which CMake has set up a patched vmicore with hyperbp" >&2
+    exit 2
+fi
+here=$(cd "$(dirname "$0")" && pwd -P)
+build=$(cd "$1" && pwd)
+source=$(sed -n 's/^CMAKE_HOME_DIRECTORY:INTERNAL=//p' "$build/CMakeCache.txt")
+program=$(mktemp -d)
+trap 'rm -rf "$program"' EXIT
+
+flags="-g -O1 -fsanitize=address,undefined -Wall -Wextra -Wno-missing-field-initializers"
+vmicore=$(grep -o -e '-isystem [^ ]*' -e '-I[^ ]*' "$build/compile_commands.json" | sort -u)
+# What is at hand for the functions of LibVMI is ours, and so is what else hyperbp is linked with.
+hyperbp=$(pkg-config --libs hyperbp | sed -e 's/-lvmi//' -e 's/-lglib-2.0//')
+# shellcheck disable=SC2046,SC2086 # words
+{
+    for file in "$here/guest.cpp" "$here/../../cpp-shim/tests/fake/libvmi.cpp" \
+        "$here/../../cpp-shim/tests/fake/machine.cpp"; do
+        "${CXX:-c++}" -std=c++17 $flags $(pkg-config --cflags hyperbp) -c "$file" \
+            -o "$program/our-$(basename "$file").o"
+    done
+    for file in src/lib/vmi/HyperbpEventSupervisor src/lib/vmi/Breakpoint src/lib/vmi/Event src/lib/GlobalControl; do
+        "${CXX:-c++}" -std=c++20 $flags -DVMICORE_HYPERBP $vmicore -c "$source/$file.cpp" \
+            -o "$program/$(basename "$file").o"
+    done
+    "${CXX:-c++}" -std=c++20 $flags -DVMICORE_HYPERBP -I "$source/src/lib" -I "$source/src/include" \
+        -I "$source/test" -I "$source/test/include" $vmicore -c "$here/core.cpp" -o "$program/core.o"
+    "${CXX:-c++}" -fsanitize=address,undefined "$program"/*.o -lgmock_main -lgmock -lgtest -lfmt $hyperbp \
+        -o "$program/core"
+}
+"$program/core" --gtest_brief=1
