@@ -1,8 +1,8 @@
-# Checks the runner on a live guest, and what it does with bad input. DRAKVUF has arguments for that, if it is to be checked in
-# DRAKVUF, too. A line for each check, `ok: ` or `FAILED: `, goes into the results.
+# Checks the runner on a live guest, and what it does with bad input. ELSEWHERE has arguments for that, if it is to be checked in
+# other hosts, too. A line for each check, `ok: ` or `FAILED: `, goes into the results.
 checks() {
     # shellcheck disable=SC2086
-    hyperbp-bench check --domain bench $DRAKVUF || echo "FAILED: the checks ran to their end (exit code $?)"
+    hyperbp-bench check --domain bench $ELSEWHERE || echo "FAILED: the checks ran to their end (exit code $?)"
 
     # expect CODE TEXT ARGUMENTS...: the runner says TEXT in an error of one line, and exits with CODE.
     expect() {

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use hyperbp_lab::apt::Apt;
 use hyperbp_lab::{
-    Drakvuf, Error, Host, Inputs, Job, Lab, Log, Machine, Outcome, Progress, Result, Stages, drakvuf, packages, tools,
+    Elsewhere, Error, Host, Inputs, Job, Lab, Log, Machine, Outcome, Progress, Result, Stages, drakvuf, packages, tools,
 };
 use tempfile::TempDir;
 
@@ -312,7 +312,7 @@ impl Tree {
         fs::write(file, content).unwrap();
     }
 
-    fn build(&self) -> Result<Drakvuf> {
+    fn build(&self) -> Result<Elsewhere> {
         drakvuf::build(&self.fake.host, &self.build, &self.fake.stages(), &Progress::silent())
     }
 
@@ -363,7 +363,7 @@ fn drakvuf_s_compiler_is_used_and_quoted() {
 #[test]
 fn drakvuf_says_itself_whether_it_has_hyperbp() {
     let tree = Tree::new(COMPILER);
-    let arguments = |drakvuf: &Drakvuf| fs::read_to_string(&drakvuf.program).unwrap();
+    let arguments = |drakvuf: &Elsewhere| fs::read_to_string(&drakvuf.program).unwrap();
     let stock = tree.build().unwrap();
     assert!(!stock.has_hyperbp && !arguments(&stock).contains("-DHYPERBP"));
     assert!(arguments(&stock).contains("-fuse-ld=lld"), "{}", arguments(&stock));
