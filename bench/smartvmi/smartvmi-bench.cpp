@@ -41,8 +41,15 @@
 #include "lib/vmi/LibvmiInterface.h"
 #include "lib/vmi/RegisterEventSupervisor.h"
 #include "lib/vmi/SingleStepSupervisor.h"
+#ifdef HYPERBP
+#include "lib/vmi/HyperbpEventSupervisor.h"
+#include "lib/vmi/XenDomain.h"
+#endif
 
 namespace {
+
+constexpr char ORIGINAL_BACKEND[] = "original";
+constexpr char HYPERBP_BACKEND[] = "hyperbp";
 
 /// The page table of the guest's first virtual CPU: all of them have the same.
 std::uint64_t guest_page_table = 0;
@@ -166,14 +173,14 @@ private:
     {
         // It keeps the list of processes, and never asks it anything.
         const std::shared_ptr<IActiveProcessesSupervisor> processes;
-        if (arguments.backend == "original") {
-            if (arguments.mechanism != "repair")
-                throw Usage("original SmartVMI has only repair, not " + arguments.mechanism);
-            return std::make_shared<InterruptEventSupervisor>(vmi, steps, processes, registers, logging);
-        }
-        if (arguments.backend != "hyperbp")
-            throw Usage("there is no backend " + arguments.backend);
-        throw Usage("this SmartVMI was built without hyperbp, and has no " + arguments.mechanism);
+#ifdef HYPERBP
+        if (arguments.backend == HYPERBP_BACKEND)
+            return std::make_shared<HyperbpEventSupervisor>(vmi, std::make_unique<XenDomain>(vmi->getCurrentVmId()),
+                                                            arguments.mechanism, logging);
+#else
+        (void)arguments;
+#endif
+        return std::make_shared<InterruptEventSupervisor>(vmi, steps, processes, registers, logging);
     }
 };
 
@@ -209,12 +216,36 @@ std::vector<std::uint64_t> serve(const Arguments& arguments)
     while (!GlobalControl::endVmi)
         vmicore.vmi->eventsListen(500);
 
+#ifdef HYPERBP
+    const auto* hyperbp = dynamic_cast<HyperbpEventSupervisor*>(vmicore.interrupts.get());
+    if (hyperbp != nullptr && hyperbp->hasFailed())
+        throw std::runtime_error("hyperbp has failed, and what it did to the domain is undone");
+#endif
     vmicore.vmi->pauseVm();
     for (const auto& breakpoint : breakpoints)
         breakpoint->remove();
     vmicore.interrupts->teardown();
     vmicore.vmi->resumeVm();
     return hits;
+}
+
+/// Before anything is done to the domain.
+void check(const Arguments& arguments)
+{
+    const std::string& mechanism = arguments.mechanism;
+    if (arguments.backend == ORIGINAL_BACKEND) {
+        if (mechanism != "repair")
+            throw Usage("original SmartVMI has only repair, not " + mechanism);
+    } else if (arguments.backend == HYPERBP_BACKEND) {
+#ifdef HYPERBP
+        if (!hyperbp_check_mechanism(mechanism.c_str()))
+            throw Usage(hyperbp_error());
+#else
+        throw Usage("this SmartVMI was built without hyperbp, and has no " + mechanism);
+#endif
+    } else {
+        throw Usage("there is no backend " + arguments.backend);
+    }
 }
 
 Arguments parse(int argc, char** argv)
@@ -256,13 +287,14 @@ Arguments parse(int argc, char** argv)
 int run(int argc, char** argv)
 {
     if (argc == 2 && std::string(argv[1]) == "--backends") {
-        std::puts("original");
+        std::puts(ORIGINAL_BACKEND);
 #ifdef HYPERBP
-        std::puts("hyperbp");
+        std::puts(HYPERBP_BACKEND);
 #endif
         return 0;
     }
     const Arguments arguments = parse(argc, argv);
+    check(arguments);
     std::string counts;
     for (const std::uint64_t hits : serve(arguments))
         counts += (counts.empty() ? "" : ",") + std::to_string(hits);

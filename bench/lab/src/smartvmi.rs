@@ -12,15 +12,16 @@ use crate::{Elsewhere, Error, Host, Inputs, Log, Progress, Result, Stages, plan}
 const PROGRAM: &str = "smartvmi-bench";
 const SOURCE: &str = include_str!("../../smartvmi/smartvmi-bench.cpp");
 
-/// vmicore's own program, which ours is built like: its target, its objects, and the object of its `main`.
+/// vmicore's own program, which ours is linked like, and the objects that are not of its library.
 const VMICORE: &str = "src/vmicore";
 const OBJECTS: &str = "CMakeFiles/vmicore.dir/";
-const MAIN: &str = "CMakeFiles/vmicore.dir/main.cpp.o";
-/// Its source, from CMake's source directory.
+/// An object of its library, which ours is compiled like: where its files for Make are, and its place below.
+const LIBRARY: &str = "CMakeFiles/vmicore-lib.dir/";
+const SUPERVISOR: &str = "vmi/InterruptEventSupervisor.cpp.o";
+/// What a vmicore with hyperbp has among its objects.
+const HYPERBP: &str = "vmi/HyperbpEventSupervisor.cpp.o";
+/// Where its headers are, from CMake's source directory.
 const SOURCES: &str = "src";
-/// What a vmicore with hyperbp has.
-const SUPERVISOR: &str = "src/lib/vmi/HyperbpEventSupervisor.h";
-const LIBRARY: &str = "hyperbp";
 
 /// The arguments that make our program another than vmicore: its start of LibVMI is led to one for guests without an operating
 /// system, and it is small, for all of it will be in dom0's memory.
@@ -91,17 +92,17 @@ impl Tree {
             }
             "Unix Makefiles" => {
                 let dir = build.join("src");
-                let read = |name: &str| {
-                    let file = dir.join(OBJECTS).join(name);
+                let read = |of: &str, name: &str| {
+                    let file = dir.join(of).join(name);
                     fs::read_to_string(&file).map_err(|e| no(format!("cannot read {}: {e}", file.display())))
                 };
-                Recipe::from_make(&dir, &entry("CMAKE_CXX_COMPILER")?, &read("flags.make")?, &read("link.txt")?)
+                let (flags, link) = (read(&format!("lib/{LIBRARY}"), "flags.make")?, read(OBJECTS, "link.txt")?);
+                Recipe::from_make(&dir, &entry("CMAKE_CXX_COMPILER")?, &flags, &link)
             }
             other => return Err(no(format!("it is made for {other}, and not for Ninja or Make"))),
         };
         let recipe = recipe.ok_or_else(|| no(format!("it does not say how {VMICORE} is built")))?;
-        // The second in a tree that could have hyperbp, but was configured without.
-        let has_hyperbp = source.join(SUPERVISOR).is_file() && recipe.link.iter().any(|word| word.contains(LIBRARY));
+        let has_hyperbp = recipe.link.iter().any(|word| word.ends_with(HYPERBP));
         Ok(Self { source, recipe, has_hyperbp })
     }
 
@@ -136,8 +137,8 @@ impl Recipe {
         let makes = |object: &str| all.iter().find(|words| output(words).is_some_and(|file| file.ends_with(object)));
         Some(Self {
             dir: build.to_owned(),
-            compile: without_files(makes(MAIN)?),
-            link: without_program(makes(VMICORE).filter(|words| words.len() > 3)?),
+            compile: without_files(makes(&format!("{LIBRARY}{SUPERVISOR}"))?),
+            link: without_program(makes(VMICORE)?),
         })
     }
 
@@ -194,10 +195,10 @@ mod tests {
 
     #[test]
     fn ninja_s_commands_are_taken_apart() {
+        let object = format!("src/lib/{LIBRARY}{SUPERVISOR}");
         let commands = format!(
             "cd /b/x && /usr/bin/cargo build\n\
-             {COMPILE} -MD -MT src/CMakeFiles/vmicore.dir/main.cpp.o -MF src/CMakeFiles/vmicore.dir/main.cpp.o.d \
-             -o src/CMakeFiles/vmicore.dir/main.cpp.o -c /s/src/main.cpp\n\
+             {COMPILE} -MD -MT {object} -MF {object}.d -o {object} -c /s/src/lib/vmi/InterruptEventSupervisor.cpp\n\
              : && /usr/bin/c++ -O2 -pie src/lib/CMakeFiles/vmicore-lib.dir/VmiHub.cpp.o \
              src/CMakeFiles/vmicore.dir/main.cpp.o src/CMakeFiles/vmicore.dir/Cmdline.cpp.o -o src/vmicore \
              -Wl,-rpath,/b/vmi: lib/libvmi.so -ljson-c && :\n"
@@ -228,7 +229,10 @@ mod tests {
     fn commands_of_something_else_are_not_taken_for_vmicore_s() {
         let none = |commands: &str| Recipe::from_ninja(Path::new("/b"), commands);
         assert_eq!(none(""), None);
-        assert_eq!(none("c++ -o src/CMakeFiles/vmicore.dir/main.cpp.o -c main.cpp\n"), None);
+        assert_eq!(
+            none("c++ -o src/CMakeFiles/vmicore.dir/main.cpp.o -c main.cpp\nc++ -o src/vmicore main.cpp.o"),
+            None
+        );
         assert_eq!(none("c++ -o 'unterminated\n"), None);
         assert_eq!(Recipe::from_make(Path::new("/b"), "c++", "CXX_FLAGS = -O2\n", "c++ -o vmicore\n"), None);
     }
