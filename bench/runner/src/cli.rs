@@ -137,6 +137,11 @@ pub(crate) struct Storm {
     #[arg(long, value_name = "DIR")]
     pub(crate) out: Option<PathBuf>,
 
+    /// In SmartVMI instead: with this program, bench/smartvmi built by `cargo xtask storm --smartvmi`. With the breakpoints
+    /// it has itself, too
+    #[arg(long, value_name = "PROGRAM")]
+    pub(crate) smartvmi: Option<PathBuf>,
+
     /// How to show progress
     #[arg(long, value_enum, default_value = "text")]
     pub(crate) progress: Progress,

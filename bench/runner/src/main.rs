@@ -125,8 +125,18 @@ fn storm(arguments: &cli::Storm) -> anyhow::Result<()> {
         true => Mechanism::all().collect(),
         false => arguments.mechanisms.iter().map(|name| mechanism(name)).collect::<anyhow::Result<Vec<_>>>()?,
     };
+    let smartvmi = arguments.smartvmi.as_deref().map(|path| elsewhere::Program::new(cli::Host::Smartvmi, path));
+    let subjects = match smartvmi.transpose()? {
+        None => mechanisms.into_iter().map(Subject::Core).collect(),
+        Some(program) => {
+            // Its own comes last: it may leave a guest in pieces.
+            let original = program.originals().iter().map(|original| elsewhere::Backend::Original(*original));
+            let core = mechanisms.into_iter().map(elsewhere::Backend::Hyperbp).filter(|_| program.has_hyperbp());
+            core.chain(original).map(|backend| Subject::Elsewhere(program, backend)).collect::<Vec<_>>()
+        }
+    };
     let mut domain = Domain::open(&arguments.domain)?;
-    let storms = storm::all(&mut domain, &mechanisms, arguments.count, &mut |done, total, text| {
+    let storms = storm::all(&mut domain, &subjects, arguments.count, &mut |done, total, text| {
         arguments.progress.report(done, total, text);
     })?;
     println!("{}", hyperbp_report::storm_table(&storms));
