@@ -41,7 +41,7 @@
 #include "lib/vmi/LibvmiInterface.h"
 #include "lib/vmi/RegisterEventSupervisor.h"
 #include "lib/vmi/SingleStepSupervisor.h"
-#ifdef HYPERBP
+#ifdef VMICORE_HYPERBP
 #include "lib/vmi/HyperbpEventSupervisor.h"
 #include "lib/vmi/XenDomain.h"
 #endif
@@ -140,6 +140,10 @@ struct Vmicore
     std::shared_ptr<ISingleStepSupervisor> steps;
     std::shared_ptr<IRegisterEventSupervisor> registers;
     std::shared_ptr<IInterruptEventSupervisor> interrupts;
+#ifdef VMICORE_HYPERBP
+    /// The same, if it is hyperbp's.
+    std::shared_ptr<HyperbpEventSupervisor> hyperbp;
+#endif
 
     explicit Vmicore(const Arguments& arguments)
     {
@@ -158,9 +162,24 @@ struct Vmicore
     Vmicore(const Vmicore&) = delete;
     Vmicore& operator=(const Vmicore&) = delete;
 
+    /// As VmiHub does it.
+    void wait_for_events()
+    {
+        while (!GlobalControl::endVmi) {
+            vmi->eventsListen(500);
+#ifdef VMICORE_HYPERBP
+            if (hyperbp)
+                hyperbp->checkSession();
+#endif
+        }
+    }
+
     ~Vmicore()
     {
         // They say what they do.
+#ifdef VMICORE_HYPERBP
+        hyperbp.reset();
+#endif
         interrupts.reset();
         registers.reset();
         steps.reset();
@@ -173,10 +192,10 @@ private:
     {
         // It keeps the list of processes, and never asks it anything.
         const std::shared_ptr<IActiveProcessesSupervisor> processes;
-#ifdef HYPERBP
+#ifdef VMICORE_HYPERBP
         if (arguments.backend == HYPERBP_BACKEND)
-            return std::make_shared<HyperbpEventSupervisor>(vmi, std::make_unique<XenDomain>(vmi->getCurrentVmId()),
-                                                            arguments.mechanism, logging);
+            return hyperbp = std::make_shared<HyperbpEventSupervisor>(
+                       vmi, std::make_unique<XenDomain>(vmi->getCurrentVmId()), arguments.mechanism, logging);
 #else
         (void)arguments;
 #endif
@@ -213,19 +232,17 @@ std::vector<std::uint64_t> serve(const Arguments& arguments)
     watch_input();
     std::puts("ready");
     std::fflush(stdout);
-    while (!GlobalControl::endVmi)
-        vmicore.vmi->eventsListen(500);
+    vmicore.wait_for_events();
 
-#ifdef HYPERBP
-    const auto* hyperbp = dynamic_cast<HyperbpEventSupervisor*>(vmicore.interrupts.get());
-    if (hyperbp != nullptr && hyperbp->hasFailed())
-        throw std::runtime_error("hyperbp has failed, and what it did to the domain is undone");
-#endif
     vmicore.vmi->pauseVm();
     for (const auto& breakpoint : breakpoints)
         breakpoint->remove();
     vmicore.interrupts->teardown();
     vmicore.vmi->resumeVm();
+#ifdef VMICORE_HYPERBP
+    if (vmicore.hyperbp && vmicore.hyperbp->hasFailed())
+        throw std::runtime_error("hyperbp has failed");
+#endif
     return hits;
 }
 
@@ -237,7 +254,7 @@ void check(const Arguments& arguments)
         if (mechanism != "repair")
             throw Usage("original SmartVMI has only repair, not " + mechanism);
     } else if (arguments.backend == HYPERBP_BACKEND) {
-#ifdef HYPERBP
+#ifdef VMICORE_HYPERBP
         if (!hyperbp_check_mechanism(mechanism.c_str()))
             throw Usage(hyperbp_error());
 #else
@@ -288,7 +305,7 @@ int run(int argc, char** argv)
 {
     if (argc == 2 && std::string(argv[1]) == "--backends") {
         std::puts(ORIGINAL_BACKEND);
-#ifdef HYPERBP
+#ifdef VMICORE_HYPERBP
         std::puts(HYPERBP_BACKEND);
 #endif
         return 0;

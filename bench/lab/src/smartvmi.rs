@@ -18,8 +18,8 @@ const OBJECTS: &str = "CMakeFiles/vmicore.dir/";
 /// An object of its library, which ours is compiled like: where its files for Make are, and its place below.
 const LIBRARY: &str = "CMakeFiles/vmicore-lib.dir/";
 const SUPERVISOR: &str = "vmi/InterruptEventSupervisor.cpp.o";
-/// What a vmicore with hyperbp has among its objects.
-const HYPERBP: &str = "vmi/HyperbpEventSupervisor.cpp.o";
+/// With what a vmicore that has hyperbp is compiled.
+const HYPERBP: &str = "-DVMICORE_HYPERBP";
 /// Where its headers are, from CMake's source directory.
 const SOURCES: &str = "src";
 
@@ -35,8 +35,7 @@ const LINK: [&str; 3] = ["-Wl,--wrap=vmi_init_complete", "-Wl,--gc-sections", "-
 pub fn build(host: &Host, tree: &Path, stages: &Stages, progress: &Progress) -> Result<Elsewhere> {
     let tree = std::path::absolute(tree).map_err(Error::io("find", tree))?;
     let tree = Tree::read(host, &tree, &stages.log("smartvmi-tree")?)?;
-    let define = tree.has_hyperbp.then_some("-DHYPERBP");
-    let mut inputs = Inputs::new().with("program", SOURCE).with("define", define.unwrap_or_default());
+    let mut inputs = Inputs::new().with("program", SOURCE);
     for argument in tree.recipe.compile.iter().chain(&tree.recipe.link).chain(LINK.map(str::to_owned).iter()) {
         inputs = inputs.with("argument", argument);
     }
@@ -54,9 +53,7 @@ pub fn build(host: &Host, tree: &Path, stages: &Stages, progress: &Progress) -> 
         };
         let include = format!("-I{}", tree.source.join(SOURCES).display());
         let (source, object) = (source.to_string_lossy(), object.to_string_lossy());
-        let mut arguments = vec![&*include, "-o", &object, "-c", &source];
-        arguments.extend(define);
-        run(&tree.recipe.compile, &arguments)?;
+        run(&tree.recipe.compile, &[&*include, "-o", &object, "-c", &source])?;
         let program = dir.join(PROGRAM);
         run(&tree.recipe.link, &[&[&*object, "-o", &program.to_string_lossy()], &LINK[..]].concat())
     })?;
@@ -102,7 +99,7 @@ impl Tree {
             other => return Err(no(format!("it is made for {other}, and not for Ninja or Make"))),
         };
         let recipe = recipe.ok_or_else(|| no(format!("it does not say how {VMICORE} is built")))?;
-        let has_hyperbp = recipe.link.iter().any(|word| word.ends_with(HYPERBP));
+        let has_hyperbp = recipe.compile.iter().any(|word| word == HYPERBP);
         Ok(Self { source, recipe, has_hyperbp })
     }
 

@@ -399,7 +399,7 @@ impl Vmicore {
         let build = fake.dir.path().join("smartvmi/build");
         let tree = Self { fake, build };
         tree.cache("vmicore", "Ninja");
-        tree.commands("");
+        tree.commands("-DLIBRARY");
         tree.file("src/vmicore", "");
         tree.file("lib/VmiHub.cpp.o", "one");
         tree
@@ -415,12 +415,12 @@ impl Vmicore {
         self.file("CMakeCache.txt", &cache);
     }
 
-    /// How it was built, with these objects besides.
-    fn commands(&self, objects: &str) {
+    /// How it was built, with this definition.
+    fn commands(&self, define: &str) {
         let object = "lib/CMakeFiles/vmicore-lib.dir/vmi/InterruptEventSupervisor.cpp.o";
         let commands = format!(
-            "smartvmi-cc -O2 -DLIBRARY -o {object} -c supervisor.cpp\n\
-             : && smartvmi-cc -O2 lib/VmiHub.cpp.o {objects} src/CMakeFiles/vmicore.dir/main.cpp.o -o src/vmicore -lvmi && :\n"
+            "smartvmi-cc -O2 {define} -o {object} -c supervisor.cpp\n\
+             : && smartvmi-cc -O2 lib/VmiHub.cpp.o src/CMakeFiles/vmicore.dir/main.cpp.o -o src/vmicore -lvmi && :\n"
         );
         self.file("commands", &commands);
     }
@@ -473,7 +473,7 @@ fn smartvmi_s_compiler_is_used_and_quoted() {
 }
 
 #[test]
-fn smartvmi_s_objects_say_whether_it_has_hyperbp() {
+fn smartvmi_s_flags_say_whether_it_has_hyperbp() {
     let tree = Vmicore::new(COMPILER);
     let arguments = |smartvmi: &Elsewhere| {
         let read = |file: PathBuf| fs::read_to_string(file).unwrap();
@@ -481,14 +481,14 @@ fn smartvmi_s_objects_say_whether_it_has_hyperbp() {
     };
     let stock = tree.build().unwrap();
     let (compile, link) = arguments(&stock);
-    assert!(!stock.has_hyperbp && !compile.contains("-DHYPERBP"));
+    assert!(!stock.has_hyperbp);
     assert!(compile.starts_with("-O2 -DLIBRARY -I") && compile.contains("smartvmi/vmicore/src -o"), "{compile}");
     assert!(link.starts_with("-O2 lib/VmiHub.cpp.o -lvmi ") && !link.contains("main.cpp.o"), "{link}");
     assert!(link.contains("--wrap=vmi_init_complete"), "{link}");
 
-    tree.commands("lib/CMakeFiles/vmicore-lib.dir/vmi/HyperbpEventSupervisor.cpp.o");
+    tree.commands("-DVMICORE_HYPERBP");
     let loaded = tree.build().unwrap();
-    assert!(loaded.has_hyperbp && arguments(&loaded).0.contains("-DHYPERBP"));
+    assert!(loaded.has_hyperbp && arguments(&loaded).0.contains("-DVMICORE_HYPERBP"));
 
     // Another object is another program; the same one is not built twice.
     assert_eq!(tree.build().unwrap(), loaded);
