@@ -22,6 +22,9 @@ pub struct Storm {
     pub backend: String,
     /// The mechanism's name.
     pub mechanism: String,
+    /// Why the host has ended in the middle of it, if it has: then nothing is known of what follows but the executions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ended: Option<String>,
     /// Whether it is one that counts every hit on any number of virtual CPUs.
     pub counts_on_several_vcpus: bool,
     /// Virtual CPUs of the guest.
@@ -97,6 +100,7 @@ impl Storm {
 
     fn verdict(&self) -> &'static str {
         match self.is_right() {
+            _ if self.ended.is_some() => "ENDED",
             true if self.backend == ORIGINAL => "",
             true => "ok",
             false => "WRONG",
@@ -148,9 +152,7 @@ pub fn storm_table(storms: &[Storm]) -> String {
         column.set_cell_alignment(CellAlignment::Right);
     }
     for storm in storms {
-        let numbers = [
-            u64::from(storm.vcpus),
-            storm.executions,
+        let counts = [
             storm.hits,
             storm.lost,
             storm.doubled,
@@ -161,7 +163,11 @@ pub fn storm_table(storms: &[Storm]) -> String {
         ];
         let monitor = elsewhere.then(|| monitor(&storm.host, &storm.backend));
         let mut cells: Vec<String> = monitor.into_iter().chain([storm.mechanism.clone()]).collect();
-        cells.extend(numbers.map(grouped));
+        cells.extend([u64::from(storm.vcpus), storm.executions].map(grouped));
+        match storm.ended {
+            None => cells.extend(counts.map(grouped)),
+            Some(_) => cells.extend(counts.map(|_| NOTHING.to_owned())),
+        }
         if storm.is_elsewhere() {
             cells.extend([NOTHING; 4].map(str::to_owned));
         } else {
@@ -171,7 +177,13 @@ pub fn storm_table(storms: &[Storm]) -> String {
         cells.push(storm.verdict().to_owned());
         table.add_row(cells);
     }
-    table.trim_fmt() + "\n"
+    let mut text = table.trim_fmt() + "\n";
+    for storm in storms {
+        if let Some(why) = &storm.ended {
+            text += &format!("{} {}: {why}\n", monitor(&storm.host, &storm.backend), storm.mechanism);
+        }
+    }
+    text
 }
 
 impl Served {
@@ -202,6 +214,7 @@ mod tests {
             host: "runner".to_owned(),
             backend: "hyperbp".to_owned(),
             mechanism: "repair".to_owned(),
+            ended: None,
             counts_on_several_vcpus: false,
             vcpus: 2,
             cpus: 2,
@@ -244,6 +257,11 @@ mod tests {
         assert!(table.contains("smartvmi_original") && table.contains("smartvmi_hyperbp"), "{table}");
         assert!(!table.contains("emulate 4 %") && !table.contains("ok"), "{table}");
         assert!(!storm_table(&[storm()]).contains("monitor"));
+        let ended = Storm { ended: Some("SmartVMI has ended".to_owned()), ..own("original") };
+        let table = storm_table(std::slice::from_ref(&ended));
+        assert!(table.contains("ENDED") && table.contains("3 000") && !table.contains("2 900"), "{table}");
+        assert!(table.ends_with("smartvmi_original repair: SmartVMI has ended\n"), "{table}");
+        assert_eq!(storms_from_json(&storms_to_json(std::slice::from_ref(&ended)).unwrap()).unwrap(), [ended]);
     }
 
     #[test]
