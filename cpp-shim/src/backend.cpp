@@ -225,6 +225,20 @@ event_response_t hyperbp_finish(hyperbp_session_t* session, vmi_event_t* event, 
     return (response & ~hyperbp::OURS) | respond(*session, *event);
 }
 
+hyperbp_waited_t hyperbp_wait(hyperbp_session_t* session, int device) noexcept
+{
+    return guarded(HYPERBP_NOT_WAITED,
+                   [&] { return session->session->wait(device) ? HYPERBP_WOKEN : HYPERBP_INTERRUPTED; });
+}
+
+bool hyperbp_stop_waiting(hyperbp_session_t* session, int device) noexcept
+{
+    return guarded(false, [&] {
+        session->session->stop_waiting(device);
+        return true;
+    });
+}
+
 bool hyperbp_failed(const hyperbp_session_t* session) noexcept
 {
     return session->session->failed();

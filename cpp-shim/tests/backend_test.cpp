@@ -2,12 +2,17 @@
 
 #include "hyperbp/backend.h"
 
+#include <csignal>
 #include <cstdlib>
 #include <functional>
 #include <string>
 #include <vector>
 
+#include <fcntl.h>
 #include <gtest/gtest.h>
+#include <sys/socket.h>
+#include <sys/time.h>
+#include <unistd.h>
 
 #include "fake/libvmi.hpp"
 #include "host.hpp"
@@ -401,6 +406,90 @@ TEST_F(Backend, BadArgumentsAreErrors)
         EXPECT_TRUE(hyperbp_check_mechanism(name.c_str()));
     }
     expect_restored();
+}
+
+/// What the kernel keeps at the other end of an event channel's device.
+class Device
+{
+public:
+    Device()
+    {
+        EXPECT_EQ(socketpair(AF_UNIX, SOCK_STREAM, 0, ends), 0);
+    }
+    ~Device()
+    {
+        close(ends[0]);
+        close(ends[1]);
+    }
+    Device(const Device&) = delete;
+    Device& operator=(const Device&) = delete;
+
+    int host() const
+    {
+        return ends[0];
+    }
+
+    void signals(std::uint32_t port) const
+    {
+        EXPECT_EQ(write(ends[1], &port, sizeof(port)), sizeof(port));
+    }
+
+    /// The port that was unmasked since, or 0.
+    std::uint32_t unmasked() const
+    {
+        std::uint32_t port = 0;
+        return recv(ends[1], &port, sizeof(port), MSG_DONTWAIT) == sizeof(port) ? port : 0;
+    }
+
+private:
+    int ends[2] = {-1, -1};
+};
+
+TEST_F(Backend, WaitsForEvents)
+{
+    constexpr std::uint32_t PORT = 9;
+    open("auto");
+    const Device device;
+    vmi.pending = true;
+    device.signals(PORT);
+    EXPECT_EQ(hyperbp_wait(session, device.host()), HYPERBP_WOKEN);
+    EXPECT_EQ(device.unmasked(), 0U) << "that can wait until it is waited for";
+    device.signals(PORT);
+    EXPECT_EQ(hyperbp_wait(session, device.host()), HYPERBP_WOKEN);
+    EXPECT_EQ(device.unmasked(), PORT);
+    EXPECT_TRUE(hyperbp_stop_waiting(session, device.host()));
+    EXPECT_EQ(device.unmasked(), PORT);
+    EXPECT_TRUE(hyperbp_stop_waiting(session, device.host()));
+    EXPECT_EQ(device.unmasked(), 0U);
+
+    vmi.pending = false;
+    device.signals(PORT);
+    EXPECT_EQ(hyperbp_wait(session, device.host()), HYPERBP_WOKEN) << "for nothing";
+    EXPECT_EQ(device.unmasked(), PORT);
+}
+
+TEST_F(Backend, AWaitEnds)
+{
+    open("auto");
+    const Device device;
+    struct sigaction usual = {};
+    struct sigaction action = {};
+    action.sa_handler = [](int) {
+    };
+    ASSERT_EQ(sigaction(SIGALRM, &action, &usual), 0);
+    const itimerval soon = {{0, 10'000}, {0, 10'000}};
+    const itimerval never = {};
+    setitimer(ITIMER_REAL, &soon, nullptr);
+    EXPECT_EQ(hyperbp_wait(session, device.host()), HYPERBP_INTERRUPTED);
+    setitimer(ITIMER_REAL, &never, nullptr);
+    sigaction(SIGALRM, &usual, nullptr);
+
+    EXPECT_EQ(fcntl(device.host(), F_SETFL, O_NONBLOCK), 0);
+    EXPECT_EQ(hyperbp_wait(session, device.host()), HYPERBP_NOT_WAITED);
+    EXPECT_NE(std::string(hyperbp_error()).find("waiting for events"), std::string::npos) << hyperbp_error();
+    EXPECT_EQ(hyperbp_wait(session, -1), HYPERBP_NOT_WAITED);
+    EXPECT_NE(std::string(hyperbp_error()).find("no event channel"), std::string::npos) << hyperbp_error();
+    EXPECT_FALSE(hyperbp_stop_waiting(session, -1));
 }
 
 TEST_F(Backend, MoreVirtualCpusThanLibVmiStepsAreRefused)

@@ -118,6 +118,20 @@ event_response_t hyperbp_finish(hyperbp_session_t* unused, vmi_event_t* event, e
     return response;
 }
 
+static hyperbp_waited_t waited;
+
+hyperbp_waited_t hyperbp_wait(hyperbp_session_t* unused, int device)
+{
+    NOTE("wait;");
+    return waited;
+}
+
+bool hyperbp_stop_waiting(hyperbp_session_t* unused, int device)
+{
+    NOTE("stop waiting;");
+    return true;
+}
+
 bool hyperbp_failed(const hyperbp_session_t* asked)
 {
     return asked->failed;
@@ -240,6 +254,13 @@ xc_evtchn* xen_get_evtchn(xen_interface_t* xen)
 {
     return NULL;
 }
+static int channel[2] = {-1, -1};
+
+int xen_get_evtchn_fd(xen_interface_t* xen)
+{
+    return channel[0];
+}
+
 uint64_t xen_get_maxmemkb(xen_interface_t* xen, domid_t domain)
 {
     return 1;
@@ -523,6 +544,38 @@ static void refusals(void)
 
 static int rounds;
 
+static bool is_over_soon(drakvuf_t same, void* data)
+{
+    return ++rounds == 3;
+}
+
+static void waits(hyperbp_waited_t how, int fds, const char* what, const char* noted)
+{
+    waited = how;
+    rounds = 0;
+    drakvuf.event_fd_cnt = fds;
+    drakvuf_loop(&drakvuf, is_over_soon, NULL);
+    expect(what, noted);
+}
+
+static void waiting(void)
+{
+    assert(pipe(channel) == 0 && write(channel[1], "", 1) == 1);
+    struct pollfd polled[2] = {{.fd = channel[0], .events = POLLIN}, {.fd = channel[0], .events = POLLIN}};
+    struct fd_info told[2] = {{.fd = channel[0], .event_cb = drakvuf_vmi_event_callback, .data = &drakvuf}};
+    told[1] = told[0];
+    drakvuf.event_fds = polled;
+    drakvuf.fd_info_lookup = told;
+    // The last one is to empty the ring, without waiting.
+    waits(HYPERBP_WOKEN, 1, "hyperbp waits", "wait;listen;wait;listen;listen;");
+    waits(HYPERBP_INTERRUPTED, 1, "a signal has the loop look around", "wait;wait;listen;");
+    waits(HYPERBP_NOT_WAITED, 1, "what hyperbp does not wait for is polled", "wait;listen;wait;listen;listen;");
+    waits(HYPERBP_WOKEN, 2, "so are several files",
+          "stop waiting;listen;listen;stop waiting;listen;listen;listen;listen;");
+    drakvuf.event_fd_cnt = 0;
+    rounds = 0;
+}
+
 static bool is_over(drakvuf_t drakvuf, void* data)
 {
     return *(int*)data == 3 || ++rounds == 3;
@@ -541,7 +594,7 @@ static void failures(void)
     drakvuf_loop(&drakvuf, is_over, &rounds);
     assert(rounds == 0);
     remove_soon(&drakvuf, &a);
-    expect("a failure ends every loop, and nothing more is asked", "insert 5004;begin;");
+    expect("a failure ends every loop, and nothing more is asked", "insert 5004;stop waiting;stop waiting;begin;");
     close_vmi(&drakvuf);
     assert(!drakvuf_get_hyperbp(&drakvuf) && !drakvuf_hyperbp_failed(&drakvuf));
     expect("it is closed while its views are there", "listen;close;view 0;altp2m 0;");
@@ -560,6 +613,7 @@ int main(void)
     watches();
     contexts();
     refusals();
+    waiting();
     failures();
     return 0;
 }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 const FUNCTIONS: &[&str] = &[
     "vmi_get_num_vcpus",
+    "vmi_are_events_pending",
     "vmi_mmap_guest_pa",
     "vmi_(pause|resume)_vm",
     "vmi_slat_(create|destroy|switch|change_gfn)",

@@ -223,6 +223,8 @@ pub(crate) mod ffi {
         fn step(self: &mut Session, vcpu: u16, reply: &mut Reply) -> bool;
         fn finish(self: &mut Session, reply: &mut Reply);
         fn finish_with(self: &mut Session, registers: &General, reply: &mut Reply);
+        fn wait(self: &mut Session, device: i32) -> Result<bool>;
+        fn stop_waiting(self: &mut Session, device: i32) -> Result<()>;
         fn failed(self: &Session) -> bool;
         fn monitor(self: &mut Session, vcpu: u16, monitored: bool) -> Result<u16>;
         fn monitor_all(self: &mut Session, monitored: bool) -> Result<()>;

@@ -25,6 +25,7 @@ mod reply;
 mod stats;
 mod step;
 mod views;
+mod waiting;
 mod watch;
 
 /// A forked child holds the locks of its parent's files. Tests that fork, and tests that lock, run one after another.
@@ -41,4 +42,5 @@ pub use mechanism::{Conceal, Mechanism, Placement, StepOver};
 pub use registers::{CodeMode, Registers};
 pub use reply::{Action, INSTRUCTION_BYTES, READ_BYTES, ReadData, Reply, Step};
 pub use stats::{Counters, Figures, Served};
+pub use waiting::{Wait, Waiting};
 pub use watch::Accesses;

@@ -144,7 +144,7 @@ impl Floor {
     ) -> Result<(), Error> {
         // A step in flight is waited for: after it the virtual CPU is where it belongs.
         while idle() || self.stepping > 0 {
-            monitor.wait(PATIENCE)?;
+            monitor.sleep(PATIENCE)?;
             let mut any = false;
             while let Some(request) = monitor.next() {
                 let response = self.handle(domain, &request)?;

@@ -2,12 +2,14 @@
 
 use std::ffi::{c_int, c_void};
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::ptr::{self, NonNull};
 use std::rc::Rc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use hyperbp::{Access, Action, CodeMode, Event, Gfn, Int3, PAGE_SIZE, Reason, Registers, Reply, Step, VcpuId, ViewId};
+use hyperbp_event_channel::EventChannel;
 use hyperbp_xen_sys as sys;
 pub(crate) use hyperbp_xen_sys::{vm_event_request_t as Request, vm_event_response_t as Response};
 
@@ -57,12 +59,21 @@ impl Monitor {
         Ok(Self { ring, _kinds: kinds, channel, _page: page })
     }
 
-    /// Waits until Xen signals, or the time is up. Whether it has signalled; [`next`](Self::next) has the requests.
+    /// Waits until Xen signals, or the time is up, in the cheapest way. Whether it has signalled; [`next`](Self::next) has the
+    /// requests.
     ///
     /// # Errors
     /// If the event channel fails.
     pub(crate) fn wait(&mut self, timeout: Duration) -> Result<bool, Error> {
-        self.channel.wait(timeout)
+        self.channel.wait(timeout, || self.ring.has_requests())
+    }
+
+    /// The same as everyone does it: asleep in dom0's kernel.
+    ///
+    /// # Errors
+    /// If the event channel fails.
+    pub(crate) fn sleep(&mut self, timeout: Duration) -> Result<bool, Error> {
+        self.channel.sleep(timeout)
     }
 
     /// Takes the next request, if there is one. No system call.
@@ -217,6 +228,7 @@ struct Channel {
     handle: NonNull<sys::xenevtchn_handle>,
     /// Ours.
     port: Option<sys::evtchn_port_t>,
+    waiting: EventChannel,
 }
 
 impl Channel {
@@ -224,14 +236,25 @@ impl Channel {
         // SAFETY: a null logger is documented to mean the default.
         let handle = unsafe { sys::xenevtchn_open(ptr::null_mut(), 0) };
         let handle = NonNull::new(handle).ok_or_else(|| Error::last("xenevtchn_open"))?;
-        let mut channel = Self { handle, port: None };
+        let mut channel = Self { handle, port: None, waiting: EventChannel::new() };
         // SAFETY: the handle is open.
         let port = unsafe { sys::xenevtchn_bind_interdomain(handle.as_ptr(), domain, remote) };
         channel.port = Some(port.try_into().map_err(|_| Error::last("xenevtchn_bind_interdomain"))?);
         Ok(channel)
     }
 
-    fn wait(&self, timeout: Duration) -> Result<bool, Error> {
+    fn wait(&mut self, timeout: Duration, pending: impl Fn() -> bool) -> Result<bool, Error> {
+        // SAFETY: the handle is open.
+        let fd = unsafe { sys::xenevtchn_fd(self.handle.as_ptr()) };
+        // SAFETY: so is its file.
+        let device = unsafe { BorrowedFd::borrow_raw(fd) };
+        match self.waiting.wait(device, Some(timeout), pending) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(false),
+            waited => waited.map_err(|error| Error::of("waiting for the event channel", error)),
+        }
+    }
+
+    fn sleep(&self, timeout: Duration) -> Result<bool, Error> {
         // SAFETY: the handle is open.
         let fd = unsafe { sys::xenevtchn_fd(self.handle.as_ptr()) };
         let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
@@ -313,6 +336,10 @@ impl BackRing {
         let at = first + (index % Self::ENTRIES) as usize * size_of::<sys::vm_event_sring_entry>();
         // SAFETY: within the page: `ENTRIES` entries fit.
         unsafe { self.shared.cast::<u8>().add(at) }.as_ptr().cast()
+    }
+
+    fn has_requests(&self) -> bool {
+        self.index(0).load(Ordering::Acquire) != self.requests_taken
     }
 
     fn pop(&mut self) -> Option<Request> {

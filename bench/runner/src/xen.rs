@@ -48,6 +48,11 @@ impl Error {
         Self { call, source: io::Error::last_os_error() }
     }
 
+    /// Why `call` has failed.
+    pub(crate) const fn of(call: &'static str, source: io::Error) -> Self {
+        Self { call, source }
+    }
+
     /// Whether this is why it failed, as an `errno`.
     pub(crate) fn is(&self, code: c_int) -> bool {
         self.source.raw_os_error() == Some(code)

@@ -174,6 +174,26 @@ hyperbp_observed_t hyperbp_begin(hyperbp_session_t* session, vmi_event_t* event,
 event_response_t hyperbp_finish(hyperbp_session_t* session, vmi_event_t* event,
                                 event_response_t response) HYPERBP_NOEXCEPT;
 
+/* How a wait has ended. */
+typedef enum hyperbp_waited {
+    /* There may be events: call vmi_events_listen(vmi, 0). */
+    HYPERBP_WOKEN,
+    /* A signal has come. */
+    HYPERBP_INTERRUPTED,
+    /* It cannot be waited for like this, or not now: hyperbp_error() says why. It can be in another way. */
+    HYPERBP_NOT_WAITED
+} hyperbp_waited_t;
+
+/* Waits for the domain's events; of the ways to, it finds out which takes the least time. `device` is the file
+ * descriptor of the event channel (xenevtchn_fd), a blocking one, which has only LibVMI's port, and that nobody else
+ * reads from. LibVMI is one whose events are waited for by its host (VMI_INIT_EVENTS with an event channel of the
+ * host's). docs/waiting.md says what it does. */
+hyperbp_waited_t hyperbp_wait(hyperbp_session_t* session, int device) HYPERBP_NOEXCEPT;
+
+/* Before `device` is waited for in another way, with poll() for one: until this is called nothing may be readable
+ * there. */
+bool hyperbp_stop_waiting(hyperbp_session_t* session, int device) HYPERBP_NOEXCEPT;
+
 /* Whether a bug in hyperbp has ended the session: then it can only be closed. What it had done to the domain has been
  * undone. */
 bool hyperbp_failed(const hyperbp_session_t* session) HYPERBP_NOEXCEPT;

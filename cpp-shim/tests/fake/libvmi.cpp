@@ -176,6 +176,11 @@ unsigned int vmi_get_num_vcpus(vmi_instance_t vmi) noexcept
     return vmi->machine.vcpus();
 }
 
+int vmi_are_events_pending(vmi_instance_t vmi) noexcept
+{
+    return vmi->pending ? 1 : 0;
+}
+
 status_t vmi_mmap_guest_pa(vmi_instance_t vmi, addr_t paddr, size_t num_pages, int prot, void** access_ptrs) noexcept
 {
     return attempt([&] {

@@ -25,6 +25,8 @@ struct vmi_instance
     vmi_event_t* memory = nullptr;
     vmi_event_t* failed_emulation = nullptr;
     std::map<std::uint32_t, vmi_event_t*> steps;
+    /// Events are in the ring.
+    bool pending = false;
     /// Pages mapped so far.
     unsigned mapped = 0;
     /// What the last response was.

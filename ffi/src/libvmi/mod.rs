@@ -2,10 +2,13 @@
 
 mod page;
 
+use std::io;
+use std::os::fd::BorrowedFd;
 use std::pin::Pin;
 
 use cxx::UniquePtr;
 use hyperbp::{Gfn, Gpa, Hypervisor, PAGE_SIZE, Rights, VcpuId, ViewId};
+use hyperbp_event_channel::EventChannel;
 use hyperbp_guest_page::PageCache;
 use libvmi_sys as sys;
 
@@ -24,6 +27,7 @@ pub(crate) struct Domain {
     /// LibVMI does not tell which frames are free, nor raise the memory limit: the host does.
     memory: UniquePtr<ffi::Memory>,
     pages: PageCache<Page>,
+    channel: EventChannel,
 }
 
 impl Domain {
@@ -44,7 +48,7 @@ impl Domain {
             return Err(Error::TooManyVcpus(vcpus));
         }
         let vcpus = vcpus as u16;
-        Ok(Self { vmi, vcpus, memory, pages: PageCache::default() })
+        Ok(Self { vmi, vcpus, memory, pages: PageCache::default(), channel: EventChannel::new() })
     }
 
     fn page(&mut self, gpa: Gpa, length: usize) -> Result<&Page, Error> {
@@ -54,6 +58,23 @@ impl Domain {
         let Self { pages, vmi, .. } = self;
         // SAFETY: `new` was promised that the instance lives.
         pages.get(gpa.gfn(), || unsafe { page::map(*vmi, gpa.gfn()) })
+    }
+
+    /// Waits until there are events, or for less.
+    ///
+    /// # Errors
+    /// As [`EventChannel::wait`].
+    pub(crate) fn wait(&mut self, device: BorrowedFd<'_>) -> io::Result<()> {
+        // SAFETY: `new` was promised that the instance lives. (It looks at the ring, in memory.)
+        self.channel.wait(device, None, || unsafe { sys::vmi_are_events_pending(self.vmi) } > 0).map(drop)
+    }
+
+    /// Lets the device signal again.
+    ///
+    /// # Errors
+    /// As [`EventChannel::stop`].
+    pub(crate) fn stop_waiting(&mut self, device: BorrowedFd<'_>) -> io::Result<()> {
+        self.channel.stop(device)
     }
 
     fn memory(&mut self) -> Pin<&mut ffi::Memory> {
