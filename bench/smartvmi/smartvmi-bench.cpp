@@ -1,5 +1,5 @@
 /*
- * Serves the benchmark guest's breakpoints with vmicore's own classes, for the runner (bench/runner/src/host.rs).
+ * Serves the benchmark guest's breakpoints with vmicore's own classes, for the runner (bench/runner/src/elsewhere.rs).
  *
  * This file is ours (MIT or Apache-2.0) and calls what vmicore's headers declare. The program it becomes has SmartVMI
  * in it and falls under SmartVMI's licence: it is built where it is run, and not given away.

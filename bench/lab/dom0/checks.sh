@@ -34,16 +34,17 @@ checks() {
     expect 5 "/dev/xen/privcmd" $run bench
     mv /dev/xen/away /dev/xen/privcmd
 
-    # A DRAKVUF that is not there, and one that cannot attach.
+    # A DRAKVUF that is not there, and one, and a SmartVMI, that cannot attach.
     expect 1 "cannot run /bin/none" $run bench --drakvuf /bin/none
-    cat >/tmp/drakvuf <<'DRAKVUF'
+    cat >/tmp/elsewhere <<'ELSEWHERE'
 #!/bin/sh
 [ "$1" = --backends ] && echo original && exit
 echo "nobody is at home" >&2
 exit 1
-DRAKVUF
-    chmod +x /tmp/drakvuf
-    expect 1 "DRAKVUF has ended (exit status: 1): nobody is at home" $run bench --host drakvuf --drakvuf /tmp/drakvuf
+ELSEWHERE
+    chmod +x /tmp/elsewhere
+    expect 1 "DRAKVUF has ended (exit status: 1): nobody is at home" $run bench --host drakvuf --drakvuf /tmp/elsewhere
+    expect 1 "SmartVMI has ended (exit status: 1): nobody is at home" $run bench --host smartvmi --smartvmi /tmp/elsewhere
 
     # After all of that, the guest is as it was, and the runner's own command line measures in it.
     if hyperbp-bench run --domain bench --machine bochs --out /tmp/after --samples 20 --page-samples 1 >/tmp/table 2>&1; then
