@@ -7,9 +7,9 @@
  *   smartvmi-bench --backends
  *       The backends it has, one a line: `original`, and `hyperbp` where that is loaded in SmartVMI.
  *   smartvmi-bench --domain ID --gpa ADDRESS[,ADDRESS...] --backend B --mechanism M
- *       Sets a breakpoint at each address, says `ready`, and serves them until SIGTERM, SIGINT, or until its standard
- * input, a pipe, closes. Then it takes them out and says how often each was hit, {"hits":[N,...]}. Exit codes: 0 fine,
- * 2 bad arguments, 1 anything else; why is on standard error.
+ *       Sets a breakpoint at each address, says `ready`, and serves them until SIGTERM, SIGINT, or until its
+ *       standard input, a pipe, closes. Then it takes them out and says how often each was hit, {"hits":[N,...]}.
+ *       Exit codes: 0 fine, 2 bad arguments, 1 anything else; why is on standard error.
  *
  * vmicore wants a Linux or Windows guest with a profile, to find processes and their page tables. The benchmark guest
  * has neither, and is mapped one to one. So vmicore's start (`VmiHub::run`) is done here without what is about
