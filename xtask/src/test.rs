@@ -204,7 +204,14 @@ fn in_the_lab(lab: &Lab, bench: &Bench<'_>, programs: &[Elsewhere], checks: &mut
     let storm = bench.storm(&runner, 2, &STORM_VCPUS, STORM_CALLS, &[]);
     let recover = bench.recover(&runner, 2, KILLS, ATTACHES);
     let trace = Trace::short(TRACED_SECONDS);
-    for job in [storm, recover, trace.job(bench, &runner)] {
+    let mut others = vec![storm, recover, trace.job(bench, &runner)];
+    for program in programs.iter().filter(|program| program.host == plan::SMARTVMI) {
+        let mut job = bench.storm(&runner, 2, &STORM_VCPUS, STORM_CALLS, &[]);
+        job.name += &format!("-{}", program.host);
+        program.put_into(&mut job);
+        others.push(job);
+    }
+    for job in others {
         let image = bench.image(&job)?;
         jobs.push((job, image));
     }
@@ -238,6 +245,10 @@ fn in_the_lab(lab: &Lab, bench: &Bench<'_>, programs: &[Elsewhere], checks: &mut
     checks.add(&fs::read_to_string(dirs[5].join("checks")).context("the kills left nothing")?);
     println!("A Linux guest's kernel:");
     checks.add(&trace.results(&dirs[6])?.1);
+    for dir in &dirs[7..] {
+        println!("In SmartVMI:");
+        storms(dir, checks)?;
+    }
     Ok(())
 }
 
@@ -246,8 +257,13 @@ fn storms(dir: &Path, checks: &mut Checks) -> Result<()> {
     for vcpus in STORM_VCPUS {
         println!("A storm of {vcpus} virtual CPUs:");
         for storm in crate::storm::storms(dir, vcpus)? {
+            if let Some(why) = &storm.ended {
+                println!("{} {}: {} executions, and then: {why}", storm.backend, storm.mechanism, storm.executions);
+                continue;
+            }
             let what = format!(
-                "{}: {} executions, {} lost, {} doubled, {} of {} hashes and {} of {} writes wrong",
+                "{} {}: {} executions, {} lost, {} doubled, {} of {} hashes and {} of {} writes wrong",
+                storm.backend,
                 storm.mechanism,
                 storm.executions,
                 storm.lost,
