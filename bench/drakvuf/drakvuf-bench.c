@@ -1,5 +1,5 @@
 /*
- * Serves the benchmark guest's breakpoint from inside libdrakvuf, for the runner (bench/runner/src/drakvuf.rs).
+ * Serves the benchmark guest's breakpoint from inside libdrakvuf, for the runner (bench/runner/src/elsewhere.rs).
  *
  * This file is ours (MIT or Apache-2.0) and calls the public functions of libdrakvuf.h only. The program it becomes has DRAKVUF in
  * it and falls under DRAKVUF's licence: it is built where it is run, and not given away.

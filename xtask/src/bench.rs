@@ -9,18 +9,16 @@ use clap::Args;
 use clap::builder::PossibleValuesParser;
 use hyperbp_lab::plan::{self, Selection};
 use hyperbp_lab::protocol::{Message, Parser};
-use hyperbp_lab::{Drakvuf, Host, Lab, Outcome, Program, Progress};
+use hyperbp_lab::{Elsewhere, Host, Lab, Outcome, Program, Progress};
 use hyperbp_report::Collection;
+
+use crate::elsewhere::{self, Skipped};
 
 /// What the runner measures besides the core's mechanisms.
 const OTHERS: &[&str] = &["none", "skip"];
 
 /// What `--quick` measures: enough to see the order of things.
 const QUICK: (u64, u64) = (100, 4);
-
-/// What is said when a part of it is left out.
-const NO_DRAKVUF: &str = "DRAKVUF (to measure in it, build it, and name its build directory with --drakvuf)";
-const NO_HYPERBP: &str = "hyperbp in DRAKVUF (this one was built without it: see drakvuf-patches)";
 
 const EXAMPLES: &str = "\
 Examples:
@@ -34,6 +32,8 @@ Examples:
       dom0 and the guest have a CPU each.
   cargo xtask bench --drakvuf ../drakvuf/build
       Measure in DRAKVUF, too: this is Meson's build directory, with DRAKVUF built in it.
+  cargo xtask bench --smartvmi ../smartvmi/build
+      Measure in SmartVMI, too: this is CMake's build directory of its vmicore, with vmicore built in it.
   cargo xtask bench --domain bench
       On this machine: run it in dom0 of a Xen with `altp2m=1`, with the benchmark guest running as the domain `bench`.
 
@@ -57,7 +57,8 @@ pub(crate) struct Bench {
     #[arg(long = "host", value_name = "H", value_parser = PossibleValuesParser::new(plan::HOSTS))]
     hosts: Vec<String>,
 
-    /// Measure only this backend: the crate, the least a monitor has to do, or what DRAKVUF has itself; may be repeated
+    /// Measure only this backend: the crate, the least a monitor has to do, or what DRAKVUF and SmartVMI have themselves; may be
+    /// repeated
     #[arg(long = "backend", value_name = "B", value_parser = PossibleValuesParser::new(plan::BACKENDS))]
     backends: Vec<String>,
 
@@ -85,9 +86,8 @@ pub(crate) struct Bench {
     #[arg(long, value_name = "NAME", conflicts_with_all = ["cpus", "jobs"])]
     domain: Option<String>,
 
-    /// Measure in DRAKVUF, too: Meson's build directory of it, with or without drakvuf-patches
-    #[arg(long, value_name = "BUILD_DIR")]
-    drakvuf: Option<PathBuf>,
+    #[command(flatten)]
+    elsewhere: elsewhere::Trees,
 
     /// Ask Debian's mirror for newer packages
     #[arg(long)]
@@ -111,37 +111,38 @@ impl Bench {
         if parts.exists() {
             std::fs::remove_dir_all(&parts).with_context(|| format!("cannot remove {}", parts.display()))?;
         }
-        let drakvuf = self.drakvuf.as_deref().map(|tree| lab.drakvuf(tree)).transpose()?;
-        let skipped = self.skipped(drakvuf.as_ref());
-        if plan::machines(&self.selection(drakvuf.as_ref().map(Drakvuf::in_dom0))).is_empty() {
-            let skipped = skipped.map(|skipped| format!("; skipped: {skipped}")).unwrap_or_default();
+        let programs = self.elsewhere.build(&lab)?;
+        let skipped = self.skipped(&programs);
+        if plan::machines(&self.selection(&programs, Elsewhere::in_dom0)).is_empty() {
+            let skipped = if skipped.is_empty() { String::new() } else { format!("; skipped: {}", skipped.join("; ")) };
             bail!("no host has what was selected{skipped}");
         }
         let (collections, label) = match &self.domain {
-            Some(domain) => (self.measure_here(&lab, drakvuf.as_ref(), domain, &parts)?, "xen"),
-            None => (self.measure_in_the_lab(&lab, drakvuf.as_ref(), &parts)?, "bochs"),
+            Some(domain) => (self.measure_here(&lab, &programs, domain, &parts)?, "xen"),
+            None => (self.measure_in_the_lab(&lab, &programs, &parts)?, "bochs"),
         };
         present(collections, label, &out)?;
-        if let Some(skipped) = skipped {
+        for skipped in skipped {
             println!("Skipped:  {skipped}");
         }
         Ok(())
     }
 
     /// What of the selection cannot be measured, and why.
-    fn skipped(&self, drakvuf: Option<&Drakvuf>) -> Option<&'static str> {
-        let wants = |names: &[String], name| names.is_empty() || names.iter().any(|wanted| wanted == name);
+    fn skipped(&self, programs: &[Elsewhere]) -> Vec<String> {
+        let wants = |names: &[String], name: &str| names.is_empty() || names.iter().any(|wanted| wanted == name);
         let (original, hyperbp) = (wants(&self.backends, plan::ORIGINAL), wants(&self.backends, plan::HYPERBP));
-        match drakvuf {
-            _ if !wants(&self.hosts, plan::DRAKVUF) => None,
-            None if original || hyperbp => Some(NO_DRAKVUF),
-            Some(drakvuf) if hyperbp && !drakvuf.has_hyperbp => Some(NO_HYPERBP),
+        let skipped = |host: &&str| match elsewhere::skipped(host, programs) {
+            _ if !wants(&self.hosts, host) => None,
+            Some(Skipped::Host(what)) if original || hyperbp => Some(what),
+            Some(Skipped::Hyperbp(what)) if hyperbp => Some(what),
             _ => None,
-        }
+        };
+        plan::ELSEWHERE.iter().filter_map(skipped).collect()
     }
 
-    /// `drakvuf` is where the runner finds its program.
-    fn selection(&self, drakvuf: Option<String>) -> Selection {
+    /// `place` says where the runner finds a program.
+    fn selection(&self, programs: &[Elsewhere], place: impl Fn(&Elsewhere) -> String) -> Selection {
         let (samples, page_samples) = match self.quick {
             true => (Some(QUICK.0), Some(QUICK.1)),
             false => (self.samples, self.page_samples),
@@ -153,20 +154,20 @@ impl Bench {
             workloads: self.workloads.clone(),
             samples,
             page_samples,
-            drakvuf,
+            elsewhere: elsewhere::named(programs, place),
         }
     }
 
     /// Returns the directories of the collections that were measured.
-    fn measure_in_the_lab(&self, lab: &Lab, drakvuf: Option<&Drakvuf>, parts: &Path) -> Result<Vec<PathBuf>> {
+    fn measure_in_the_lab(&self, lab: &Lab, programs: &[Elsewhere], parts: &Path) -> Result<Vec<PathBuf>> {
         let prepared = lab.prepare(self.update)?;
         let runner = lab.build(Program::Runner, Some(&prepared.sysroot))?;
-        let machines = plan::machines(&self.selection(drakvuf.map(Drakvuf::in_dom0)));
+        let machines = plan::machines(&self.selection(programs, Elsewhere::in_dom0));
         let mut jobs = Vec::new();
         for (n, selections) in (1..).zip(&machines) {
             let mut job = prepared.bench(&format!("bench-{n}"), &runner, selections, self.cpus);
-            if let Some(drakvuf) = drakvuf {
-                drakvuf.put_into(&mut job);
+            for program in programs {
+                program.put_into(&mut job);
             }
             let image = prepared.image(&job)?;
             jobs.push((job, image));
@@ -181,7 +182,7 @@ impl Bench {
         Ok(collections)
     }
 
-    fn measure_here(&self, lab: &Lab, drakvuf: Option<&Drakvuf>, domain: &str, parts: &Path) -> Result<Vec<PathBuf>> {
+    fn measure_here(&self, lab: &Lab, programs: &[Elsewhere], domain: &str, parts: &Path) -> Result<Vec<PathBuf>> {
         // The system's own Xen is the one that runs; its headers are needed only when they are not installed.
         let sysroot = match Path::new("/usr/include/xenctrl.h").exists() {
             true => None,
@@ -190,8 +191,8 @@ impl Bench {
         let runner = lab.build(Program::Runner, sysroot.as_deref())?;
         let mut command = Command::new(runner);
         command.args(["run", "--domain", domain, "--progress", "lines", "--out"]).arg(parts);
-        let drakvuf = drakvuf.map(|drakvuf| drakvuf.program.display().to_string());
-        command.args(self.selection(drakvuf).arguments()).stdout(Stdio::piped());
+        let selection = self.selection(programs, |program| program.program.display().to_string());
+        command.args(selection.arguments()).stdout(Stdio::piped());
         let task = lab.progress.start("bench");
         let mut child = command.spawn().context("cannot run the runner")?;
         let mut parser = Parser::new();

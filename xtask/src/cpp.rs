@@ -69,12 +69,15 @@ fn packages(features: &str) -> Result<()> {
 
 /// All C++ is as clang-format writes it.
 fn format() -> Result<()> {
-    let shim = crate::repo().join("cpp-shim");
+    let repo = crate::repo();
     let mut files = Vec::new();
-    sources(&shim, &mut files)?;
+    for dir in ["cpp-shim", "bench/smartvmi"] {
+        sources(&repo.join(dir), &mut files)?;
+    }
     files.sort();
-    eprintln!("== format of the C++ shim: clang-format, {} files", files.len());
-    run_program(Command::new("clang-format").args(["--dry-run", "--Werror"]).args(files).current_dir(shim))
+    eprintln!("== format of the C++: clang-format, {} files", files.len());
+    let style = format!("--style=file:{}", repo.join("cpp-shim/.clang-format").display());
+    run_program(Command::new("clang-format").args(["--dry-run", "--Werror", &style]).args(files).current_dir(repo))
 }
 
 /// All C and C++ below a directory.

@@ -11,6 +11,7 @@ mod boot;
 mod cpp;
 mod deny;
 mod drakvuf;
+mod elsewhere;
 mod events;
 mod fuzz;
 mod install;

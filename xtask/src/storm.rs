@@ -1,7 +1,7 @@
 //! `cargo xtask storm`
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
@@ -13,6 +13,8 @@ Examples:
       Every mechanism, with 2 and with 4 virtual CPUs, on an emulated machine with 2 CPUs.
   cargo xtask storm --mechanism auto --vcpus 4 --cpus 4 --count 5000
       One mechanism; dom0 has one CPU, and the guest three.
+  cargo xtask storm --smartvmi ../smartvmi/build --mechanism auto
+      In SmartVMI: this is CMake's build directory of its vmicore.
 
 Results are in target/storm. Exit code 1 if a mechanism that must not has lost or doubled a hit, or if the guest saw a
 breakpoint. (repair may lose hits: other virtual CPUs run through while the byte is back.)";
@@ -36,14 +38,23 @@ pub(crate) struct Storm {
     /// Calls each virtual CPU makes into the page; each is 3 hits on average
     #[arg(long, value_name = "N", default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..))]
     count: u32,
+
+    /// In SmartVMI instead: CMake's build directory of its vmicore, with or without smartvmi-patches. The breakpoints it has
+    /// itself are let in, too, and not judged
+    #[arg(long, value_name = "BUILD_DIR")]
+    smartvmi: Option<PathBuf>,
 }
 
 impl Storm {
     pub(crate) fn run(self) -> Result<()> {
         let lab = Lab::open(&crate::repo(), &crate::target(), Host::this(), Progress::new())?;
+        let smartvmi = self.smartvmi.as_deref().map(|tree| lab.smartvmi(tree)).transpose()?;
         let bench = lab.prepare(false)?;
         let runner = lab.build(Program::Runner, Some(&bench.sysroot))?;
-        let job = bench.storm(&runner, self.cpus, &self.vcpus, self.count, &self.mechanisms);
+        let mut job = bench.storm(&runner, self.cpus, &self.vcpus, self.count, &self.mechanisms);
+        if let Some(smartvmi) = &smartvmi {
+            smartvmi.put_into(&mut job);
+        }
         let image = bench.image(&job)?;
         let outcome = bench.run(&[(job, image)], 1)?.remove(0);
         let dir = crate::target().join("storm");
@@ -55,6 +66,9 @@ impl Storm {
             right &= storms.iter().all(hyperbp_report::Storm::is_right);
         }
         println!("Results:  {}", dir.display());
+        if smartvmi.is_some_and(|smartvmi| !smartvmi.has_hyperbp) {
+            println!("Skipped:  hyperbp in SmartVMI (this one was built without it: see smartvmi-patches)");
+        }
         ensure!(right, "something is wrong: see the table");
         Ok(())
     }

@@ -6,19 +6,20 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use hyperbp_lab::plan::{self, Selection};
-use hyperbp_lab::{Bench, Drakvuf, Host, Lab, Outcome, Program, Progress};
+use hyperbp_lab::{Bench, Elsewhere, Host, Lab, Outcome, Program, Progress};
 use hyperbp_report::{Collection, Results, Run, Workload};
 
+use crate::elsewhere::Skipped;
 use crate::fuzz::Fuzz;
 use crate::trace::Trace;
-use crate::{cpp, deny, tools};
+use crate::{cpp, deny, elsewhere, tools};
 
 /// Run all tests: formatting, lints, unit and property tests, those of the C++ side, documentation, dependencies, a little
 /// fuzzing, and checks on a real Xen in the lab
 #[derive(Debug, Args)]
 pub(crate) struct Test {
     /// Only what needs no emulator
-    #[arg(long, conflicts_with = "only_lab")]
+    #[arg(long, conflicts_with_all = ["only_lab", "drakvuf", "smartvmi"])]
     no_lab: bool,
 
     /// Only what is about ffi/ and cpp-shim/
@@ -29,9 +30,8 @@ pub(crate) struct Test {
     #[arg(long)]
     only_lab: bool,
 
-    /// Measure in DRAKVUF, too, and check what comes of it: Meson's build directory of it
-    #[arg(long, value_name = "BUILD_DIR", conflicts_with = "no_lab")]
-    drakvuf: Option<PathBuf>,
+    #[command(flatten)]
+    elsewhere: elsewhere::Trees,
 }
 
 /// A name, and cargo's arguments.
@@ -100,6 +100,9 @@ const FLOOR_PERCENT: u64 = 110;
 /// What the core may cost in DRAKVUF, in hundredths of what the same costs there without it.
 const OWN_PERCENT: u64 = 102;
 
+/// What `auto` may cost in SmartVMI, in hundredths of what its own breakpoint costs.
+const OF_SMARTVMI: [(Workload, u64); 2] = [(Workload::ExecBp, 25), (Workload::ReadBp, 85)];
+
 impl Test {
     pub(crate) fn run(self) -> Result<()> {
         if self.only_cpp {
@@ -120,13 +123,12 @@ impl Test {
         if !self.only_lab {
             steps(WITH_XEN, Some(&bench.sysroot))?;
         }
-        let drakvuf = self.drakvuf.map(|tree| lab.drakvuf(&tree)).transpose()?;
+        let programs = self.elsewhere.build(&lab)?;
         let mut checks = Checks::default();
-        in_the_lab(&lab, &bench, drakvuf.as_ref(), &mut checks)?;
-        match drakvuf {
-            None => println!("skipped: DRAKVUF (name a build of it with --drakvuf)"),
-            Some(Drakvuf { has_hyperbp: false, .. }) => println!("skipped: hyperbp in DRAKVUF (this one has none)"),
-            Some(_) => {}
+        in_the_lab(&lab, &bench, &programs, &mut checks)?;
+        for skipped in plan::ELSEWHERE.iter().filter_map(|host| elsewhere::skipped(host, &programs)) {
+            let (Skipped::Host(what) | Skipped::Hyperbp(what)) = skipped;
+            println!("skipped: {what}");
         }
         println!("{} passed, {} failed", checks.passed, checks.failed);
         ensure!(checks.failed == 0, "checks in the lab failed: they are named above");
@@ -175,26 +177,26 @@ impl Checks {
     }
 }
 
-fn in_the_lab(lab: &Lab, bench: &Bench<'_>, drakvuf: Option<&Drakvuf>, checks: &mut Checks) -> Result<()> {
+fn in_the_lab(lab: &Lab, bench: &Bench<'_>, programs: &[Elsewhere], checks: &mut Checks) -> Result<()> {
     let runner = lab.build(Program::Runner, Some(&bench.sysroot))?;
     let quick = Selection {
         samples: Some(100),
         page_samples: Some(2),
-        drakvuf: drakvuf.map(Drakvuf::in_dom0),
+        elsewhere: elsewhere::named(programs, Elsewhere::in_dom0),
         ..Selection::default()
     };
     // The same image twice, at the same time, and then the checks with one CPU and with two.
     let mut measure = bench.bench("test", &runner, std::slice::from_ref(&quick), 1);
-    if let Some(drakvuf) = drakvuf {
-        drakvuf.put_into(&mut measure);
+    for program in programs {
+        program.put_into(&mut measure);
     }
     let again = hyperbp_lab::Job { name: "test-again".to_owned(), ..measure.clone() };
     let image = bench.image(&measure)?;
     let mut jobs = vec![(measure, image.clone()), (again, image)];
     for cpus in [1, 2] {
         let mut job = bench.checks(&runner, cpus);
-        if let Some(drakvuf) = drakvuf {
-            drakvuf.put_into(&mut job);
+        for program in programs {
+            program.put_into(&mut job);
         }
         let image = bench.image(&job)?;
         jobs.push((job, image));
@@ -202,7 +204,14 @@ fn in_the_lab(lab: &Lab, bench: &Bench<'_>, drakvuf: Option<&Drakvuf>, checks: &
     let storm = bench.storm(&runner, 2, &STORM_VCPUS, STORM_CALLS, &[]);
     let recover = bench.recover(&runner, 2, KILLS, ATTACHES);
     let trace = Trace::short(TRACED_SECONDS);
-    for job in [storm, recover, trace.job(bench, &runner)] {
+    let mut others = vec![storm, recover, trace.job(bench, &runner)];
+    for program in programs.iter().filter(|program| program.host == plan::SMARTVMI) {
+        let mut job = bench.storm(&runner, 2, &STORM_VCPUS, STORM_CALLS, &[]);
+        job.name += &format!("-{}", program.host);
+        program.put_into(&mut job);
+        others.push(job);
+    }
+    for job in others {
         let image = bench.image(&job)?;
         jobs.push((job, image));
     }
@@ -221,8 +230,11 @@ fn in_the_lab(lab: &Lab, bench: &Bench<'_>, drakvuf: Option<&Drakvuf>, checks: &
     let second = Collection::read(&dirs[1].join("0"))?;
     checks.check("two runs of the same image give the same results and samples", first == second);
     results(first.results(), checks);
-    if let Some(drakvuf) = drakvuf {
-        in_drakvuf(first.results(), drakvuf, checks);
+    for program in programs {
+        match program.host {
+            plan::SMARTVMI => in_smartvmi(first.results(), program, checks),
+            _ => in_drakvuf(first.results(), program, checks),
+        }
     }
     for (dir, cpus) in dirs[2..].iter().zip([1, 2]) {
         println!("With {cpus} CPUs:");
@@ -233,6 +245,10 @@ fn in_the_lab(lab: &Lab, bench: &Bench<'_>, drakvuf: Option<&Drakvuf>, checks: &
     checks.add(&fs::read_to_string(dirs[5].join("checks")).context("the kills left nothing")?);
     println!("A Linux guest's kernel:");
     checks.add(&trace.results(&dirs[6])?.1);
+    for dir in &dirs[7..] {
+        println!("In SmartVMI:");
+        storms(dir, checks)?;
+    }
     Ok(())
 }
 
@@ -241,8 +257,13 @@ fn storms(dir: &Path, checks: &mut Checks) -> Result<()> {
     for vcpus in STORM_VCPUS {
         println!("A storm of {vcpus} virtual CPUs:");
         for storm in crate::storm::storms(dir, vcpus)? {
+            if let Some(why) = &storm.ended {
+                println!("{} {}: {} executions, and then: {why}", storm.backend, storm.mechanism, storm.executions);
+                continue;
+            }
             let what = format!(
-                "{}: {} executions, {} lost, {} doubled, {} of {} hashes and {} of {} writes wrong",
+                "{} {}: {} executions, {} lost, {} doubled, {} of {} hashes and {} of {} writes wrong",
+                storm.backend,
                 storm.mechanism,
                 storm.executions,
                 storm.lost,
@@ -266,7 +287,7 @@ fn find<'a>(results: &'a Results, host: &str, backend: &str, mechanism: &str, wo
 
 /// Checks that everything was measured in DRAKVUF, and what the core costs there.
 /// (Hits and reads were checked with those of all hosts.)
-fn in_drakvuf(results: &Results, drakvuf: &Drakvuf, checks: &mut Checks) {
+fn in_drakvuf(results: &Results, drakvuf: &Elsewhere, checks: &mut Checks) {
     let ticks = |backend, mechanism: &str| {
         let run = |workload| find(results, plan::DRAKVUF, backend, mechanism, workload);
         let all = Workload::ALL.iter().all(|workload| run(*workload).is_some());
@@ -288,6 +309,27 @@ fn in_drakvuf(results: &Results, drakvuf: &Drakvuf, checks: &mut Checks) {
                 format!("a hit of {mechanism} costs {ours} ticks in DRAKVUF, at most {percent} % of its own {own}");
             checks.check(&what, ours * 100 <= own * percent);
         }
+    }
+}
+
+/// Checks that everything was measured in SmartVMI, and what the core costs there.
+/// (Hits and reads were checked with those of all hosts.)
+fn in_smartvmi(results: &Results, smartvmi: &Elsewhere, checks: &mut Checks) {
+    let all = |backend, mechanism: &str| {
+        Workload::ALL.iter().all(|workload| find(results, plan::SMARTVMI, backend, mechanism, *workload).is_some())
+    };
+    let ticks = |backend, mechanism, workload| {
+        find(results, plan::SMARTVMI, backend, mechanism, workload).map_or(0, |run| run.ticks.median)
+    };
+    checks.check("every workload was measured in SmartVMI as it is", all(plan::ORIGINAL, "repair"));
+    for (mechanism, _) in hyperbp::Mechanism::NAMED.iter().filter(|_| smartvmi.has_hyperbp) {
+        checks.check(&format!("every workload of {mechanism} was measured in SmartVMI"), all(plan::HYPERBP, mechanism));
+    }
+    for (workload, percent) in OF_SMARTVMI.into_iter().filter(|_| smartvmi.has_hyperbp) {
+        let (ours, own) = (ticks(plan::HYPERBP, "auto", workload), ticks(plan::ORIGINAL, "repair", workload));
+        let name = workload.name();
+        let what = format!("{name} costs {ours} ticks with auto in SmartVMI, at most {percent} % of its own {own}");
+        checks.check(&what, ours > 0 && ours * 100 <= own * percent);
     }
 }
 

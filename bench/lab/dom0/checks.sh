@@ -1,8 +1,8 @@
-# Checks the runner on a live guest, and what it does with bad input. DRAKVUF has arguments for that, if it is to be checked in
-# DRAKVUF, too. A line for each check, `ok: ` or `FAILED: `, goes into the results.
+# Checks the runner on a live guest, and what it does with bad input. ELSEWHERE has arguments for that, if it is to be checked in
+# other hosts, too. A line for each check, `ok: ` or `FAILED: `, goes into the results.
 checks() {
     # shellcheck disable=SC2086
-    hyperbp-bench check --domain bench $DRAKVUF || echo "FAILED: the checks ran to their end (exit code $?)"
+    hyperbp-bench check --domain bench $ELSEWHERE || echo "FAILED: the checks ran to their end (exit code $?)"
 
     # expect CODE TEXT ARGUMENTS...: the runner says TEXT in an error of one line, and exits with CODE.
     expect() {
@@ -34,16 +34,17 @@ checks() {
     expect 5 "/dev/xen/privcmd" $run bench
     mv /dev/xen/away /dev/xen/privcmd
 
-    # A DRAKVUF that is not there, and one that cannot attach.
+    # A DRAKVUF that is not there, and one, and a SmartVMI, that cannot attach.
     expect 1 "cannot run /bin/none" $run bench --drakvuf /bin/none
-    cat >/tmp/drakvuf <<'DRAKVUF'
+    cat >/tmp/elsewhere <<'ELSEWHERE'
 #!/bin/sh
 [ "$1" = --backends ] && echo original && exit
 echo "nobody is at home" >&2
 exit 1
-DRAKVUF
-    chmod +x /tmp/drakvuf
-    expect 1 "DRAKVUF has ended (exit status: 1): nobody is at home" $run bench --host drakvuf --drakvuf /tmp/drakvuf
+ELSEWHERE
+    chmod +x /tmp/elsewhere
+    expect 1 "DRAKVUF has ended (exit status: 1): nobody is at home" $run bench --host drakvuf --drakvuf /tmp/elsewhere
+    expect 1 "SmartVMI has ended (exit status: 1): nobody is at home" $run bench --host smartvmi --smartvmi /tmp/elsewhere
 
     # After all of that, the guest is as it was, and the runner's own command line measures in it.
     if hyperbp-bench run --domain bench --machine bochs --out /tmp/after --samples 20 --page-samples 1 >/tmp/table 2>&1; then

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use crate::{Error, Host, Inputs, Job, Progress, Result, Stages};
+use crate::{Elsewhere, Error, Host, Inputs, Progress, Result, Stages, plan};
 
 const PROGRAM: &str = "drakvuf-bench";
 const SOURCE: &str = include_str!("../../drakvuf/drakvuf-bench.c");
@@ -25,41 +25,12 @@ const HEADER: &str = "src/libdrakvuf/libdrakvuf.h";
 /// What DRAKVUF has when it can be told to use hyperbp.
 const SELECTOR: &str = "drakvuf_use_hyperbp";
 
-/// The program, and what it can do.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Drakvuf {
-    /// `drakvuf-bench`.
-    pub program: PathBuf,
-    /// Whether hyperbp is loaded in this DRAKVUF.
-    pub has_hyperbp: bool,
-}
-
-/// Names of shared libraries that DRAKVUF and LibVMI load themselves. They leave out the version, and so are usually found only
-/// where Xen's headers are installed.
-pub(crate) const LOADS: [&str; 5] =
-    ["libxenctrl.so", "libxenforeignmemory.so", "libxenlight.so", "libxenstore.so", "libxentoollog.so"];
-
-impl Drakvuf {
-    /// Puts the program, and what it needs, into the job's dom0. Its script has the runner's arguments for it in `$DRAKVUF`.
-    pub fn put_into(&self, job: &mut Job) {
-        job.variables.push(("DRAKVUF".to_owned(), format!("--drakvuf {}", self.in_dom0())));
-        job.programs.push(self.program.clone());
-        job.libraries.extend(LOADS.map(str::to_owned));
-    }
-
-    /// Where it is then.
-    #[must_use]
-    pub fn in_dom0(&self) -> String {
-        format!("/bin/{PROGRAM}")
-    }
-}
-
 /// Builds the program against the DRAKVUF in `tree`, Meson's build directory.
 ///
 /// # Errors
 /// [`Error::NoDrakvuf`] when that is something else, or DRAKVUF is not built in it; [`Error::Spawn`] when its compiler is gone;
 /// [`Error::Build`].
-pub fn build(host: &Host, tree: &Path, stages: &Stages, progress: &Progress) -> Result<Drakvuf> {
+pub fn build(host: &Host, tree: &Path, stages: &Stages, progress: &Progress) -> Result<Elsewhere> {
     let tree = Tree::read(&std::path::absolute(tree).map_err(Error::io("find", tree))?)?;
     let has_hyperbp = tree.has_hyperbp();
     let define = has_hyperbp.then_some("-DHYPERBP");
@@ -82,7 +53,7 @@ pub fn build(host: &Host, tree: &Path, stages: &Stages, progress: &Progress) -> 
         command.arg(dir.join(PROGRAM)).arg(&source).args(&tree.link);
         log.run(&mut command)
     })?;
-    Ok(Drakvuf { program: dir.join(PROGRAM), has_hyperbp })
+    Ok(Elsewhere { host: plan::DRAKVUF, program: dir.join(PROGRAM), has_hyperbp })
 }
 
 /// What there is to know of a build directory.

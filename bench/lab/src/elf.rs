@@ -8,11 +8,12 @@ use goblin::elf::Elf;
 
 use crate::{Error, Result};
 
-/// Every shared library the `programs` need, directly or not, by the name they ask for: each where it is first found,
-/// where whoever needs it says, or else in `dirs`. The dynamic linker is among them, under its full path.
+/// Every shared library the `programs` need, directly or not, by the name they ask for, where it is first found in `dirs`. One
+/// that whoever needs it wants from a place of its own is under its full path: two programs may each need another library of
+/// the same name. So is the dynamic linker.
 ///
 /// # Errors
-/// [`Error::Unexpected`] when a library is in none of `dirs` or a file is no ELF.
+/// [`Error::Unexpected`] when a library is in none of these places or a file is no ELF.
 pub fn libraries(programs: &[&Path], dirs: &[PathBuf]) -> Result<BTreeMap<String, PathBuf>> {
     let mut found = BTreeMap::new();
     let mut left: Vec<PathBuf> = programs.iter().map(|program| (*program).to_owned()).collect();
@@ -26,16 +27,23 @@ pub fn libraries(programs: &[&Path], dirs: &[PathBuf]) -> Result<BTreeMap<String
             found.entry(name).or_insert(path);
         }
         for name in elf.libraries.into_iter().filter(|name| !name.starts_with("ld-linux")) {
-            if found.contains_key(name) {
+            let places = elf.runpaths.iter().chain(&elf.rpaths).flat_map(|path| path.split(':')).map(Path::new);
+            // What is in a usual place is found there.
+            let own = places.filter(|dir| dir.is_absolute() && !dirs.iter().any(|usual| usual == dir));
+            let is_there = |file: &PathBuf| file.exists();
+            let (key, file) = if let Some(file) = own.map(|dir| dir.join(name)).find(is_there) {
+                (file.to_string_lossy().into_owned(), file)
+            } else if let Some(file) = dirs.iter().map(|dir| dir.join(name)).find(is_there) {
+                (name.to_owned(), file)
+            } else if found.keys().any(|known| Path::new(known).file_name() == Some(name.as_ref())) {
+                // Who loads this library has loaded that one, from such a place.
                 continue;
+            } else {
+                return Err(unexpected(format!("needs {name}, which is not in {dirs:?}")));
+            };
+            if found.insert(key, file.clone()).is_none() {
+                left.push(file);
             }
-            let own = elf.runpaths.iter().chain(&elf.rpaths).flat_map(|path| path.split(':')).map(Path::new);
-            let own = own.filter(|dir| dir.is_absolute());
-            let file =
-                own.chain(dirs.iter().map(PathBuf::as_path)).map(|dir| dir.join(name)).find(|file| file.exists());
-            let file = file.ok_or_else(|| unexpected(format!("needs {name}, which is not in {dirs:?}")))?;
-            left.push(file.clone());
-            found.insert(name.to_owned(), file);
         }
     }
     Ok(found)
@@ -88,6 +96,27 @@ mod tests {
         assert_eq!((&*found[0].name, &*found[0].soname), ("libc.so.6", "libc.so.6"));
         let error = named(&["libnothing.so".to_owned()], &dirs).unwrap_err().to_string();
         assert!(error.contains("libnothing.so"), "{error}");
+    }
+
+    #[test]
+    fn a_library_from_a_place_of_its_own_stays_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let own = dir.path().to_string_lossy().into_owned();
+        let compile = |arguments: &[&str], source: &str| {
+            fs::write(dir.path().join("source.c"), source).unwrap();
+            let mut compiler = std::process::Command::new("cc");
+            assert!(compiler.current_dir(&dir).args(["source.c", "-o"]).args(arguments).status().unwrap().success());
+        };
+        compile(&["libown.so", "-shared", "-fPIC", "-Wl,-soname,libown.so"], "int own(void) { return 0; }");
+        let rpath = format!("-Wl,-rpath,{own}:/usr/lib/x86_64-linux-gnu");
+        compile(&["program", "libown.so", &rpath], "int own(void); int main(void) { return own(); }");
+        let program = dir.path().join("program");
+        let dirs = [PathBuf::from("/usr/lib/x86_64-linux-gnu")];
+        let found = libraries(&[&program], &dirs).unwrap();
+        assert!(found.contains_key(&format!("{own}/libown.so")) && found.contains_key("libc.so.6"), "{found:?}");
+        // Where that is a usual place, it is one for all.
+        let found = libraries(&[&program], &[dirs[0].clone(), dir.path().to_owned()]).unwrap();
+        assert!(found.contains_key("libown.so"), "{found:?}");
     }
 
     #[test]

@@ -127,6 +127,19 @@ pub enum Error {
         problem: String,
     },
 
+    /// There is no SmartVMI to measure.
+    #[error(
+        "{} is no build of SmartVMI ({problem}): build it first, in SmartVMI's source, with \
+         `cmake -G Ninja -S vmicore -B BUILD_DIR && ninja -C BUILD_DIR vmicore`",
+        build.display()
+    )]
+    NoSmartvmi {
+        /// What was to be CMake's build directory.
+        build: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
+
     /// The emulator ended before the job did.
     #[error("{job}: the emulator ended before the job did ({status}); it said last:\n{tail}")]
     Died {

@@ -77,16 +77,15 @@ fn assignments(variables: &[(String, String)]) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    #[test]
-    fn variables_survive_the_shell() {
-        let value = "it's $HOME; \"x\" `id`";
-        let job = Job {
+    /// A job that does nothing.
+    pub(crate) fn empty() -> Job {
+        Job {
             name: "test".into(),
-            script: "printf %s \"$VALUE\"".into(),
-            variables: vec![("VALUE".into(), value.into())],
+            script: String::new(),
+            variables: vec![],
             late: vec![],
             programs: vec![],
             libraries: vec![],
@@ -98,7 +97,14 @@ mod tests {
             cpus: 1,
             limit: Duration::ZERO,
             silence: Duration::ZERO,
-        };
+        }
+    }
+
+    #[test]
+    fn variables_survive_the_shell() {
+        let value = "it's $HOME; \"x\" `id`";
+        let job =
+            Job { script: "printf %s \"$VALUE\"".into(), variables: vec![("VALUE".into(), value.into())], ..empty() };
         let printed = std::process::Command::new("sh").arg("-c").arg(job.shell()).output().unwrap().stdout;
         assert_eq!(String::from_utf8(printed).unwrap(), value);
     }

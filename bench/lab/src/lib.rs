@@ -20,6 +20,7 @@ pub mod build;
 mod command;
 pub mod drakvuf;
 pub mod elf;
+mod elsewhere;
 mod error;
 mod host;
 pub mod image;
@@ -33,12 +34,13 @@ pub mod plan;
 pub mod profile;
 pub mod progress;
 pub mod protocol;
+pub mod smartvmi;
 mod stage;
 pub mod tools;
 
 pub use build::Program;
 pub use command::Log;
-pub use drakvuf::Drakvuf;
+pub use elsewhere::Elsewhere;
 pub use error::{Error, Result, Tail};
 pub use host::Host;
 pub use job::Job;
@@ -145,8 +147,16 @@ impl Lab {
     ///
     /// # Errors
     /// Those of [`drakvuf::build`].
-    pub fn drakvuf(&self, tree: &Path) -> Result<Drakvuf> {
+    pub fn drakvuf(&self, tree: &Path) -> Result<Elsewhere> {
         drakvuf::build(&self.host, tree, &self.stages, &self.progress)
+    }
+
+    /// Builds the program that serves breakpoints from inside SmartVMI, against the one that is built in `tree`.
+    ///
+    /// # Errors
+    /// Those of [`smartvmi::build`].
+    pub fn smartvmi(&self, tree: &Path) -> Result<Elsewhere> {
+        smartvmi::build(&self.host, tree, &self.stages, &self.progress)
     }
 }
 
@@ -282,7 +292,7 @@ impl Bench<'_> {
         // As json-c has it in memory, a profile takes so many times its size.
         job.memory = 448 + 14 * u32::try_from(size >> 20).unwrap_or(u32::MAX / 64);
         job.files.push(("profile.json".to_owned(), profile.to_path_buf()));
-        job.libraries.extend(drakvuf::LOADS.map(str::to_owned));
+        job.libraries.extend(elsewhere::LOADS.map(str::to_owned));
         job.programs.push(program);
         let variables = [("DRAKVUF", arguments.join(" ")), ("ROUNDS", rounds.to_string())];
         job.variables.extend(variables.map(|(name, value)| (name.to_owned(), value)));

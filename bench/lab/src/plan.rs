@@ -13,18 +13,20 @@ const READS: u64 = 512;
 
 /// bpbench's workloads, in its order.
 pub const WORKLOADS: &[&str] = &["timer", "exec_bp", "exec_page", "read_bp", READ_PAGE];
-/// What the runner can measure: the crate, the least a monitor has to do, and DRAKVUF as it is without the crate.
+/// What the runner can measure: the crate, the least a monitor has to do, and other monitors as they are without the crate.
 pub const BACKENDS: &[&str] = &[HYPERBP, "floor", ORIGINAL];
 /// The crate.
 pub const HYPERBP: &str = "hyperbp";
 /// The backend that only a host other than the runner has.
 pub const ORIGINAL: &str = "original";
-/// Who can own the ring: the runner, and DRAKVUF. (The floor counts as a host of its own.)
-pub const HOSTS: &[&str] = &["runner", "floor", DRAKVUF];
-/// The host that is measured only where there is one.
+/// Who can own the ring: the runner, DRAKVUF, and SmartVMI. (The floor counts as a host of its own.)
+pub const HOSTS: &[&str] = &["runner", "floor", DRAKVUF, SMARTVMI];
+/// The hosts that are measured only where there is one: those that have the backend [`ORIGINAL`].
+pub const ELSEWHERE: &[&str] = &[DRAKVUF, SMARTVMI];
+/// One of them.
 pub const DRAKVUF: &str = "drakvuf";
-/// Which host has which backend.
-const PAIRS: &[(&str, &str)] = &[("runner", HYPERBP), ("floor", "floor"), (DRAKVUF, ORIGINAL), (DRAKVUF, HYPERBP)];
+/// The other.
+pub const SMARTVMI: &str = "smartvmi";
 
 /// What to measure. An empty list stands for everything there is.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -41,8 +43,8 @@ pub struct Selection {
     pub samples: Option<u64>,
     /// Samples of `read_page`; the runner's own number when not given.
     pub page_samples: Option<u64>,
-    /// The program that serves breakpoints from inside DRAKVUF, if there is one: a path where the runner is run.
-    pub drakvuf: Option<String>,
+    /// Programs that serve breakpoints from inside other hosts: the host, of [`ELSEWHERE`], and a path where the runner is run.
+    pub elsewhere: Vec<(String, String)>,
 }
 
 impl Selection {
@@ -62,7 +64,7 @@ impl Selection {
         for (option, number) in [("--samples", self.samples), ("--page-samples", self.page_samples)] {
             arguments.extend(number.into_iter().flat_map(|number| [option.to_owned(), number.to_string()]));
         }
-        arguments.extend(self.drakvuf.iter().flat_map(|program| ["--drakvuf".to_owned(), program.clone()]));
+        arguments.extend(self.elsewhere.iter().flat_map(|(host, program)| [format!("--{host}"), program.clone()]));
         arguments
     }
 
@@ -80,21 +82,25 @@ impl Selection {
 
     /// Whether a host with this backend is among those to be measured.
     fn has_host_of(&self, backend: &str) -> bool {
-        let wanted = |host: &str| match host {
-            DRAKVUF if self.drakvuf.is_none() => false,
-            _ => self.hosts.is_empty() || self.hosts.iter().any(|wanted| wanted == host),
-        };
-        PAIRS.iter().any(|(host, of_host)| *of_host == backend && wanted(host))
+        let wanted = |host: &str| self.hosts.is_empty() || self.hosts.iter().any(|wanted| wanted == host);
+        let elsewhere = self.elsewhere.iter().any(|(host, _)| wanted(host));
+        match backend {
+            HYPERBP => wanted("runner") || elsewhere,
+            ORIGINAL => elsewhere,
+            // The floor is its own host.
+            backend => wanted(backend),
+        }
     }
 
     /// Upper bound of how long this takes in the emulator.
     ///
     /// From the dearest mechanism's 80 000 ticks an event, a slow host's 10 million ticks a second, and the seven
-    /// mechanisms a backend has at most; DRAKVUF has two backends. The samples where none are given are the runner's.
+    /// mechanisms a backend has at most; a host elsewhere has two backends. (SmartVMI's own breakpoint is dearer, but only one
+    /// mechanism.) The samples where none are given are the runner's.
     #[must_use]
     pub fn limit(&self) -> Duration {
         let or_all = |named: &[String], all: usize| if named.is_empty() { all } else { named.len() } as u64;
-        let backends = or_all(&self.backends, BACKENDS.len()) + if self.drakvuf.is_some() { 2 } else { 0 };
+        let backends = or_all(&self.backends, BACKENDS.len()) + 2 * self.elsewhere.len() as u64;
         let runs = backends * or_all(&self.mechanisms, 7);
         let reads_pages = self.workloads.is_empty() || self.workloads.iter().any(|w| w == READ_PAGE);
         let page_samples = if reads_pages { self.page_samples.unwrap_or(200) } else { 0 };
@@ -121,6 +127,11 @@ mod tests {
         names.iter().map(|name| (*name).to_owned()).collect()
     }
 
+    /// Programs for these hosts.
+    fn programs(hosts: &[&str]) -> Vec<(String, String)> {
+        hosts.iter().map(|host| ((*host).to_owned(), format!("/bin/{host}-bench"))).collect()
+    }
+
     /// Every backend and workload of the plan, as pairs.
     fn pairs(machines: &[Vec<Selection>]) -> Vec<(String, String)> {
         let mut pairs: Vec<_> = machines
@@ -143,8 +154,10 @@ mod tests {
             all
         };
         assert_eq!(pairs(&machines), all(&["hyperbp", "floor"]));
-        let with_drakvuf = Selection { drakvuf: Some("/program".into()), ..Selection::default() };
-        assert_eq!(pairs(&super::machines(&with_drakvuf)), all(BACKENDS));
+        for host in ELSEWHERE {
+            let with_host = Selection { elsewhere: programs(&[host]), ..Selection::default() };
+            assert_eq!(pairs(&super::machines(&with_host)), all(BACKENDS));
+        }
         assert_eq!(machines[1].len(), 1);
         assert_eq!(machines[1][0].backends, ["hyperbp"]);
         assert_eq!(machines[1][0].workloads, [READ_PAGE]);
@@ -152,13 +165,13 @@ mod tests {
 
     #[test]
     fn whoever_executes_the_breakpoint_does_so_in_one_machine() {
-        let selection = Selection { drakvuf: Some("/program".into()), ..Selection::default() };
+        let selection = Selection { elsewhere: programs(ELSEWHERE), ..Selection::default() };
         let machines = machines(&selection);
         assert_eq!(machines[0][0].backends, BACKENDS);
         assert!(machines[0][0].hosts.is_empty(), "all hosts");
         assert_eq!(machines[0][1].backends, ["floor", "original"]);
         assert_eq!(machines[1][0].backends, ["hyperbp"]);
-        assert!(machines.iter().flatten().all(|selection| selection.drakvuf.is_some()));
+        assert!(machines.iter().flatten().all(|selection| selection.elsewhere.len() == 2));
     }
 
     #[test]
@@ -200,23 +213,24 @@ mod tests {
             workloads: strings(&["exec_bp"]),
             samples: Some(10),
             page_samples: None,
-            drakvuf: Some("/bin/drakvuf-bench".into()),
+            elsewhere: programs(&["drakvuf", "smartvmi"]),
         };
         let expected = "--host drakvuf --backend hyperbp --mechanism repair --mechanism emulate --workload exec_bp \
-            --samples 10 --drakvuf /bin/drakvuf-bench";
+            --samples 10 --drakvuf /bin/drakvuf-bench --smartvmi /bin/smartvmi-bench";
         assert_eq!(selection.arguments().join(" "), expected);
         assert!(Selection::default().arguments().is_empty());
     }
 
     #[test]
     fn a_machine_that_has_nothing_to_measure_is_not_started() {
-        let hosts = |hosts: &[&str], drakvuf: Option<&str>| {
-            let drakvuf = drakvuf.map(str::to_owned);
-            machines(&Selection { hosts: strings(hosts), drakvuf, ..Selection::default() }).len()
+        let hosts = |hosts: &[&str], elsewhere: &[&str]| {
+            machines(&Selection { hosts: strings(hosts), elsewhere: programs(elsewhere), ..Selection::default() }).len()
         };
-        assert_eq!(hosts(&["floor"], None), 1);
-        assert_eq!(hosts(&["drakvuf"], Some("/program")), 2);
-        assert_eq!(hosts(&["drakvuf"], None), 0);
+        assert_eq!(hosts(&["floor"], &[]), 1);
+        assert_eq!(hosts(&["drakvuf"], &["drakvuf"]), 2);
+        assert_eq!(hosts(&["drakvuf"], &[]), 0);
+        assert_eq!(hosts(&["drakvuf"], &["smartvmi"]), 0);
+        assert_eq!(hosts(&["smartvmi"], ELSEWHERE), 2);
         let original = Selection { backends: strings(&["original"]), ..Selection::default() };
         assert!(machines(&original).is_empty());
     }

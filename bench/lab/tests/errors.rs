@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 
 use hyperbp_lab::apt::Apt;
 use hyperbp_lab::{
-    Drakvuf, Error, Host, Inputs, Job, Lab, Log, Machine, Outcome, Progress, Result, Stages, drakvuf, packages, tools,
+    Elsewhere, Error, Host, Inputs, Job, Lab, Log, Machine, Outcome, Progress, Result, Stages, drakvuf, packages,
+    smartvmi, tools,
 };
 use tempfile::TempDir;
 
@@ -312,7 +313,7 @@ impl Tree {
         fs::write(file, content).unwrap();
     }
 
-    fn build(&self) -> Result<Drakvuf> {
+    fn build(&self) -> Result<Elsewhere> {
         drakvuf::build(&self.fake.host, &self.build, &self.fake.stages(), &Progress::silent())
     }
 
@@ -363,7 +364,7 @@ fn drakvuf_s_compiler_is_used_and_quoted() {
 #[test]
 fn drakvuf_says_itself_whether_it_has_hyperbp() {
     let tree = Tree::new(COMPILER);
-    let arguments = |drakvuf: &Drakvuf| fs::read_to_string(&drakvuf.program).unwrap();
+    let arguments = |drakvuf: &Elsewhere| fs::read_to_string(&drakvuf.program).unwrap();
     let stock = tree.build().unwrap();
     assert!(!stock.has_hyperbp && !arguments(&stock).contains("-DHYPERBP"));
     assert!(arguments(&stock).contains("-fuse-ld=lld"), "{}", arguments(&stock));
@@ -379,6 +380,119 @@ fn drakvuf_says_itself_whether_it_has_hyperbp() {
     // Another library is another program; the same one is not built twice.
     assert_eq!(tree.build().unwrap(), loaded);
     tree.file("src/libdrakvuf.a", "three");
+    assert_ne!(tree.build().unwrap().program, loaded.program);
+}
+
+// SmartVMI.
+
+/// A directory that looks like a build of vmicore for Ninja, with a Ninja and a compiler that are shell scripts.
+struct Vmicore {
+    fake: Fake,
+    build: PathBuf,
+}
+
+impl Vmicore {
+    fn new(compiler: &str) -> Self {
+        let fake = Fake::new();
+        fake.program("smartvmi-cc", compiler);
+        fake.program("smartvmi-ninja", r#"[ "$1 $3 $4 $5" = "-C -t commands src/vmicore" ] && cat "$2/commands""#);
+        let build = fake.dir.path().join("smartvmi/build");
+        let tree = Self { fake, build };
+        tree.cache("vmicore", "Ninja");
+        tree.commands("-DLIBRARY");
+        tree.file("src/vmicore", "");
+        tree.file("lib/VmiHub.cpp.o", "one");
+        tree
+    }
+
+    fn cache(&self, project: &str, generator: &str) {
+        let source = self.fake.dir.path().join("smartvmi/vmicore");
+        let cache = format!(
+            "CMAKE_HOME_DIRECTORY:INTERNAL={}\nCMAKE_PROJECT_NAME:STATIC={project}\nCMAKE_GENERATOR:INTERNAL={generator}\n\
+             CMAKE_MAKE_PROGRAM:FILEPATH=smartvmi-ninja\nCMAKE_CXX_COMPILER:FILEPATH=smartvmi-cc\n",
+            source.display()
+        );
+        self.file("CMakeCache.txt", &cache);
+    }
+
+    /// How it was built, with this definition.
+    fn commands(&self, define: &str) {
+        let object = "lib/CMakeFiles/vmicore-lib.dir/vmi/InterruptEventSupervisor.cpp.o";
+        let commands = format!(
+            "smartvmi-cc -O2 {define} -o {object} -c supervisor.cpp\n\
+             : && smartvmi-cc -O2 lib/VmiHub.cpp.o src/CMakeFiles/vmicore.dir/main.cpp.o -o src/vmicore -lvmi && :\n"
+        );
+        self.file("commands", &commands);
+    }
+
+    fn file(&self, path: &str, content: &str) {
+        let file = self.build.join(path);
+        fs::create_dir_all(file.parent().unwrap()).unwrap();
+        fs::write(file, content).unwrap();
+    }
+
+    fn build(&self) -> Result<Elsewhere> {
+        smartvmi::build(&self.fake.host, &self.build, &self.fake.stages(), &Progress::silent())
+    }
+
+    /// What is wrong, and where.
+    fn problem(&self) -> String {
+        let error = self.build().unwrap_err();
+        assert!(matches!(error, Error::NoSmartvmi { .. }), "{error}");
+        assert!(message(&error).contains("ninja -C"), "{error}");
+        assert!(message(&error).contains(&*self.build.to_string_lossy()), "{error}");
+        message(&error)
+    }
+}
+
+#[test]
+fn a_directory_without_smartvmi_is_refused() {
+    let tree = Vmicore::new(COMPILER);
+    tree.file("commands", "cc -o other -c other.c\n");
+    assert!(tree.problem().contains("does not say how src/vmicore is built"));
+    tree.cache("vmicore", "Xcode");
+    assert!(tree.problem().contains("made for Xcode"));
+    tree.cache("vmicore", "Unix Makefiles");
+    assert!(tree.problem().contains("flags.make"));
+    fs::remove_file(tree.build.join("src/vmicore")).unwrap();
+    assert!(tree.problem().contains("src/vmicore is not built"));
+    tree.cache("drakvuf", "Ninja");
+    assert!(tree.problem().contains("not of SmartVMI's directory vmicore"));
+    tree.file("CMakeCache.txt", "");
+    assert!(tree.problem().contains("no CMAKE_HOME_DIRECTORY"));
+    fs::remove_file(tree.build.join("CMakeCache.txt")).unwrap();
+    assert!(tree.problem().contains("cannot read"));
+}
+
+#[test]
+fn smartvmi_s_compiler_is_used_and_quoted() {
+    let tree = Vmicore::new("echo 'no such flag' >&2; exit 1");
+    let error = tree.build().unwrap_err();
+    let Error::Build { what, tail, .. } = &error else { panic!("{error}") };
+    assert_eq!((&**what, &**tail.lines.last().unwrap()), ("smartvmi", "no such flag"));
+}
+
+#[test]
+fn smartvmi_s_flags_say_whether_it_has_hyperbp() {
+    let tree = Vmicore::new(COMPILER);
+    let arguments = |smartvmi: &Elsewhere| {
+        let read = |file: PathBuf| fs::read_to_string(file).unwrap();
+        (read(smartvmi.program.with_extension("o")), read(smartvmi.program.clone()))
+    };
+    let stock = tree.build().unwrap();
+    let (compile, link) = arguments(&stock);
+    assert!(!stock.has_hyperbp);
+    assert!(compile.starts_with("-O2 -DLIBRARY -I") && compile.contains("smartvmi/vmicore/src -o"), "{compile}");
+    assert!(link.starts_with("-O2 lib/VmiHub.cpp.o -lvmi ") && !link.contains("main.cpp.o"), "{link}");
+    assert!(link.contains("--wrap=vmi_init_complete"), "{link}");
+
+    tree.commands("-DVMICORE_HYPERBP");
+    let loaded = tree.build().unwrap();
+    assert!(loaded.has_hyperbp && arguments(&loaded).0.contains("-DVMICORE_HYPERBP"));
+
+    // Another object is another program; the same one is not built twice.
+    assert_eq!(tree.build().unwrap(), loaded);
+    tree.file("lib/VmiHub.cpp.o", "two");
     assert_ne!(tree.build().unwrap().program, loaded.program);
 }
 

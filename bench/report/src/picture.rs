@@ -23,7 +23,7 @@ const HEADING: u32 = 30;
 /// The colour of what the others are measured against, whether there are many of them or few.
 const FLOOR_COLOUR: usize = 1;
 /// The colours of the others; more of them share the last one.
-const COLOURS: [usize; 3] = [0, 2, 3];
+const COLOURS: [usize; 5] = [0, 2, 3, 4, 5];
 
 const STYLE: &str = "\
 text{font:13px system-ui,sans-serif;fill:#1f2328}\
@@ -31,10 +31,10 @@ text{font:13px system-ui,sans-serif;fill:#1f2328}\
 .heading{font-weight:600}\
 .faint{fill:#59636e}\
 .number{font-size:12px;font-variant-numeric:tabular-nums}\
-.s0{fill:#0969da}.s1{fill:#afb8c1}.s2{fill:#bf8700}.s3{fill:#8250df}\
+.s0{fill:#0969da}.s1{fill:#afb8c1}.s2{fill:#bf8700}.s3{fill:#8250df}.s4{fill:#1a7f37}.s5{fill:#cf222e}\
 @media(prefers-color-scheme:dark){\
 text{fill:#e6edf3}.faint{fill:#9198a1}\
-.s0{fill:#4493f8}.s1{fill:#656c76}.s2{fill:#d29922}.s3{fill:#ab7df8}}";
+.s0{fill:#4493f8}.s1{fill:#656c76}.s2{fill:#d29922}.s3{fill:#ab7df8}.s4{fill:#3fb950}.s5{fill:#f85149}}";
 
 /// Median ticks of `exec_bp` and `read_bp` as horizontal bars, on one scale: a group for each mechanism, in it a bar
 /// for each monitor, so that hyperbp and the floor stand side by side. An SVG image without a background, for light and
@@ -63,9 +63,13 @@ pub fn svg(results: &Results) -> String {
     y += 24;
     let mut x = MARGIN;
     for (index, name) in monitors.iter().enumerate() {
+        let width = 40 + 8 * name.chars().count() as u32;
+        if x + width > WIDTH {
+            (x, y) = (MARGIN, y + 20);
+        }
         rectangle(&mut body, x, y - 11, 12, 12, colour(&monitors, index));
         text(&mut body, x + 18, y, "", name);
-        x += 40 + 8 * name.chars().count() as u32;
+        x += width;
     }
     y += 8;
     for panel in &panels {

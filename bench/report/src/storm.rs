@@ -4,15 +4,27 @@ use anyhow::{Context, Result};
 use comfy_table::{CellAlignment, ContentArrangement, Table, TableComponent, presets};
 use serde::{Deserialize, Serialize};
 
-use crate::format::grouped;
+use crate::format::{grouped, monitor};
+
+/// The backend that is not ours.
+const ORIGINAL: &str = "original";
+/// What stands where nothing is known.
+const NOTHING: &str = "–";
 
 /// One storm under one mechanism.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Storm {
     /// Always `storm`.
     pub workload: String,
+    /// The program that owned the event ring, as in [`Run::host`](crate::Run::host).
+    pub host: String,
+    /// What answered the events, as in [`Run::backend`](crate::Run::backend).
+    pub backend: String,
     /// The mechanism's name.
     pub mechanism: String,
+    /// Why the host has ended in the middle of it, if it has: then nothing is known of what follows but the executions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ended: Option<String>,
     /// Whether it is one that counts every hit on any number of virtual CPUs.
     pub counts_on_several_vcpus: bool,
     /// Virtual CPUs of the guest.
@@ -35,7 +47,7 @@ pub struct Storm {
     pub rewrites: u64,
     /// How often it did not read what it wrote.
     pub rewrite_mismatches: u64,
-    /// Which step-over served the hits.
+    /// Which step-over served the hits. (Nothing, and so are the next three, where the host is not the runner.)
     pub served: Served,
     /// Hits that the chosen step-over could not serve.
     pub fallbacks: u64,
@@ -69,12 +81,30 @@ pub struct Handling {
 
 impl Storm {
     /// Whether everything is as it must be. With a mechanism that does not count every hit on several virtual CPUs, hits may
-    /// be lost, but nothing else.
+    /// be lost, but nothing else. What a host does with breakpoints of its own is told, and not judged.
     #[must_use]
     pub fn is_right(&self) -> bool {
+        if self.backend == ORIGINAL {
+            return true;
+        }
         let may_lose = !self.counts_on_several_vcpus && self.vcpus > 1;
         let wrong = self.doubled + self.hash_mismatches + self.rewrite_mismatches + self.failures;
         (self.lost == 0 || may_lose) && wrong == 0
+    }
+}
+
+impl Storm {
+    fn is_elsewhere(&self) -> bool {
+        monitor(&self.host, &self.backend) != self.backend
+    }
+
+    fn verdict(&self) -> &'static str {
+        match self.is_right() {
+            _ if self.ended.is_some() => "ENDED",
+            true if self.backend == ORIGINAL => "",
+            true => "ok",
+            false => "WRONG",
+        }
     }
 }
 
@@ -94,15 +124,15 @@ pub fn storms_from_json(json: &str) -> Result<Vec<Storm>> {
     serde_json::from_str(json).context("these are no results of storms")
 }
 
-/// The storms as a table, a row for each.
+/// The storms as a table, a row for each. The monitor has a column of its own when it is another than the runner's.
 #[must_use]
 pub fn storm_table(storms: &[Storm]) -> String {
-    const TEXTS: usize = 1;
+    let elsewhere = storms.iter().any(Storm::is_elsewhere);
+    let texts: &[&str] = if elsewhere { &["monitor", "mechanism"] } else { &["mechanism"] };
     let mut table = Table::new();
     table.load_preset(presets::UTF8_HORIZONTAL_ONLY).set_content_arrangement(ContentArrangement::Disabled);
     table.remove_style(TableComponent::HorizontalLines).remove_style(TableComponent::MiddleIntersections);
-    table.set_header([
-        "mechanism",
+    table.set_header(texts.iter().chain(&[
         "vCPUs",
         "executions",
         "hits",
@@ -117,14 +147,12 @@ pub fn storm_table(storms: &[Storm]) -> String {
         "ticks p50",
         "p99",
         "",
-    ]);
-    for column in table.column_iter_mut().skip(TEXTS) {
+    ]));
+    for column in table.column_iter_mut().skip(texts.len()) {
         column.set_cell_alignment(CellAlignment::Right);
     }
     for storm in storms {
-        let numbers = [
-            u64::from(storm.vcpus),
-            storm.executions,
+        let counts = [
             storm.hits,
             storm.lost,
             storm.doubled,
@@ -133,14 +161,29 @@ pub fn storm_table(storms: &[Storm]) -> String {
             storm.rewrites,
             storm.rewrite_mismatches,
         ];
-        let mut cells = vec![storm.mechanism.clone()];
-        cells.extend(numbers.map(grouped));
-        cells.push(storm.served.shares());
-        cells.extend([storm.fallbacks, storm.handling.median, storm.handling.p99].map(grouped));
-        cells.push(if storm.is_right() { "ok" } else { "WRONG" }.to_owned());
+        let monitor = elsewhere.then(|| monitor(&storm.host, &storm.backend));
+        let mut cells: Vec<String> = monitor.into_iter().chain([storm.mechanism.clone()]).collect();
+        cells.extend([u64::from(storm.vcpus), storm.executions].map(grouped));
+        match storm.ended {
+            None => cells.extend(counts.map(grouped)),
+            Some(_) => cells.extend(counts.map(|_| NOTHING.to_owned())),
+        }
+        if storm.is_elsewhere() {
+            cells.extend([NOTHING; 4].map(str::to_owned));
+        } else {
+            cells.push(storm.served.shares());
+            cells.extend([storm.fallbacks, storm.handling.median, storm.handling.p99].map(grouped));
+        }
+        cells.push(storm.verdict().to_owned());
         table.add_row(cells);
     }
-    table.trim_fmt() + "\n"
+    let mut text = table.trim_fmt() + "\n";
+    for storm in storms {
+        if let Some(why) = &storm.ended {
+            text += &format!("{} {}: {why}\n", monitor(&storm.host, &storm.backend), storm.mechanism);
+        }
+    }
+    text
 }
 
 impl Served {
@@ -168,7 +211,10 @@ mod tests {
     fn storm() -> Storm {
         Storm {
             workload: "storm".to_owned(),
+            host: "runner".to_owned(),
+            backend: "hyperbp".to_owned(),
             mechanism: "repair".to_owned(),
+            ended: None,
             counts_on_several_vcpus: false,
             vcpus: 2,
             cpus: 2,
@@ -196,6 +242,26 @@ mod tests {
         assert!(!Storm { failures: 1, ..storm() }.is_right());
         assert!(!Storm { hash_mismatches: 1, ..storm() }.is_right());
         assert!(!Storm { rewrite_mismatches: 1, ..storm() }.is_right());
+    }
+
+    #[test]
+    fn a_host_s_own_breakpoints_are_not_judged() {
+        let own = |backend: &str| Storm {
+            host: "smartvmi".to_owned(),
+            backend: backend.to_owned(),
+            rewrite_mismatches: 2,
+            ..storm()
+        };
+        assert!(own("original").is_right() && !own("hyperbp").is_right());
+        let table = storm_table(&[own("original"), own("hyperbp")]);
+        assert!(table.contains("smartvmi_original") && table.contains("smartvmi_hyperbp"), "{table}");
+        assert!(!table.contains("emulate 4 %") && !table.contains("ok"), "{table}");
+        assert!(!storm_table(&[storm()]).contains("monitor"));
+        let ended = Storm { ended: Some("SmartVMI has ended".to_owned()), ..own("original") };
+        let table = storm_table(std::slice::from_ref(&ended));
+        assert!(table.contains("ENDED") && table.contains("3 000") && !table.contains("2 900"), "{table}");
+        assert!(table.ends_with("smartvmi_original repair: SmartVMI has ended\n"), "{table}");
+        assert_eq!(storms_from_json(&storms_to_json(std::slice::from_ref(&ended)).unwrap()).unwrap(), [ended]);
     }
 
     #[test]

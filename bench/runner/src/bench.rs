@@ -12,12 +12,12 @@ use hyperbp_bench_abi as abi;
 use hyperbp_report::{Collection, Kind, Machine, Measurement, TicksAre, Workload};
 
 use crate::cli::{Backend, Host};
-use crate::drakvuf::{Original, Program};
+use crate::elsewhere::Program;
 use crate::floor::{self, FloorMechanism};
 use crate::guest::Guest;
 use crate::ring::{Monitor, PATIENCE};
 use crate::xen::Domain;
-use crate::{core, drakvuf};
+use crate::{core, elsewhere};
 
 /// No workload's batch takes this long, even in the emulator.
 const STUCK: Duration = Duration::from_secs(300);
@@ -35,41 +35,43 @@ pub(crate) enum Subject<'a> {
     Core(Mechanism),
     /// The bare loop.
     Floor(FloorMechanism),
-    /// DRAKVUF, in a process of its own.
-    Drakvuf(Program<'a>, drakvuf::Backend),
+    /// Another host, in a process of its own.
+    Elsewhere(Program<'a>, elsewhere::Backend),
 }
 
 impl<'a> Subject<'a> {
     /// All there are, in canonical order.
-    pub(crate) fn all(drakvuf: Option<Program<'a>>) -> Vec<Self> {
+    pub(crate) fn all(programs: &[Program<'a>]) -> Vec<Self> {
         let named = Mechanism::NAMED.map(|(_, mechanism)| mechanism);
         let floor = FloorMechanism::ALL.map(Self::Floor);
-        let original = Original::ALL.map(drakvuf::Backend::Original);
-        let original = drakvuf.into_iter().flat_map(|program| original.map(|backend| Self::Drakvuf(program, backend)));
-        let core = named.into_iter().flat_map(|mechanism| Self::of_core(mechanism, drakvuf));
+        let original = programs.iter().flat_map(|program| {
+            let backends = program.originals().iter().map(|original| elsewhere::Backend::Original(*original));
+            backends.map(|backend| Self::Elsewhere(*program, backend))
+        });
+        let core = named.into_iter().flat_map(|mechanism| Self::of_core(mechanism, programs));
         [Self::None].into_iter().chain(core).chain(floor).chain(original).collect()
     }
 
     /// Each host that has the core, with this mechanism.
-    pub(crate) fn of_core(mechanism: Mechanism, drakvuf: Option<Program<'a>>) -> impl Iterator<Item = Self> + use<'a> {
-        let loaded = drakvuf.filter(|program| program.has_hyperbp());
-        let backend = drakvuf::Backend::Hyperbp(mechanism);
-        iter::once(Self::Core(mechanism)).chain(loaded.map(|program| Self::Drakvuf(program, backend)))
+    pub(crate) fn of_core(mechanism: Mechanism, programs: &[Program<'a>]) -> impl Iterator<Item = Self> {
+        let loaded = programs.iter().copied().filter(|program| program.has_hyperbp());
+        let backend = elsewhere::Backend::Hyperbp(mechanism);
+        iter::once(Self::Core(mechanism)).chain(loaded.map(move |program| Self::Elsewhere(program, backend)))
     }
 
     pub(crate) fn host(self) -> Host {
         match self {
             Self::None | Self::Core(_) => Host::Runner,
             Self::Floor(_) => Host::Floor,
-            Self::Drakvuf(..) => Host::Drakvuf,
+            Self::Elsewhere(program, _) => program.host(),
         }
     }
 
     pub(crate) fn backend(self) -> Backend {
         match self {
-            Self::None | Self::Core(_) | Self::Drakvuf(_, drakvuf::Backend::Hyperbp(_)) => Backend::Hyperbp,
+            Self::None | Self::Core(_) | Self::Elsewhere(_, elsewhere::Backend::Hyperbp(_)) => Backend::Hyperbp,
             Self::Floor(_) => Backend::Floor,
-            Self::Drakvuf(_, drakvuf::Backend::Original(_)) => Backend::Original,
+            Self::Elsewhere(_, elsewhere::Backend::Original(_)) => Backend::Original,
         }
     }
 
@@ -78,14 +80,14 @@ impl<'a> Subject<'a> {
             Self::None => "none".to_owned(),
             Self::Core(mechanism) => mechanism.to_string(),
             Self::Floor(mechanism) => mechanism.name().to_owned(),
-            Self::Drakvuf(_, backend) => backend.mechanism(),
+            Self::Elsewhere(_, backend) => backend.mechanism(),
         }
     }
 
     /// Serves the guest's breakpoint until `idle` returns false, and leaves nothing behind. Returns how often it was hit.
     ///
     /// # Errors
-    /// If the domain cannot be monitored, or those of [`core::run`], [`floor::run`] and [`drakvuf::run`].
+    /// If the domain cannot be monitored, or those of [`core::run`], [`floor::run`] and [`elsewhere::run`].
     pub(crate) fn serve(self, domain: &mut Domain, guest: &Guest, idle: &mut dyn FnMut() -> bool) -> Result<u64> {
         let attach = |domain: &Domain| Monitor::attach(domain).context("cannot monitor the domain");
         match self {
@@ -103,13 +105,13 @@ impl<'a> Subject<'a> {
                 let mut monitor = attach(domain)?;
                 Ok(floor::run(domain, &mut monitor, mechanism, guest.breakpoint().0, idle)?.hits)
             }
-            Self::Drakvuf(program, backend) => {
-                let served = drakvuf::run(program, domain.id(), guest.breakpoint(), backend, false, idle);
+            Self::Elsewhere(program, backend) => {
+                let served = elsewhere::run(program, domain.id(), &[guest.breakpoint()], backend, false, idle);
                 if served.is_err() {
-                    // DRAKVUF leaves it paused when it cannot attach.
+                    // It may leave it paused when it cannot attach.
                     domain.let_run().context("cannot let the domain run again")?;
                 }
-                Ok(served?.hits)
+                Ok(served?.hits.iter().sum())
             }
         }
     }
@@ -124,7 +126,7 @@ impl<'a> Subject<'a> {
 impl fmt::Display for Subject<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // The runner is what is usual, and not named.
-        if self.host() == Host::Drakvuf {
+        if matches!(self, Self::Elsewhere(..)) {
             write!(f, "{} ", self.host())?;
         }
         write!(f, "{} {}", self.backend(), self.mechanism())

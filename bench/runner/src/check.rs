@@ -11,7 +11,7 @@ use hyperbp_bench_abi::{SITES, Workload};
 use crate::bench::Subject;
 use crate::cli::{Backend, Host};
 use crate::core;
-use crate::drakvuf::{self, Original, Program};
+use crate::elsewhere::{self, Original, Program};
 use crate::guest::Guest;
 use crate::recover::Traces;
 use crate::ring::Monitor;
@@ -34,11 +34,11 @@ const PROGRAM: [(Workload, u32); 9] = [
 /// The guest is given up after this.
 const STUCK: Duration = Duration::from_secs(60);
 
-/// Checks them all, and what there is in DRAKVUF, and prints a line for each. Returns how many failed.
+/// Checks them all, and what there is in other hosts, and prints a line for each. Returns how many failed.
 ///
 /// # Errors
 /// If the domain does not run the guest.
-pub(crate) fn all(domain: &mut Domain, drakvuf: Option<Program<'_>>) -> Result<usize> {
+pub(crate) fn all(domain: &mut Domain, programs: &[Program<'_>]) -> Result<usize> {
     let guest = Guest::find(domain)?;
     let mut failed = 0;
     let mut report = |what: &str, result: Result<()>| match result {
@@ -61,17 +61,18 @@ pub(crate) fn all(domain: &mut Domain, drakvuf: Option<Program<'_>>) -> Result<u
     for (_, mechanism) in Mechanism::NAMED {
         report(&format!("all memory reads the same under {mechanism}"), snippets::scan(domain, &guest, mechanism));
     }
-    let original = Subject::all(drakvuf).into_iter().filter(|subject| subject.backend() == Backend::Original);
-    let core = Mechanism::all().flat_map(|mechanism| Subject::of_core(mechanism, drakvuf));
-    for subject in original.chain(core.filter(|subject| subject.host() == Host::Drakvuf)) {
+    let original = Subject::all(programs).into_iter().filter(|subject| subject.backend() == Backend::Original);
+    let core = Mechanism::all().flat_map(|mechanism| Subject::of_core(mechanism, programs));
+    for subject in original.chain(core.filter(|subject| subject.host() != Host::Runner)) {
         report(&format!("{subject} counts every hit, hides, and leaves nothing"), elsewhere(domain, &guest, subject));
     }
-    if let Some(program) = drakvuf.filter(|program| program.has_hyperbp()) {
-        let own = watched(domain, &guest, program, drakvuf::Backend::Original(Original::ViewStep));
-        let expected = own.as_ref().map_or(drakvuf::Counts::default(), |counts| *counts);
+    let watches = programs.iter().find(|program| program.host() == Host::Drakvuf && program.has_hyperbp());
+    if let Some(program) = watches.copied() {
+        let own = watched(domain, &guest, program, elsewhere::Backend::Original(Original::ViewStep));
+        let expected = own.as_ref().cloned().unwrap_or_default();
         report(&format!("DRAKVUF's own memory traps are told: {expected:?}"), own.map(drop));
         for mechanism in Mechanism::all() {
-            let result = watched(domain, &guest, program, drakvuf::Backend::Hyperbp(mechanism)).and_then(|counts| {
+            let result = watched(domain, &guest, program, elsewhere::Backend::Hyperbp(mechanism)).and_then(|counts| {
                 ensure!(counts == expected, "they were told {counts:?}, not {expected:?}");
                 Ok(())
             });
@@ -83,12 +84,17 @@ pub(crate) fn all(domain: &mut Domain, drakvuf: Option<Program<'_>>) -> Result<u
 }
 
 /// Has DRAKVUF watch the page of the breakpoint, too, while the guest reads, writes and executes it.
-fn watched(domain: &Domain, guest: &Guest, program: Program<'_>, backend: drakvuf::Backend) -> Result<drakvuf::Counts> {
+fn watched(
+    domain: &Domain,
+    guest: &Guest,
+    program: Program<'_>,
+    backend: elsewhere::Backend,
+) -> Result<elsewhere::Counts> {
     const WORK: [(Workload, u32); 4] =
         [(Workload::ReadBp, 20), (Workload::ExecBp, 10), (Workload::WriteByte, 10), (Workload::ExecBp, 10)];
     guest.wait_until_done(STUCK)?;
     let (mut work, mut since) = (WORK.into_iter(), Instant::now());
-    let counts = drakvuf::run(program, domain.id(), guest.breakpoint(), backend, true, &mut || {
+    let counts = elsewhere::run(program, domain.id(), &[guest.breakpoint()], backend, true, &mut || {
         if !guest.is_done() {
             return since.elapsed() < STUCK;
         }
@@ -99,7 +105,7 @@ fn watched(domain: &Domain, guest: &Guest, program: Program<'_>, backend: drakvu
     guest.check_all_but_rewritten(domain)?;
     let calls: u64 =
         WORK.iter().filter(|(workload, _)| *workload == Workload::ExecBp).map(|(_, calls)| u64::from(*calls)).sum();
-    ensure!(counts.hits == calls, "{} hits were reported, of {calls}", counts.hits);
+    ensure!(counts.hits == [calls], "{:?} hits were reported, of {calls}", counts.hits);
     ensure!(counts.before > 0 && counts.after > 0, "no access was reported: {counts:?}");
     Ok(counts)
 }

@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use hyperbp_report::{Kind, Workload};
 
+use crate::elsewhere::Program;
+
 const EXAMPLES: &str = "\
 Examples:
   hyperbp-bench run --domain bench --out results
@@ -135,6 +137,11 @@ pub(crate) struct Storm {
     #[arg(long, value_name = "DIR")]
     pub(crate) out: Option<PathBuf>,
 
+    /// In SmartVMI instead: with this program, bench/smartvmi built by `cargo xtask storm --smartvmi`. With the breakpoints
+    /// it has itself, too
+    #[arg(long, value_name = "PROGRAM")]
+    pub(crate) smartvmi: Option<PathBuf>,
+
     /// How to show progress
     #[arg(long, value_enum, default_value = "text")]
     pub(crate) progress: Progress,
@@ -147,12 +154,34 @@ pub(crate) struct Check {
     pub(crate) domain: String,
 
     /// Instead, attach and detach this often while all virtual CPUs are busy, and look each time what is left
-    #[arg(long, value_name = "TIMES")]
+    #[arg(long, value_name = "TIMES", conflicts_with_all = ["drakvuf", "smartvmi"])]
     pub(crate) attach: Option<u32>,
 
-    /// Check in DRAKVUF, too: with this program, bench/drakvuf built by `cargo xtask test --drakvuf`
-    #[arg(long, value_name = "PROGRAM", conflicts_with = "attach")]
-    pub(crate) drakvuf: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) elsewhere: Elsewhere,
+}
+
+/// Programs that serve breakpoints from inside other hosts.
+#[derive(Debug, Args)]
+pub(crate) struct Elsewhere {
+    /// DRAKVUF, too: with this program, bench/drakvuf built by `cargo xtask bench --drakvuf`
+    #[arg(long, value_name = "PROGRAM")]
+    drakvuf: Option<PathBuf>,
+
+    /// SmartVMI, too: with this program, bench/smartvmi built by `cargo xtask bench --smartvmi`
+    #[arg(long, value_name = "PROGRAM")]
+    smartvmi: Option<PathBuf>,
+}
+
+impl Elsewhere {
+    /// Those there are.
+    ///
+    /// # Errors
+    /// If one cannot be run.
+    pub(crate) fn programs(&self) -> anyhow::Result<Vec<Program<'_>>> {
+        let named = [(Host::Drakvuf, &self.drakvuf), (Host::Smartvmi, &self.smartvmi)];
+        named.into_iter().filter_map(|(host, path)| Some(Program::new(host, path.as_deref()?))).collect()
+    }
 }
 
 #[derive(Debug, Args)]
@@ -195,9 +224,8 @@ pub(crate) struct Run {
     #[arg(long, value_name = "N", default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub(crate) page_samples: u32,
 
-    /// Measure in DRAKVUF, too: with this program, bench/drakvuf built by `cargo xtask bench --drakvuf`
-    #[arg(long, value_name = "PROGRAM")]
-    pub(crate) drakvuf: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) elsewhere: Elsewhere,
 
     /// How to show progress
     #[arg(long, value_enum, default_value = "text")]
@@ -228,6 +256,20 @@ pub(crate) enum Host {
     Floor,
     /// DRAKVUF
     Drakvuf,
+    /// SmartVMI
+    Smartvmi,
+}
+
+impl Host {
+    /// How it is called in messages.
+    pub(crate) const fn title(self) -> &'static str {
+        match self {
+            Self::Runner => "the runner",
+            Self::Floor => "the floor",
+            Self::Drakvuf => "DRAKVUF",
+            Self::Smartvmi => "SmartVMI",
+        }
+    }
 }
 
 impl fmt::Display for Host {
@@ -236,6 +278,7 @@ impl fmt::Display for Host {
             Self::Runner => "runner",
             Self::Floor => "floor",
             Self::Drakvuf => "drakvuf",
+            Self::Smartvmi => "smartvmi",
         })
     }
 }
@@ -246,7 +289,7 @@ pub(crate) enum Backend {
     Hyperbp,
     /// The least a monitor has to do
     Floor,
-    /// What DRAKVUF has itself
+    /// What DRAKVUF or SmartVMI has itself
     Original,
 }
 

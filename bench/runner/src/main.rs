@@ -4,7 +4,7 @@ mod bench;
 mod check;
 mod cli;
 mod core;
-mod drakvuf;
+mod elsewhere;
 mod floor;
 mod guest;
 mod recover;
@@ -110,11 +110,11 @@ fn settle(arguments: &cli::Settle) -> anyhow::Result<()> {
 }
 
 fn check(arguments: &cli::Check) -> anyhow::Result<()> {
-    let drakvuf = arguments.drakvuf.as_deref().map(drakvuf::Program::new).transpose()?;
+    let programs = arguments.elsewhere.programs()?;
     let mut domain = Domain::open(&arguments.domain)?;
     let failed = match arguments.attach {
         Some(times) => check::attach(&mut domain, times)?,
-        None => check::all(&mut domain, drakvuf)?,
+        None => check::all(&mut domain, &programs)?,
     };
     anyhow::ensure!(failed == 0, "{failed} checks failed");
     Ok(())
@@ -125,8 +125,18 @@ fn storm(arguments: &cli::Storm) -> anyhow::Result<()> {
         true => Mechanism::all().collect(),
         false => arguments.mechanisms.iter().map(|name| mechanism(name)).collect::<anyhow::Result<Vec<_>>>()?,
     };
+    let smartvmi = arguments.smartvmi.as_deref().map(|path| elsewhere::Program::new(cli::Host::Smartvmi, path));
+    let subjects = match smartvmi.transpose()? {
+        None => mechanisms.into_iter().map(Subject::Core).collect(),
+        Some(program) => {
+            // Its own comes last: it may leave a guest in pieces.
+            let original = program.originals().iter().map(|original| elsewhere::Backend::Original(*original));
+            let core = mechanisms.into_iter().map(elsewhere::Backend::Hyperbp).filter(|_| program.has_hyperbp());
+            core.chain(original).map(|backend| Subject::Elsewhere(program, backend)).collect::<Vec<_>>()
+        }
+    };
     let mut domain = Domain::open(&arguments.domain)?;
-    let storms = storm::all(&mut domain, &mechanisms, arguments.count, &mut |done, total, text| {
+    let storms = storm::all(&mut domain, &subjects, arguments.count, &mut |done, total, text| {
         arguments.progress.report(done, total, text);
     })?;
     println!("{}", hyperbp_report::storm_table(&storms));
@@ -163,12 +173,12 @@ fn mechanism(name: &str) -> anyhow::Result<Mechanism> {
 }
 
 fn plan(run: &Run) -> anyhow::Result<Plan<'_>> {
-    let drakvuf = run.drakvuf.as_deref().map(drakvuf::Program::new).transpose()?;
-    let all = Subject::all(drakvuf);
+    let programs = run.elsewhere.programs()?;
+    let all = Subject::all(&programs);
     let named = |subject: &Subject<'_>| run.mechanisms.is_empty() || run.mechanisms.contains(&subject.mechanism());
     let mut subjects: Vec<_> = all.iter().copied().filter(named).collect();
     for name in run.mechanisms.iter().filter(|name| !all.iter().any(|subject| subject.mechanism() == **name)) {
-        subjects.extend(Subject::of_core(mechanism(name)?, drakvuf));
+        subjects.extend(Subject::of_core(mechanism(name)?, &programs));
     }
     subjects.retain(|subject| {
         (run.hosts.is_empty() || run.hosts.contains(&subject.host()))
