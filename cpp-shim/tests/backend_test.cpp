@@ -2,10 +2,12 @@
 
 #include "hyperbp/backend.h"
 
+#include <chrono>
 #include <csignal>
 #include <cstdlib>
 #include <functional>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include <fcntl.h>
@@ -484,21 +486,34 @@ TEST_F(Backend, WaitsForEvents)
     open("auto");
     const Device device;
     vmi.pending = true;
-    device.signals(PORT);
-    EXPECT_EQ(hyperbp_wait(session, device.host()), HYPERBP_WOKEN);
-    EXPECT_EQ(device.unmasked(), 0U) << "that can wait until it is waited for";
-    device.signals(PORT);
-    EXPECT_EQ(hyperbp_wait(session, device.host()), HYPERBP_WOKEN);
-    EXPECT_EQ(device.unmasked(), PORT);
-    EXPECT_TRUE(hyperbp_stop_waiting(session, device.host()));
-    EXPECT_EQ(device.unmasked(), PORT);
-    EXPECT_TRUE(hyperbp_stop_waiting(session, device.host()));
-    EXPECT_EQ(device.unmasked(), 0U);
+    EXPECT_EQ(hyperbp_wait(session, device.host()), HYPERBP_WOKEN) << "it looks before it sleeps";
 
     vmi.pending = false;
     device.signals(PORT);
     EXPECT_EQ(hyperbp_wait(session, device.host()), HYPERBP_WOKEN) << "for nothing";
     EXPECT_EQ(device.unmasked(), PORT);
+    EXPECT_TRUE(hyperbp_stop_waiting(session, device.host()));
+    EXPECT_EQ(device.unmasked(), 0U);
+}
+
+TEST_F(Backend, WhoHasSleptIsToldBeforeItIsWaitedForInAnotherWay)
+{
+    constexpr std::uint32_t PORT = 9;
+    open("auto");
+    const Device device;
+    std::thread guest([&] {
+        // Until it is asleep.
+        std::this_thread::sleep_for(std::chrono::milliseconds(200));
+        vmi.pending = true;
+        device.signals(PORT);
+    });
+    EXPECT_EQ(hyperbp_wait(session, device.host()), HYPERBP_WOKEN);
+    guest.join();
+    EXPECT_EQ(device.unmasked(), 0U) << "that can wait until it is waited for";
+    EXPECT_TRUE(hyperbp_stop_waiting(session, device.host()));
+    EXPECT_EQ(device.unmasked(), PORT);
+    EXPECT_TRUE(hyperbp_stop_waiting(session, device.host()));
+    EXPECT_EQ(device.unmasked(), 0U);
 }
 
 TEST_F(Backend, AWaitEnds)

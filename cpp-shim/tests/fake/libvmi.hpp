@@ -3,6 +3,7 @@
 #ifndef HYPERBP_TESTS_FAKE_LIBVMI_HPP
 #define HYPERBP_TESTS_FAKE_LIBVMI_HPP
 
+#include <atomic>
 #include <map>
 
 #include <libvmi/libvmi.h>
@@ -26,7 +27,7 @@ struct vmi_instance
     vmi_event_t* failed_emulation = nullptr;
     std::map<std::uint32_t, vmi_event_t*> steps;
     /// Events are in the ring.
-    bool pending = false;
+    std::atomic<bool> pending = false;
     /// Pages mapped so far.
     unsigned mapped = 0;
     /// What the last response was.

@@ -6,7 +6,7 @@
 //!
 //! To be woken from a sleep, and to fall asleep again, is a third of what a hit costs, and where the guest has a CPU of its own
 //! more than half. So while events come one after another the channel is left masked, and the ring is looked at until there
-//! is one; or [Xen itself waits](halt::Halt) until the channel is pending.
+//! is one; or Xen itself waits until the channel is pending.
 
 mod halt;
 
