@@ -24,6 +24,11 @@ struct hyperbp_session
     hyperbp::EmulationData data {};
 };
 
+struct hyperbp_waiter
+{
+    rust::Box<ffi::Waiter> waiter;
+};
+
 namespace {
 
 /// Why the last call failed. Of a fixed size, so that saying so cannot fail.
@@ -238,20 +243,6 @@ event_response_t hyperbp_finish(hyperbp_session_t* session, vmi_event_t* event, 
     return (response & ~hyperbp::OURS) | respond(*session, *event);
 }
 
-hyperbp_waited_t hyperbp_wait(hyperbp_session_t* session, int device) noexcept
-{
-    return guarded(HYPERBP_NOT_WAITED,
-                   [&] { return session->session->wait(device) ? HYPERBP_WOKEN : HYPERBP_INTERRUPTED; });
-}
-
-bool hyperbp_stop_waiting(hyperbp_session_t* session, int device) noexcept
-{
-    return guarded(false, [&] {
-        session->session->stop_waiting(device);
-        return true;
-    });
-}
-
 bool hyperbp_failed(const hyperbp_session_t* session) noexcept
 {
     return session->session->failed();
@@ -312,6 +303,40 @@ bool hyperbp_counters(const hyperbp_session_t* session, hyperbp_counters_t* into
                  from.p90_ns,
                  from.p99_ns,
                  from.max_ns};
+        return true;
+    });
+}
+
+hyperbp_waiter_t* hyperbp_waiter_open(vmi_instance_t vmi, int device) noexcept
+{
+    return guarded(static_cast<hyperbp_waiter_t*>(nullptr),
+                   [&] { return new hyperbp_waiter_t {ffi::open_waiter(vmi, device)}; });
+}
+
+void hyperbp_waiter_close(hyperbp_waiter_t* waiter) noexcept
+{
+    delete waiter;
+}
+
+hyperbp_waited_t hyperbp_wait(hyperbp_waiter_t* waiter, int timeout) noexcept
+{
+    return guarded(HYPERBP_NOT_WAITED, [&] {
+        switch (waiter->waiter->wait(timeout)) {
+        case ffi::Waited::TimedOut:
+            return HYPERBP_TIMED_OUT;
+        case ffi::Waited::Interrupted:
+            return HYPERBP_INTERRUPTED;
+        case ffi::Waited::Woken:
+            break;
+        }
+        return HYPERBP_WOKEN;
+    });
+}
+
+bool hyperbp_stop_waiting(hyperbp_waiter_t* waiter) noexcept
+{
+    return guarded(false, [&] {
+        waiter->waiter->stop();
         return true;
     });
 }

@@ -483,43 +483,48 @@ private:
 TEST_F(Backend, WaitsForEvents)
 {
     constexpr std::uint32_t PORT = 9;
-    open("auto");
     const Device device;
+    hyperbp_waiter_t* waiter = hyperbp_waiter_open(&vmi, device.host());
+    ASSERT_NE(waiter, nullptr) << hyperbp_error();
     vmi.pending = true;
-    EXPECT_EQ(hyperbp_wait(session, device.host()), HYPERBP_WOKEN) << "it looks before it sleeps";
+    EXPECT_EQ(hyperbp_wait(waiter, -1), HYPERBP_WOKEN) << "it looks before it sleeps";
 
     vmi.pending = false;
     device.signals(PORT);
-    EXPECT_EQ(hyperbp_wait(session, device.host()), HYPERBP_WOKEN) << "for nothing";
+    EXPECT_EQ(hyperbp_wait(waiter, -1), HYPERBP_WOKEN) << "for nothing";
     EXPECT_EQ(device.unmasked(), PORT);
-    EXPECT_TRUE(hyperbp_stop_waiting(session, device.host()));
+    EXPECT_TRUE(hyperbp_stop_waiting(waiter));
     EXPECT_EQ(device.unmasked(), 0U);
+    hyperbp_waiter_close(waiter);
 }
 
 TEST_F(Backend, WhoHasSleptIsToldBeforeItIsWaitedForInAnotherWay)
 {
     constexpr std::uint32_t PORT = 9;
-    open("auto");
     const Device device;
+    hyperbp_waiter_t* waiter = hyperbp_waiter_open(&vmi, device.host());
+    ASSERT_NE(waiter, nullptr) << hyperbp_error();
     std::thread guest([&] {
         // Until it is asleep.
         std::this_thread::sleep_for(std::chrono::milliseconds(200));
         vmi.pending = true;
         device.signals(PORT);
     });
-    EXPECT_EQ(hyperbp_wait(session, device.host()), HYPERBP_WOKEN);
+    EXPECT_EQ(hyperbp_wait(waiter, -1), HYPERBP_WOKEN);
     guest.join();
     EXPECT_EQ(device.unmasked(), 0U) << "that can wait until it is waited for";
-    EXPECT_TRUE(hyperbp_stop_waiting(session, device.host()));
+    EXPECT_TRUE(hyperbp_stop_waiting(waiter));
     EXPECT_EQ(device.unmasked(), PORT);
-    EXPECT_TRUE(hyperbp_stop_waiting(session, device.host()));
+    EXPECT_TRUE(hyperbp_stop_waiting(waiter));
     EXPECT_EQ(device.unmasked(), 0U);
+    hyperbp_waiter_close(waiter);
 }
 
 TEST_F(Backend, AWaitEnds)
 {
-    open("auto");
     const Device device;
+    hyperbp_waiter_t* waiter = hyperbp_waiter_open(&vmi, device.host());
+    ASSERT_NE(waiter, nullptr) << hyperbp_error();
     struct sigaction usual = {};
     struct sigaction action = {};
     action.sa_handler = [](int) {
@@ -528,16 +533,20 @@ TEST_F(Backend, AWaitEnds)
     const itimerval soon = {{0, 10'000}, {0, 10'000}};
     const itimerval never = {};
     setitimer(ITIMER_REAL, &soon, nullptr);
-    EXPECT_EQ(hyperbp_wait(session, device.host()), HYPERBP_INTERRUPTED);
+    EXPECT_EQ(hyperbp_wait(waiter, -1), HYPERBP_INTERRUPTED);
     setitimer(ITIMER_REAL, &never, nullptr);
     sigaction(SIGALRM, &usual, nullptr);
 
+    EXPECT_EQ(hyperbp_wait(waiter, 5), HYPERBP_TIMED_OUT);
     EXPECT_EQ(fcntl(device.host(), F_SETFL, O_NONBLOCK), 0);
-    EXPECT_EQ(hyperbp_wait(session, device.host()), HYPERBP_NOT_WAITED);
+    EXPECT_EQ(hyperbp_wait(waiter, -1), HYPERBP_NOT_WAITED);
     EXPECT_NE(std::string(hyperbp_error()).find("waiting for events"), std::string::npos) << hyperbp_error();
-    EXPECT_EQ(hyperbp_wait(session, -1), HYPERBP_NOT_WAITED);
-    EXPECT_NE(std::string(hyperbp_error()).find("no event channel"), std::string::npos) << hyperbp_error();
-    EXPECT_FALSE(hyperbp_stop_waiting(session, -1));
+    hyperbp_waiter_close(waiter);
+
+    EXPECT_EQ(hyperbp_waiter_open(&vmi, -1), nullptr);
+    EXPECT_NE(std::string(hyperbp_error()).find("event channel"), std::string::npos) << hyperbp_error();
+    EXPECT_EQ(hyperbp_waiter_open(nullptr, device.host()), nullptr);
+    hyperbp_waiter_close(nullptr);
 }
 
 TEST_F(Backend, MoreVirtualCpusThanLibVmiStepsAreRefused)

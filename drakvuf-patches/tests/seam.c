@@ -120,13 +120,25 @@ event_response_t hyperbp_finish(hyperbp_session_t* unused, vmi_event_t* event, e
 
 static hyperbp_waited_t waited;
 
-hyperbp_waited_t hyperbp_wait(hyperbp_session_t* unused, int device)
+hyperbp_waiter_t* hyperbp_waiter_open(vmi_instance_t vmi, int device)
+{
+    NOTE("waiter;");
+    return (hyperbp_waiter_t*)&session;
+}
+
+void hyperbp_waiter_close(hyperbp_waiter_t* closed)
+{
+    if (closed)
+        NOTE("no waiter;");
+}
+
+hyperbp_waited_t hyperbp_wait(hyperbp_waiter_t* unused, int timeout)
 {
     NOTE("wait;");
     return waited;
 }
 
-bool hyperbp_stop_waiting(hyperbp_session_t* unused, int device)
+bool hyperbp_stop_waiting(hyperbp_waiter_t* unused)
 {
     NOTE("stop waiting;");
     return true;
@@ -567,7 +579,7 @@ static void waiting(void)
     drakvuf.event_fds = polled;
     drakvuf.fd_info_lookup = told;
     // The last one is to empty the ring, without waiting.
-    waits(HYPERBP_WOKEN, 1, "hyperbp waits", "wait;listen;wait;listen;listen;");
+    waits(HYPERBP_WOKEN, 1, "hyperbp waits", "waiter;wait;listen;wait;listen;listen;");
     waits(HYPERBP_INTERRUPTED, 1, "a signal has the loop look around", "wait;wait;listen;");
     waits(HYPERBP_NOT_WAITED, 1, "what hyperbp does not wait for is polled", "wait;listen;wait;listen;listen;");
     waits(HYPERBP_WOKEN, 2, "so are several files",
@@ -597,7 +609,7 @@ static void failures(void)
     expect("a failure ends every loop, and nothing more is asked", "insert 5004;stop waiting;stop waiting;begin;");
     close_vmi(&drakvuf);
     assert(!drakvuf_get_hyperbp(&drakvuf) && !drakvuf_hyperbp_failed(&drakvuf));
-    expect("it is closed while its views are there", "listen;close;view 0;altp2m 0;");
+    expect("it is closed while its views are there", "listen;close;no waiter;view 0;altp2m 0;");
 
     drakvuf = (struct drakvuf) {0};
     refuses = true;

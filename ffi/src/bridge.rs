@@ -4,6 +4,7 @@
 #![cfg_attr(not(feature = "libvmi"), allow(dead_code))]
 
 use crate::session::{Session, check_mechanism, open, open_libvmi};
+use crate::waiter::{Waiter, open_waiter};
 
 #[cxx::bridge(namespace = "hyperbp::ffi")]
 pub(crate) mod ffi {
@@ -194,6 +195,14 @@ pub(crate) mod ffi {
         rewritten: u64,
     }
 
+    /// How a wait has ended.
+    #[derive(Debug)]
+    enum Waited {
+        Woken,
+        TimedOut,
+        Interrupted,
+    }
+
     extern "Rust" {
         type Session;
 
@@ -223,8 +232,6 @@ pub(crate) mod ffi {
         fn step(self: &mut Session, vcpu: u16, reply: &mut Reply) -> bool;
         fn finish(self: &mut Session, reply: &mut Reply);
         fn finish_with(self: &mut Session, registers: &General, reply: &mut Reply);
-        fn wait(self: &mut Session, device: i32) -> Result<bool>;
-        fn stop_waiting(self: &mut Session, device: i32) -> Result<()>;
         fn failed(self: &Session) -> bool;
         fn monitor(self: &mut Session, vcpu: u16, monitored: bool) -> Result<u16>;
         fn monitor_all(self: &mut Session, monitored: bool) -> Result<()>;
@@ -232,6 +239,18 @@ pub(crate) mod ffi {
         fn mechanism(self: &Session) -> String;
         fn counters(self: &Session) -> Counters;
         fn breakpoints(self: &Session, into: &mut [Figures]) -> usize;
+
+        type Waiter;
+
+        /// Begins to wait for the events of a domain. Throws if the library was built without LibVMI.
+        ///
+        /// # Safety
+        /// `vmi` is an instance of LibVMI, initialised with events, `device` the file of its event channel: both outlive the
+        /// waiter.
+        unsafe fn open_waiter(vmi: *mut vmi_instance, device: i32) -> Result<Box<Waiter>>;
+
+        fn wait(self: &mut Waiter, timeout: i32) -> Result<Waited>;
+        fn stop(self: &mut Waiter) -> Result<()>;
     }
 
     #[namespace = "hyperbp"]

@@ -19,3 +19,4 @@ mod logger;
 mod machine;
 mod recorded;
 mod session;
+mod waiter;

@@ -40,12 +40,6 @@ impl<H: Hypervisor> Recorded<H> {
         &self.inner
     }
 
-    /// The same, for what is done to no domain.
-    #[cfg(feature = "libvmi")]
-    pub(crate) const fn inner_mut(&mut self) -> &mut H {
-        &mut self.inner
-    }
-
     /// Whether nothing is left to [undo](Self::undo).
     pub(crate) fn is_clean(&self) -> bool {
         let Self { views, frames, guarded, displaced, pauses, .. } = self;

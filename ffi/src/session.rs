@@ -2,9 +2,6 @@
 
 use std::any::Any;
 use std::collections::HashMap;
-use std::io;
-#[cfg(feature = "libvmi")]
-use std::os::fd::BorrowedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use cxx::UniquePtr;
@@ -43,11 +40,13 @@ pub(crate) enum Error {
     #[error("there is no breakpoint at {0}")]
     NoBreakpoint(Gpa),
     /// There are no events to wait for.
-    #[error("there is no event channel to wait for: name its device, in a session on LibVMI")]
+    #[cfg(feature = "libvmi")]
+    #[error("there are no events to wait for: name an instance of LibVMI, and the file of the event channel")]
     NoEventChannel,
     /// Waiting has failed.
+    #[cfg(feature = "libvmi")]
     #[error("waiting for events: {0}")]
-    Wait(#[from] io::Error),
+    Wait(#[from] std::io::Error),
     /// Xen has not everything back.
     #[error("the domain could not be left as it was: {0}")]
     NotRestored(Box<Error>),
@@ -55,12 +54,6 @@ pub(crate) enum Error {
     #[cfg(not(feature = "libvmi"))]
     #[error("this libhyperbp was built without LibVMI: build it with the feature libvmi (`cargo xtask install` does)")]
     NoLibVmi,
-}
-
-/// What is asked of an event channel.
-enum Channel {
-    Wait,
-    Stop,
 }
 
 /// Whether it can be used.
@@ -144,7 +137,7 @@ pub(crate) unsafe fn open_libvmi(
 }
 
 /// Turns a panic into an error, where there is no session that could remember it.
-fn without_panic<T>(work: impl FnOnce() -> Result<T, Error>) -> Result<T, Error> {
+pub(crate) fn without_panic<T>(work: impl FnOnce() -> Result<T, Error>) -> Result<T, Error> {
     // What has panicked is gone with what it held: a session undoes what it has done when it is dropped.
     catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| Err(Error::Failed(message_of(&*panic))))
 }
@@ -380,44 +373,6 @@ impl Session {
         });
         self.engine.end(&mut self.machine, &self.event, told, changed.as_ref(), &mut self.reply);
         convert::reply(&self.reply, reply);
-    }
-
-    /// Waits for events, through the device of the event channel. Returns false if a signal came.
-    ///
-    /// # Errors
-    /// If it does not block, cannot be read or written, or the hypervisor is not LibVMI.
-    pub(crate) fn wait(&mut self, device: i32) -> Result<bool, Error> {
-        self.attempt(|session| match session.with_channel(device, Channel::Wait) {
-            Err(Error::Wait(error)) if error.kind() == io::ErrorKind::Interrupted => Ok(false),
-            waited => waited.map(|()| true),
-        })
-    }
-
-    /// Lets the device be waited for in another way.
-    ///
-    /// # Errors
-    /// As [`wait`](Self::wait).
-    pub(crate) fn stop_waiting(&mut self, device: i32) -> Result<(), Error> {
-        self.attempt(|session| session.with_channel(device, Channel::Stop))
-    }
-
-    #[cfg(feature = "libvmi")]
-    fn with_channel(&mut self, device: i32, what: Channel) -> Result<(), Error> {
-        let Machine::LibVmi(domain) = self.machine.inner_mut() else { return Err(Error::NoEventChannel) };
-        if device < 0 {
-            return Err(Error::NoEventChannel);
-        }
-        // SAFETY: the host keeps it open during the call.
-        let device = unsafe { BorrowedFd::borrow_raw(device) };
-        Ok(match what {
-            Channel::Wait => domain.wait(device),
-            Channel::Stop => domain.stop_waiting(device),
-        }?)
-    }
-
-    #[cfg(not(feature = "libvmi"))]
-    fn with_channel(&mut self, _device: i32, _what: Channel) -> Result<(), Error> {
-        Err(Error::NoEventChannel)
     }
 
     /// Whether there was a panic: then it can only be closed.

@@ -177,26 +177,6 @@ hyperbp_observed_t hyperbp_begin(hyperbp_session_t* session, vmi_event_t* event,
 event_response_t hyperbp_finish(hyperbp_session_t* session, vmi_event_t* event,
                                 event_response_t response) HYPERBP_NOEXCEPT;
 
-/* How a wait has ended. */
-typedef enum hyperbp_waited {
-    /* There may be events: call vmi_events_listen(vmi, 0). */
-    HYPERBP_WOKEN,
-    /* A signal has come. */
-    HYPERBP_INTERRUPTED,
-    /* It cannot be waited for like this, or not now: hyperbp_error() says why. It can be in another way. */
-    HYPERBP_NOT_WAITED
-} hyperbp_waited_t;
-
-/* Waits for the domain's events; of the ways to, it finds out which takes the least time. `device` is the file
- * descriptor of the event channel (xenevtchn_fd), a blocking one, which has only LibVMI's port, and that nobody else
- * reads from. LibVMI is one whose events are waited for by its host (VMI_INIT_EVENTS with an event channel of the
- * host's). docs/waiting.md says what it does. */
-hyperbp_waited_t hyperbp_wait(hyperbp_session_t* session, int device) HYPERBP_NOEXCEPT;
-
-/* Before `device` is waited for in another way, with poll() for one: until this is called nothing may be readable
- * there. */
-bool hyperbp_stop_waiting(hyperbp_session_t* session, int device) HYPERBP_NOEXCEPT;
-
 /* Whether a bug in hyperbp has ended the session: then it can only be closed. What it had done to the domain has been
  * undone. */
 bool hyperbp_failed(const hyperbp_session_t* session) HYPERBP_NOEXCEPT;
@@ -216,6 +196,38 @@ size_t hyperbp_breakpoints(const hyperbp_session_t* session, hyperbp_figures_t* 
 
 /* What happened so far. */
 bool hyperbp_counters(const hyperbp_session_t* session, hyperbp_counters_t* into) HYPERBP_NOEXCEPT;
+
+/* What waits for a domain's events, in one thread: beside a session, or without one. */
+typedef struct hyperbp_waiter hyperbp_waiter_t;
+
+/* How a wait has ended. */
+typedef enum hyperbp_waited {
+    /* There may be events: call vmi_events_listen(vmi, 0). */
+    HYPERBP_WOKEN,
+    /* There were none, for about as long as was asked for. */
+    HYPERBP_TIMED_OUT,
+    /* A signal has come. */
+    HYPERBP_INTERRUPTED,
+    /* It cannot be waited for like this, or not now: hyperbp_error() says why. It can be in another way. */
+    HYPERBP_NOT_WAITED
+} hyperbp_waited_t;
+
+/* Begins to wait for events. `device` is the file descriptor of their event channel (xenevtchn_fd), a blocking one,
+ * which has only LibVMI's port, and that nobody else reads from. `vmi` is an instance whose events are waited for by
+ * its host: it was initialised with VMI_INIT_EVENTS and that event channel (VMI_INIT_DATA_XEN_EVTCHN). Both are to live
+ * until the waiter is closed. NULL if it fails. */
+hyperbp_waiter_t* hyperbp_waiter_open(vmi_instance_t vmi, int device) HYPERBP_NOEXCEPT;
+
+/* Frees it. Nothing may be signalled any more until the event channel is closed. NULL is closed already. */
+void hyperbp_waiter_close(hyperbp_waiter_t* waiter) HYPERBP_NOEXCEPT;
+
+/* Waits, for so many milliseconds, or, if `timeout` is negative, which costs less, until there is something. Of the
+ * ways to wait it finds out which takes the least time: docs/waiting.md says what they are. */
+hyperbp_waited_t hyperbp_wait(hyperbp_waiter_t* waiter, int timeout) HYPERBP_NOEXCEPT;
+
+/* Before the device is waited for in another way, with poll() for one: until this is called nothing may be readable
+ * there. */
+bool hyperbp_stop_waiting(hyperbp_waiter_t* waiter) HYPERBP_NOEXCEPT;
 
 #ifdef __cplusplus
 }

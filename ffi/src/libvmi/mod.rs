@@ -2,13 +2,10 @@
 
 mod page;
 
-use std::io;
-use std::os::fd::BorrowedFd;
 use std::pin::Pin;
 
 use cxx::UniquePtr;
 use hyperbp::{Gfn, Gpa, Hypervisor, PAGE_SIZE, Rights, VcpuId, ViewId};
-use hyperbp_event_channel::EventChannel;
 use hyperbp_guest_page::PageCache;
 use libvmi_sys as sys;
 
@@ -27,7 +24,6 @@ pub(crate) struct Domain {
     /// LibVMI does not tell which frames are free, nor raise the memory limit: the host does.
     memory: UniquePtr<ffi::Memory>,
     pages: PageCache<Page>,
-    channel: EventChannel,
 }
 
 impl Domain {
@@ -51,7 +47,7 @@ impl Domain {
             return Err(Error::NoMapping);
         }
         let vcpus = vcpus as u16;
-        Ok(Self { vmi, vcpus, memory, pages: PageCache::default(), channel: EventChannel::new() })
+        Ok(Self { vmi, vcpus, memory, pages: PageCache::default() })
     }
 
     fn page(&mut self, gpa: Gpa, length: usize) -> Result<&Page, Error> {
@@ -61,23 +57,6 @@ impl Domain {
         let Self { pages, vmi, memory, .. } = self;
         // SAFETY: `new` was promised that the instance lives.
         pages.get(gpa.gfn(), || unsafe { page::map(*vmi, memory.pin_mut(), gpa.gfn()) })
-    }
-
-    /// Waits until there are events, or for less.
-    ///
-    /// # Errors
-    /// As [`EventChannel::wait`].
-    pub(crate) fn wait(&mut self, device: BorrowedFd<'_>) -> io::Result<()> {
-        // SAFETY: `new` was promised that the instance lives. (It looks at the ring, in memory.)
-        self.channel.wait(device, None, || unsafe { sys::vmi_are_events_pending(self.vmi) } > 0).map(drop)
-    }
-
-    /// Lets the device signal again.
-    ///
-    /// # Errors
-    /// As [`EventChannel::stop`].
-    pub(crate) fn stop_waiting(&mut self, device: BorrowedFd<'_>) -> io::Result<()> {
-        self.channel.stop(device)
     }
 
     fn memory(&mut self) -> Pin<&mut ffi::Memory> {
