@@ -27,6 +27,7 @@
 #include <fcntl.h>
 #include <iostream>
 #include <memory>
+#include <optional>
 #include <poll.h>
 #include <stdexcept>
 #include <string>
@@ -130,10 +131,23 @@ void handle_signals()
     std::signal(SIGPIPE, SIG_IGN);
 }
 
+/// A configuration, of which the file is not read.
+struct Configuration : ConfigYAMLParser
+{
+#ifdef VMICORE_HYPERBP
+    std::optional<std::string> mechanism;
+
+    std::optional<std::string> getHyperbpMechanism() const override
+    {
+        return mechanism;
+    }
+#endif
+};
+
 /// What vmicore's main() and VmiHub make, without what is about processes, plugins and gRPC.
 struct Vmicore
 {
-    std::shared_ptr<ConfigYAMLParser> config = std::make_shared<ConfigYAMLParser>();
+    std::shared_ptr<Configuration> config = std::make_shared<Configuration>();
     std::shared_ptr<ILogging> logging;
     std::shared_ptr<IEventStream> events = std::make_shared<DummyEventStream>();
     std::shared_ptr<LibvmiInterface> vmi;
@@ -152,6 +166,10 @@ struct Vmicore
             std::make_shared<Builder>(::logging::console::new_console_logger_builder()));
         GlobalControl::init(logging->newLogger(), events);
         config->setVmName(arguments.domain);
+#ifdef VMICORE_HYPERBP
+        if (arguments.backend == HYPERBP_BACKEND)
+            config->mechanism = arguments.mechanism;
+#endif
         vmi = std::make_shared<LibvmiInterface>(config, logging, events);
         steps = std::make_shared<SingleStepSupervisor>(vmi, logging);
         registers = std::make_shared<RegisterEventSupervisor>(vmi, logging);
