@@ -2,8 +2,9 @@
 # Builds and runs the tests of a patched SmartVMI's supervisor over hyperbp itself.
 set -eu
 
-if [ $# -ne 1 ] || [ ! -f "$1/compile_commands.json" ]; then
-    echo "Usage: $(basename "$0") BUILD, the directory in which CMake has set up a patched vmicore with hyperbp" >&2
+if [ $# -lt 1 ] || [ $# -gt 2 ] || [ ! -f "$1/compile_commands.json" ]; then
+    echo "Usage: $(basename "$0") BUILD [PLUGIN], the directories in which CMake has set up a patched vmicore with" \
+        "hyperbp, and has built plugins/hyperbp" >&2
     exit 2
 fi
 here=$(cd "$(dirname "$0")" && pwd -P)
@@ -13,6 +14,16 @@ program=$(mktemp -d)
 trap 'rm -rf "$program"' EXIT
 
 flags="-g -O1 -fsanitize=address,undefined -Wall -Wextra -Wno-missing-field-initializers"
+defined="-DVMICORE_HYPERBP -DYAML_CPP_SUPPORT"
+tests=core
+libraries="-lgmock_main -lgmock -lgtest -lfmt -lyaml-cpp"
+if [ $# -eq 2 ]; then
+    tests="core plugin"
+    defined="$defined $(pkg-config --cflags jsoncpp)"
+    libraries="$libraries $(pkg-config --libs jsoncpp)"
+    HYPERBP_PLUGIN_DIRECTORY=$(cd "$2/src" && pwd)
+    export HYPERBP_PLUGIN_DIRECTORY
+fi
 vmicore=$(grep -o -e '-isystem [^ ]*' -e '-I[^ ]*' "$build/compile_commands.json" | sort -u)
 # What is at hand for the functions of LibVMI is ours, and so is what else hyperbp is linked with.
 hyperbp=$(pkg-config --libs hyperbp | sed -e 's/-lvmi//' -e 's/-lglib-2.0//')
@@ -23,13 +34,17 @@ hyperbp=$(pkg-config --libs hyperbp | sed -e 's/-lvmi//' -e 's/-lglib-2.0//')
         "${CXX:-c++}" -std=c++17 $flags $(pkg-config --cflags hyperbp) -c "$file" \
             -o "$program/our-$(basename "$file").o"
     done
-    for file in src/lib/vmi/HyperbpEventSupervisor src/lib/vmi/Breakpoint src/lib/vmi/Event src/lib/GlobalControl; do
-        "${CXX:-c++}" -std=c++20 $flags -DVMICORE_HYPERBP $vmicore -c "$source/$file.cpp" \
+    for file in src/lib/vmi/HyperbpEventSupervisor src/lib/vmi/Breakpoint src/lib/vmi/Event src/lib/GlobalControl \
+        src/lib/plugins/PluginSystem src/lib/vmi/MemoryMapping; do
+        "${CXX:-c++}" -std=c++20 $flags $defined $vmicore -c "$source/$file.cpp" \
             -o "$program/$(basename "$file").o"
     done
-    "${CXX:-c++}" -std=c++20 $flags -DVMICORE_HYPERBP -I "$source/src/lib" -I "$source/src/include" \
-        -I "$source/test" -I "$source/test/include" $vmicore -c "$here/core.cpp" -o "$program/core.o"
-    "${CXX:-c++}" -fsanitize=address,undefined "$program"/*.o -lgmock_main -lgmock -lgtest -lfmt $hyperbp \
-        -o "$program/core"
+    for file in $tests; do
+        "${CXX:-c++}" -std=c++20 $flags $defined -I "$source/src/lib" -I "$source/src/include" -I "$source/test" \
+            -I "$source/test/include" $vmicore -c "$here/$file.cpp" -o "$program/$file.o"
+    done
+    # As vmicore itself is linked.
+    "${CXX:-c++}" -fsanitize=address,undefined -Wl,--export-dynamic-symbol=vmicore_hyperbp_figures_1 "$program"/*.o \
+        $libraries $hyperbp -o "$program/core"
 }
 "$program/core" --gtest_brief=1
