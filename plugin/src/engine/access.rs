@@ -1,0 +1,141 @@
+//! An access was denied: somebody watches the page, or it has breakpoints.
+
+use super::{Engine, Observed};
+use crate::breakpoint::Page;
+use crate::insn::paging;
+use crate::views::Views;
+use crate::{Access, Action, Event, Gpa, Hypervisor, Registers, Reply, conceal, placement, step};
+
+impl Engine {
+    pub(super) fn on_access<H: Hypervisor>(
+        &mut self,
+        hv: &mut H,
+        index: usize,
+        event: &Event,
+        access: &Access,
+        reply: &mut Reply,
+    ) -> Result<Observed, H::Error> {
+        let gfn = access.gpa.gfn();
+        let exec = self.views.as_ref().map(|views| views.exec);
+        if Some(event.view) != exec {
+            return reply.answered(self.on_guarded(hv, index, event, access));
+        }
+        let watched = self.registry.watches.get(gfn).is_some_and(|watch| watch.accesses.include(access));
+        let stepped = self.registry.is_watched(gfn) || self.registry.page(gfn).is_some();
+        let breakpoint = if stepped { self.fetched(hv, event, access) } else { None };
+        if let Some(at) = breakpoint.and_then(|at| self.registry.locate(at)) {
+            self.count_hit(at);
+        }
+        match (watched, breakpoint) {
+            (true, breakpoint) => Ok(Observed::Access { access: *access, breakpoint }),
+            (false, Some(at)) => Ok(Observed::Hit(at)),
+            // Denied with what is watched: a write, where nobody wants to hear but of reads.
+            (false, None) if self.registry.is_watched(gfn) && self.registry.page(gfn).is_none() => {
+                reply.answered(self.step_in_own_view(index, &event.registers))
+            }
+            (false, None) => reply.answered(self.on_guarded(hv, index, event, access)),
+        }
+    }
+
+    /// The breakpoint whose instruction an access is to fetch. That instruction is stepped in another view now, and so its
+    /// breakpoint, in a shadow, will not be met.
+    fn fetched<H: Hypervisor>(&self, hv: &mut H, event: &Event, access: &Access) -> Option<Gpa> {
+        let lifts = self.registry.page(access.gpa.gfn()).is_some_and(|page| page.shadow.is_none());
+        if lifts || !(access.execute || access.page_walk) {
+            return None;
+        }
+        let registers = &event.registers;
+        let at = paging::translate(hv, registers, registers.cs_base.wrapping_add(registers.rip))?;
+        self.registry.at(at).filter(|(page, _)| page.shadow.is_some()).map(|_| at)
+    }
+
+    /// Lets an access that was reported, or whose instruction was a `hit`, be made: by the guest itself, for Xen emulates
+    /// only what is still denied.
+    pub(super) fn permit<H: Hypervisor>(
+        &mut self,
+        hv: &mut H,
+        index: usize,
+        event: &Event,
+        access: &Access,
+        hit: bool,
+        changed: Option<&Registers>,
+    ) -> Result<Reply, H::Error> {
+        let registers = changed.unwrap_or(&event.registers);
+        let gfn = access.gpa.gfn();
+        let watch = self.registry.watches.get(gfn).filter(|watch| watch.accesses.include(access));
+        let after = watch.is_some_and(|watch| watch.after);
+        self.vcpus[index].accessing = after.then_some(*access);
+        let monitored = after || self.vcpus[index].stepping;
+        let (vcpu, views) = (&mut self.vcpus[index], self.views.as_ref());
+        match (self.registry.page_mut(gfn), views) {
+            (Some(page), views) if monitored || changed.is_some() => {
+                placement::catch_up(hv, views, page)?;
+                conceal::on_own_bytes(hv, views, vcpu, page, registers, access.write)
+            }
+            (Some(page), Some(views)) if page.shadow.is_some() && !access.read && !access.write => {
+                Ok(step::fast_step_in_own_view(vcpu, views, registers.rip))
+            }
+            (Some(_), _) => self.on_guarded(hv, index, event, access),
+            // It is not watched any more. But what would try again is not to be hit again.
+            (None, _) if watch.is_none() && !hit => Ok(Reply::default()),
+            (None, Some(views)) if after => Ok(step::step_on_own_pages(vcpu, views)),
+            (None, _) => self.step_in_own_view(index, registers),
+        }
+    }
+
+    /// Lets the instruction at RIP run on the guest's own pages.
+    fn step_in_own_view<E>(&mut self, index: usize, registers: &Registers) -> Result<Reply, E> {
+        let (vcpu, views) = (&mut self.vcpus[index], self.views.as_ref());
+        Ok(match views {
+            Some(views) if vcpu.stepping => step::step_on_own_pages(vcpu, views),
+            Some(views) => step::fast_step_in_own_view(vcpu, views, registers.rip),
+            None => Reply::default(),
+        })
+    }
+
+    /// Answers an access that nobody wants to hear of.
+    fn on_guarded<H: Hypervisor>(
+        &mut self,
+        hv: &mut H,
+        index: usize,
+        event: &Event,
+        access: &Access,
+    ) -> Result<Reply, H::Error> {
+        let (vcpu, views, gfn) = (&mut self.vcpus[index], self.views.as_ref(), access.gpa.gfn());
+        let guarded = |page: &&mut Page| {
+            let shadowed =
+                |views: &Views| event.view == views.exec || (views.all().contains(&event.view) && access.write);
+            page.shadow.is_none() || views.is_some_and(shadowed)
+        };
+        let Some(page) = self.registry.page_mut(gfn).filter(guarded) else {
+            if let Some(views) = views.filter(|views| access.write && views.hides(gfn))
+                && vcpu.owe(gfn)
+            {
+                self.counters.discarded += 1;
+                views.permit_write(hv, gfn)?;
+                return Ok(step::step_on_own_pages(vcpu, views));
+            }
+            self.counters.unexplained += 1;
+            if views.is_some_and(|views| !views.all().contains(&event.view)) {
+                // It was queued when the virtual CPU was in another view.
+                return Ok(Reply::default());
+            }
+            // Not ours, or not any more. Xen emulates only if the access is still denied, so the guest goes on.
+            return Ok(Reply { action: Action::Emulate, ..Reply::default() });
+        };
+        placement::catch_up(hv, views, page)?;
+        if access.execute && !access.write && !access.read {
+            // The page is lifted, or was a moment ago. Whoever it is not lifted for tries again until it is over.
+            match vcpu.owes(gfn) && page.lifted > 0 {
+                true => placement::uncover(hv, views, gfn)?,
+                false => self.counters.held += 1,
+            }
+            return Ok(Reply::default());
+        }
+        match access.write {
+            true => self.counters.writes += 1,
+            false => self.counters.reads += 1,
+        }
+        conceal::begin(hv, views, vcpu, &mut self.factory, page, event)
+    }
+}

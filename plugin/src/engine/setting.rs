@@ -1,0 +1,189 @@
+//! Sets and removes breakpoints, and prepares and gives back the pages they are in.
+
+use super::Engine;
+use super::presence::paused;
+use crate::breakpoint::Page;
+use crate::error::Doing;
+use crate::insn::Displaced;
+use crate::{BreakpointId, Error, Gfn, Gpa, Hypervisor, Mechanism, PAGE_SIZE, Placement, StepOver, placement};
+
+impl Engine {
+    /// Sets a breakpoint on the instruction at a guest-physical address, or subscribes to the one that is there.
+    ///
+    /// # Errors
+    /// If its page, or the breakpoint there, is used in another way, or if the hypervisor refuses: then there is no
+    /// breakpoint. (What the hypervisor refuses to undo is undone at the next attempt, or by [`finish`](Self::finish).)
+    pub fn insert<H: Hypervisor>(&mut self, hv: &mut H, gpa: Gpa, mechanism: Mechanism) -> Result<BreakpointId, Error> {
+        if self.leaving {
+            return Err(Error::Leaving);
+        }
+        self.catch_up(hv, gpa.gfn()).doing("settle the page")?;
+        let other = |p: &Page| p.placement != mechanism.placement() || p.conceal != mechanism.conceal();
+        if self.registry.page(gpa.gfn()).is_some_and(|page| page.breakpoints.is_empty() && other(page)) {
+            self.vacate(hv, gpa.gfn()).doing("prepare the page")?;
+        }
+        let page = self.registry.page(gpa.gfn());
+        if page.is_some_and(other) {
+            return Err(Error::PageConflict(gpa));
+        }
+        if let Some(breakpoint) = page.and_then(|page| page.at(gpa.offset())) {
+            if breakpoint.step_over != mechanism.step_over() {
+                return Err(Error::StepOverConflict(gpa));
+            }
+            let displaced = breakpoint.displaced;
+            return self.registry.subscribe(gpa, mechanism.step_over(), displaced).ok_or(Error::NoSuchBreakpoint);
+        }
+        let new = page.is_none();
+        if new {
+            self.open(hv, gpa.gfn(), mechanism)?;
+        }
+        let armed = self.arm(hv, gpa, mechanism.step_over());
+        if armed.is_err()
+            && new
+            && let Some(page) = self.registry.remove_page(gpa.gfn())
+        {
+            // What failed is what the caller is to hear about, not that undoing it failed too.
+            let _ = self.close(hv, page);
+        }
+        armed
+    }
+
+    /// Settles a page, if that was refused when it was to be done.
+    fn catch_up<H: Hypervisor>(&mut self, hv: &mut H, gfn: Gfn) -> Result<(), H::Error> {
+        match self.registry.page_mut(gfn) {
+            Some(page) => placement::catch_up(hv, self.views.as_ref(), page),
+            None => Ok(()),
+        }
+    }
+
+    /// Prepares a page for breakpoints.
+    fn open<H: Hypervisor>(&mut self, hv: &mut H, gfn: Gfn, mechanism: Mechanism) -> Result<(), Error> {
+        let placement = mechanism.placement();
+        let watch = self.registry.watches.get(gfn);
+        if placement == Placement::InPlace && watch.is_some_and(|watch| watch.accesses.execute) {
+            return Err(Error::WatchConflict(gfn));
+        }
+        self.close_again(hv, |page| page.gfn == gfn).doing("prepare the page")?;
+        // Nobody is to write to the page while we look at it, nor to run between two of the steps.
+        let shadow = paused(hv, |hv| {
+            if placement == Placement::Shadow {
+                self.ensure_views(hv)?;
+            }
+            // It may be one since a moment ago.
+            if self.views.as_ref().is_some_and(|views| views.hides(gfn)) {
+                return Err(Error::NoMemory(gfn.at(0)));
+            }
+            placement::open(hv, self.views.as_mut(), gfn, placement).doing("prepare the page")
+        })?;
+        let conceal = mechanism.conceal();
+        self.registry.add_page(Page {
+            gfn,
+            placement,
+            conceal,
+            shadow,
+            breakpoints: Vec::new(),
+            lifted: 0,
+            unsettled: false,
+        });
+        if let Err(error) = self.restrict(hv, gfn)
+            && let Some(page) = self.registry.remove_page(gfn)
+        {
+            // What failed is what the caller is to hear about, not that undoing it failed too.
+            let _ = self.close(hv, page);
+            return Err(error).doing("watch the page");
+        }
+        Ok(())
+    }
+
+    /// Sets a breakpoint in a page that is prepared.
+    fn arm<H: Hypervisor>(&mut self, hv: &mut H, gpa: Gpa, step_over: StepOver) -> Result<BreakpointId, Error> {
+        let displaced = self.displaced(hv, gpa)?;
+        let id = self.registry.subscribe(gpa, step_over, displaced).ok_or(Error::NoSuchBreakpoint)?;
+        // While the page is lifted for a virtual CPU, its settling will arm this breakpoint too.
+        if let Some(page) = self.registry.page(gpa.gfn()).filter(|page| page.lifted == 0)
+            && let Err(error) = placement::arm(hv, page, gpa, displaced.byte())
+        {
+            if page.breakpoints.len() > 1 {
+                self.registry.unsubscribe(id);
+            }
+            return Err(error).doing("write the breakpoint");
+        }
+        Ok(id)
+    }
+
+    /// The guest's own instruction at an address, without the breakpoints around it.
+    fn displaced<H: Hypervisor>(&self, hv: &mut H, gpa: Gpa) -> Result<Displaced, Error> {
+        let mut bytes = [0; PAGE_SIZE];
+        hv.read(gpa.gfn().at(0), &mut bytes).doing("read the page")?;
+        if let Some(page) = self.registry.page(gpa.gfn()).filter(|p| p.placement == Placement::InPlace && p.lifted == 0)
+        {
+            for breakpoint in &page.breakpoints {
+                bytes[usize::from(breakpoint.offset())] = breakpoint.displaced.byte();
+            }
+        }
+        Ok(Displaced::of(&bytes, gpa.offset()))
+    }
+
+    /// Removes a breakpoint. If nobody else has subscribed to it, the guest's own byte is back when this returns.
+    ///
+    /// # Errors
+    /// If there is no such breakpoint, or if the hypervisor refuses.
+    pub fn remove<H: Hypervisor>(&mut self, hv: &mut H, id: BreakpointId) -> Result<(), Error> {
+        self.catch_up(hv, id.gpa().gfn()).doing("settle the page")?;
+        let (page, breakpoint) = self.registry.get(id)?;
+        if page.lifted == 0 && self.registry.is_last(id) {
+            let disarmed = placement::disarm(hv, page, breakpoint.gpa, breakpoint.displaced.byte());
+            disarmed.doing("write the original byte back")?;
+        }
+        let Some(page) = self.registry.unsubscribe(id) else { return Ok(()) };
+        let gfn = page.gfn;
+        if self.telling && page.shadow.is_some() {
+            self.vacant.push(gfn);
+            return Ok(());
+        }
+        self.vacate(hv, gfn).doing("give the page back")
+    }
+
+    /// Makes a page without breakpoints the guest's own again.
+    fn vacate<H: Hypervisor>(&mut self, hv: &mut H, gfn: Gfn) -> Result<(), H::Error> {
+        let Some(page) = self.registry.remove_page(gfn) else { return Ok(()) };
+        // If there are breakpoints in it again before a step is over, that is another page.
+        self.vcpus.iter_mut().for_each(|vcpu| vcpu.forget(gfn));
+        self.close(hv, page)
+    }
+
+    /// The same with all that have none after an event.
+    #[cold]
+    pub(super) fn vacate_all<H: Hypervisor>(&mut self, hv: &mut H) -> Result<(), H::Error> {
+        let mut result = Ok(());
+        for gfn in std::mem::take(&mut self.vacant) {
+            if self.registry.page(gfn).is_some_and(|page| page.breakpoints.is_empty()) {
+                result = result.and(self.vacate(hv, gfn));
+            }
+        }
+        result
+    }
+
+    /// Makes a page whose last breakpoint is gone the guest's own again, or remembers that it is not yet.
+    fn close<H: Hypervisor>(&mut self, hv: &mut H, page: Page) -> Result<(), H::Error> {
+        let closed = placement::close(hv, self.views.as_mut(), &page).and_then(|()| self.restrict(hv, page.gfn));
+        if closed.is_err() {
+            self.unclosed.push(page);
+        }
+        closed
+    }
+
+    /// The same with those of which that was refused before.
+    pub(super) fn close_again<H: Hypervisor>(
+        &mut self,
+        hv: &mut H,
+        which: impl Fn(&Page) -> bool,
+    ) -> Result<(), H::Error> {
+        let mut result = Ok(());
+        let pages: Vec<_> = self.unclosed.extract_if(.., |page| which(page)).collect();
+        for page in pages {
+            result = result.and(self.close(hv, page));
+        }
+        result
+    }
+}

@@ -1,0 +1,79 @@
+//! A monitored single-step is over: what was owed is done.
+
+use super::{Engine, Observed};
+use crate::step::Pages;
+use crate::{Gpa, Hypervisor, Reply, Step, placement};
+
+impl Engine {
+    #[inline(always)]
+    pub(super) fn on_step<H: Hypervisor>(&mut self, hv: &mut H, index: usize, reply: &mut Reply) -> Observed {
+        let vcpu = &mut self.vcpus[index];
+        if !std::mem::take(&mut vcpu.stepping) {
+            self.counters.unexplained += 1;
+        }
+        let (home, over, accessing) = (std::mem::take(&mut vcpu.home), vcpu.over.take(), vcpu.accessing.take());
+        if !vcpu.pages.is_empty() {
+            let pages = std::mem::take(&mut vcpu.pages);
+            self.settle(hv, &pages);
+        }
+        if let Some(gpa) = over {
+            self.arm_again(hv, gpa);
+        }
+        if let Some(access) = accessing {
+            return Observed::Accessed(access);
+        }
+        reply.step = Step::Off;
+        if home {
+            self.back_home(index, reply);
+        }
+        Observed::Answered
+    }
+
+    /// Puts the breakpoints on what is now in pages that an instruction may have written to.
+    #[inline(never)]
+    fn settle<H: Hypervisor>(&mut self, hv: &mut H, pages: &Pages) {
+        for &gfn in pages.as_slice() {
+            let settled = match (self.registry.page_mut(gfn), &self.views) {
+                (Some(page), views) => placement::settle(hv, views.as_ref(), page),
+                (None, Some(views)) if views.hides(gfn) => views.seal(hv, gfn),
+                (None, _) => Ok(()),
+            };
+            if let Err(error) = settled {
+                log::warn!("the breakpoints of {gfn} could not be set again: {error}");
+                self.counters.failures += 1;
+            }
+        }
+        self.follow_others(hv);
+    }
+
+    /// A step is over: the virtual CPU goes back to the view it is at home in.
+    pub(super) fn back_home(&self, index: usize, reply: &mut Reply) {
+        reply.view = self.views.as_ref().map(|views| views.home(self.vcpus[index].monitored));
+        reply.step = Step::Off;
+    }
+
+    /// A virtual CPU that was in the write view may have written to the pages that others are there for, too.
+    fn follow_others<H: Hypervisor>(&mut self, hv: &mut H) {
+        for &gfn in self.vcpus.iter().flat_map(|vcpu| vcpu.pages.as_slice()) {
+            if let Some(page) = self.registry.page_mut(gfn)
+                && let Err(error) = placement::follow(hv, page)
+            {
+                // The others' steps will end, too.
+                log::warn!("the shadow of {gfn} could not follow: {error}");
+                self.counters.failures += 1;
+            }
+        }
+    }
+
+    /// Sets a breakpoint again that a virtual CPU has been stepped over.
+    #[inline(never)]
+    pub(super) fn arm_again<H: Hypervisor>(&mut self, hv: &mut H, gpa: Gpa) {
+        if let Some((page, breakpoint)) = self.registry.at(gpa)
+            && page.lifted == 0
+            && let Err(error) = placement::arm(hv, page, gpa, breakpoint.displaced.byte())
+        {
+            log::warn!("the breakpoint at {gpa} could not be set again: {error}");
+            self.counters.failures += 1;
+        }
+    }
+}
