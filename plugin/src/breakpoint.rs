@@ -44,10 +44,19 @@ impl Breakpoint {
         self.gpa.offset()
     }
 
+    const fn id(&self, serial: u64) -> BreakpointId {
+        BreakpointId { gpa: self.gpa, serial }
+    }
+
+    /// The subscriber that came first, and the one that came last.
+    pub(crate) fn first_and_last(&self) -> Option<(BreakpointId, BreakpointId)> {
+        Some((self.id(*self.subscribers.first()?), self.id(*self.subscribers.last()?)))
+    }
+
     /// The first subscriber that came after this one, but no later than `last`.
-    fn subscriber_after(&self, serial: u64, last: u64) -> Option<BreakpointId> {
-        let next = self.subscribers.iter().find(|next| **next > serial).filter(|next| **next <= last)?;
-        Some(BreakpointId { gpa: self.gpa, serial: *next })
+    pub(crate) fn next(&self, subscriber: BreakpointId, last: BreakpointId) -> Option<BreakpointId> {
+        let next = self.subscribers.iter().find(|next| **next > subscriber.serial)?;
+        (*next <= last.serial).then(|| self.id(*next))
     }
 }
 
@@ -59,7 +68,7 @@ pub(crate) struct Page {
     pub(crate) conceal: Conceal,
     /// The copy that shows the breakpoints, with [`Placement::Shadow`].
     pub(crate) shadow: Option<Gfn>,
-    /// Sorted by offset.
+    /// In no order.
     pub(crate) breakpoints: Vec<Breakpoint>,
     /// Virtual CPUs for which the breakpoints of this page, in place, are out for the moment.
     pub(crate) lifted: u16,
@@ -67,30 +76,32 @@ pub(crate) struct Page {
     pub(crate) unsettled: bool,
 }
 
-impl Page {
-    pub(crate) fn index(&self, offset: u16) -> Result<usize, usize> {
-        self.breakpoints.binary_search_by_key(&offset, Breakpoint::offset)
-    }
-
-    pub(crate) fn at(&self, offset: u16) -> Option<&Breakpoint> {
-        self.index(offset).ok().map(|index| &self.breakpoints[index])
-    }
-}
-
 /// Where a breakpoint is in the registry, until that changes.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Located {
     generation: u64,
-    page: usize,
-    breakpoint: usize,
+    spot: Spot,
+}
+
+/// Where a breakpoint is in the registry.
+#[derive(Clone, Copy, Debug)]
+struct Spot {
+    page: u32,
+    breakpoint: u32,
 }
 
 /// All pages with breakpoints.
+///
+/// A hit is looked up once, by its address, however many breakpoints there are. The hash has no secret: where breakpoints are
+/// is the host's choice. Where in physical memory that is may be the guest's, which could have them collide; then a look-up
+/// goes through 16 at a time, in a dozen instructions: thousands of collisions cost it less than the event itself.
 #[derive(Debug, Default)]
 pub(crate) struct Registry {
     pages: Vec<Page>,
-    /// Where in `pages` they are. Hashed without a secret: which pages these are is the host's choice, not the guest's.
+    /// Where in `pages` they are.
     index: HashMap<Gfn, usize, FxBuildHasher>,
+    /// Where in them the breakpoints are.
+    spots: HashMap<Gpa, Spot, FxBuildHasher>,
     /// Pages whose accesses somebody wants to hear of.
     pub(crate) watches: Watches,
     /// How many of them have their breakpoints in place.
@@ -118,25 +129,27 @@ impl Registry {
         self.pages.iter()
     }
 
-    /// Where the breakpoint at `gpa` is now, that was there a moment ago.
-    pub(crate) fn locate_again(&self, gpa: Gpa, before: Located) -> Option<Located> {
-        if before.generation == self.generation { Some(before) } else { self.locate(gpa) }
+    /// Whether a breakpoint is still where it was.
+    #[inline]
+    pub(crate) const fn is_there(&self, at: Located) -> bool {
+        at.generation == self.generation
     }
 
     /// Where the breakpoint at `gpa` is, until something is inserted or removed.
+    #[inline]
     pub(crate) fn locate(&self, gpa: Gpa) -> Option<Located> {
-        let page = *self.index.get(&gpa.gfn())?;
-        let breakpoint = self.pages[page].index(gpa.offset()).ok()?;
-        Some(Located { generation: self.generation, page, breakpoint })
+        self.spots.get(&gpa).map(|spot| Located { generation: self.generation, spot: *spot })
     }
 
+    #[inline]
     pub(crate) fn located(&self, at: Located) -> (&Page, &Breakpoint) {
-        let page = &self.pages[at.page];
-        (page, &page.breakpoints[at.breakpoint])
+        let page = &self.pages[at.spot.page as usize];
+        (page, &page.breakpoints[at.spot.breakpoint as usize])
     }
 
+    #[inline]
     pub(crate) fn located_mut(&mut self, at: Located) -> &mut Breakpoint {
-        &mut self.pages[at.page].breakpoints[at.breakpoint]
+        &mut self.pages[at.spot.page as usize].breakpoints[at.spot.breakpoint as usize]
     }
 
     pub(crate) fn at(&self, gpa: Gpa) -> Option<(&Page, &Breakpoint)> {
@@ -153,17 +166,6 @@ impl Registry {
         found.ok_or(Error::NoSuchBreakpoint)
     }
 
-    /// The subscribers at `gpa`, one after another: the first that came after `last`, but before [`now`](Self::now) was
-    /// `until`. Between two calls anything may be inserted and removed.
-    pub(crate) fn next_subscriber(&self, gpa: Gpa, last: Option<BreakpointId>, until: u64) -> Option<BreakpointId> {
-        self.at(gpa)?.1.subscriber_after(last.map_or(0, |id| id.serial), until)
-    }
-
-    /// The serial number of the newest subscriber.
-    pub(crate) fn now(&self) -> u64 {
-        self.serial
-    }
-
     pub(crate) fn add_page(&mut self, page: Page) {
         self.in_place += usize::from(page.placement == Placement::InPlace);
         self.generation += 1;
@@ -176,25 +178,31 @@ impl Registry {
         self.serial += 1;
         self.generation += 1;
         let serial = self.serial;
-        let page = self.page_mut(gpa.gfn())?;
-        let index = page.index(gpa.offset()).unwrap_or_else(|at| {
+        let page = *self.index.get(&gpa.gfn())?;
+        let breakpoints = &mut self.pages[page].breakpoints;
+        let page = u32::try_from(page).ok()?;
+        let spot = *self.spots.entry(gpa).or_insert_with(|| {
             let (figures, subscribers) = (Figures::default(), Vec::new());
-            let new = Breakpoint { gpa, step_over, displaced, not_emulable: false, figures, subscribers };
-            page.breakpoints.insert(at, new);
-            at
+            breakpoints.push(Breakpoint { gpa, step_over, displaced, not_emulable: false, figures, subscribers });
+            Spot { page, breakpoint: breakpoints.len() as u32 - 1 }
         });
-        page.breakpoints[index].subscribers.push(serial);
+        breakpoints[spot.breakpoint as usize].subscribers.push(serial);
         Some(BreakpointId { gpa, serial })
     }
 
     /// Takes a subscriber out, and its breakpoint if it was the last one there. Returns the page if it has none then.
     pub(crate) fn unsubscribe(&mut self, id: BreakpointId) -> Option<&Page> {
         self.generation += 1;
-        let page = self.page_mut(id.gpa.gfn())?;
-        let index = page.index(id.gpa.offset()).ok()?;
-        page.breakpoints[index].subscribers.retain(|serial| *serial != id.serial);
-        if page.breakpoints[index].subscribers.is_empty() {
-            page.breakpoints.remove(index);
+        let spot = *self.spots.get(&id.gpa)?;
+        let (page, at) = (&mut self.pages[spot.page as usize], spot.breakpoint as usize);
+        let subscribers = &mut page.breakpoints[at].subscribers;
+        subscribers.retain(|serial| *serial != id.serial);
+        if subscribers.is_empty() {
+            page.breakpoints.swap_remove(at);
+            self.spots.remove(&id.gpa);
+            if let Some(moved) = page.breakpoints.get(at) {
+                self.spots.insert(moved.gpa, spot);
+            }
         }
         page.breakpoints.is_empty().then_some(&*page)
     }
@@ -203,8 +211,13 @@ impl Registry {
         self.generation += 1;
         let index = self.index.remove(&gfn)?;
         let page = self.pages.swap_remove(index);
+        for breakpoint in &page.breakpoints {
+            self.spots.remove(&breakpoint.gpa);
+        }
         if let Some(moved) = self.pages.get(index) {
             self.index.insert(moved.gfn, index);
+            let spots = (0..).map(|breakpoint| Spot { page: index as u32, breakpoint });
+            self.spots.extend(moved.breakpoints.iter().map(|breakpoint| breakpoint.gpa).zip(spots));
         }
         self.in_place -= usize::from(page.placement == Placement::InPlace);
         Some(page)

@@ -108,9 +108,8 @@ fn data<H: Hypervisor>(hv: &mut H, page: &Page, gpa: Gpa, size: usize) -> Result
     let mut bytes = [0; READ_BYTES];
     hv.read(gpa, &mut bytes[..size])?;
     if page.placement == Placement::InPlace {
-        let first = page.index(start).unwrap_or_else(|index| index);
-        let hidden = page.breakpoints[first..].iter().take_while(|b| usize::from(b.offset()) < end);
-        for breakpoint in hidden {
+        let read = usize::from(start)..end;
+        for breakpoint in page.breakpoints.iter().filter(|b| read.contains(&b.offset().into())) {
             bytes[usize::from(breakpoint.offset() - start)] = breakpoint.displaced.byte();
         }
     }

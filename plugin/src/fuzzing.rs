@@ -42,7 +42,10 @@ impl Instruction {
 
     /// Does it: on `Some`, registers and memory are as after it; on `None`, nothing has changed.
     pub fn run(&self, registers: &mut Registers, memory: &mut impl Memory) -> Option<()> {
-        self.0.run(registers, &mut Outside(memory))
+        let mut new = *registers;
+        self.0.run(registers, &mut new, &mut Outside(memory))?;
+        *registers = new;
+        Some(())
     }
 }
 

@@ -19,6 +19,17 @@ pub struct Reply {
     pub action: Action,
 }
 
+impl Reply {
+    /// It goes on with a copy of these registers, which may be changed.
+    pub(crate) fn set_registers(&mut self, registers: &Registers) -> &mut Registers {
+        self.action = Action::SetRegisters(*registers);
+        match &mut self.action {
+            Action::SetRegisters(registers) => registers,
+            _ => unreachable!("it was set to that"),
+        }
+    }
+}
+
 /// What becomes of single-stepping.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Step {

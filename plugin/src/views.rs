@@ -30,6 +30,8 @@ pub(crate) struct Views {
     free: Vec<Gfn>,
     /// All frames that are not the guest's.
     frames: HashSet<Gfn, FxBuildHasher>,
+    /// None of them, at any time, was below this: most often they are above all of the guest's.
+    lowest: Gfn,
     /// Those of the views that have not been dropped.
     there: Vec<ViewId>,
     /// Changes whenever a view lets go of a page.
@@ -60,7 +62,8 @@ impl Views {
         let mut frame = |hv: &mut H| hv.add_shadow_gfn().inspect(|gfn| _ = frames.insert(*gfn));
         let (sink, spill) = (frame(hv)?, frame(hv)?);
         let (there, frames) = (there.clone(), frames.clone());
-        let views = Self { exec, own, write, sink, spill, free: Vec::new(), frames, there, unmappings: 0 };
+        let lowest = sink.min(spill);
+        let views = Self { exec, own, write, sink, spill, free: Vec::new(), frames, lowest, there, unmappings: 0 };
         hv.write(sink.at(0), &[0xff; PAGE_SIZE])?;
         hv.remap(exec, spill, Some(sink))?;
         hv.remap(own, spill, Some(sink))?;
@@ -107,6 +110,7 @@ impl Views {
         };
         // From here on it is ours, whatever happens.
         self.frames.insert(gfn);
+        self.lowest = self.lowest.min(gfn);
         hv.write(gfn.at(0), bytes)?;
         Ok(gfn)
     }
@@ -147,7 +151,7 @@ impl Views {
 
     /// Whether the frame is not the guest's.
     pub(crate) fn hides(&self, gfn: Gfn) -> bool {
-        self.frames.contains(&gfn)
+        gfn >= self.lowest && self.frames.contains(&gfn)
     }
 
     /// Lets instructions write, in the write view, to a page that has a shadow, or to a frame of ours.

@@ -21,7 +21,7 @@ impl Outcome {
     /// What came of it until now.
     fn of(engine: &Engine, breakpoints: &[BreakpointId]) -> Result<Self> {
         let figures = breakpoints.iter().map(|id| engine.figures(*id)).collect::<Result<_, _>>()?;
-        Ok(Self { figures, counters: engine.counters(), handling: engine.handling_time().clone() })
+        Ok(Self { figures, counters: engine.counters(), handling: engine.handling_time() })
     }
 
     /// What of it has come since `begin`, an earlier outcome of the same breakpoints.

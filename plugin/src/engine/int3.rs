@@ -1,12 +1,14 @@
 //! An INT3 was executed: a hit, or the guest's own.
 
 use super::{Engine, Observed, VACANT};
-use crate::breakpoint::{Located, Page};
+use crate::breakpoint::Located;
 use crate::insn::paging;
 use crate::placement::INT3;
+use crate::views::Views;
 use crate::{Action, Event, Gpa, Hypervisor, Int3, PAGE_SIZE, Placement, Registers, Reply, StepOver, conceal, step};
 
 impl Engine {
+    #[inline]
     pub(super) fn on_int3<H: Hypervisor>(
         &mut self,
         hv: &mut H,
@@ -15,8 +17,69 @@ impl Engine {
         int3: &Int3,
         reply: &mut Reply,
     ) -> Result<Observed, H::Error> {
-        // With prefixes, the 0xCC is the last byte, and may be in the next page.
-        let before = u64::from(int3.length.max(1)) - 1;
+        if int3.length > 1 {
+            return reply.answered(self.on_prefixed_int3(hv, index, event, int3));
+        }
+        let at = int3.gpa;
+        let Some(found) = self.locate_met(at, event) else {
+            return reply.answered(self.on_foreign_int3(hv, at));
+        };
+        if self.vcpus[index].stepping {
+            let vcpu = &mut self.vcpus[index];
+            match vcpu.over {
+                Some(over) if over == at => return reply.answered(self.step_again(hv, index, at, event)),
+                // The step went on to the next breakpoint: an instruction that exits to the hypervisor ends without one.
+                Some(before) => {
+                    vcpu.over = None;
+                    self.arm_again(hv, before);
+                }
+                None => {}
+            }
+        }
+        self.hit_at = hv.now();
+        self.hit = Some((at, found));
+        self.count_hit(found);
+        Ok(Observed::Hit(at))
+    }
+
+    /// Where the breakpoint at an address is, if that is what the virtual CPU has executed there.
+    #[inline]
+    fn locate_met(&self, at: Gpa, event: &Event) -> Option<Located> {
+        let found = self.registry.locate(at)?;
+        let exec = |views: &Views| views.exec == event.view;
+        (self.registry.located(found).0.shadow.is_none() || self.views.as_ref().is_some_and(exec)).then_some(found)
+    }
+
+    /// Where a breakpoint is that was hit, if it still is a breakpoint. Most often nothing has been inserted or removed since.
+    #[inline]
+    pub(super) fn locate(&self, at: Gpa) -> Option<Located> {
+        match self.hit {
+            Some((hit, found)) if hit == at && self.registry.is_there(found) => Some(found),
+            _ => self.locate_again(at),
+        }
+    }
+
+    #[cold]
+    fn locate_again(&self, at: Gpa) -> Option<Located> {
+        self.registry.locate(at)
+    }
+
+    #[inline]
+    pub(super) fn count_hit(&mut self, at: Located) {
+        self.counters.hits += 1;
+        self.registry.located_mut(at).figures.hits += 1;
+    }
+
+    /// An INT3 with prefixes. The 0xCC is its last byte, and may be in the next page.
+    #[cold]
+    fn on_prefixed_int3<H: Hypervisor>(
+        &mut self,
+        hv: &mut H,
+        index: usize,
+        event: &Event,
+        int3: &Int3,
+    ) -> Result<Reply, H::Error> {
+        let before = u64::from(int3.length) - 1;
         let at = match u64::from(int3.gpa.offset()) + before < PAGE_SIZE as u64 {
             true => Some(Gpa(int3.gpa.0 + before)),
             false => {
@@ -25,53 +88,37 @@ impl Engine {
                 paging::translate(hv, registers, linear)
             }
         };
-        let Some(at) = at else {
-            self.counters.reinjected += 1;
-            *reply = reinject();
-            return Ok(Observed::Answered);
-        };
-        let exec = self.views.as_ref().map(|views| views.exec);
-        let met = |page: &Page| page.shadow.is_none() || Some(event.view) == exec;
-        let Some(breakpoint) = self.locate(at).filter(|at| met(self.registry.located(*at).0)) else {
-            return reply.answered(self.on_foreign_int3(hv, at));
-        };
-        let vcpu = &mut self.vcpus[index];
-        if at != int3.gpa {
+        match at {
             // The guest jumped to a prefix before the breakpoint: that is another instruction, and no hit.
-            return reply.answered(self.run_prefixed(hv, index, event, at));
-        }
-        if vcpu.stepping && vcpu.over == Some(at) {
-            // Another virtual CPU has set the breakpoint again before this one was over it: still the same hit.
-            // Else its byte is not there any more, or not now.
-            if let Some(found) = self.registry.at(at).filter(|(page, _)| page.lifted == 0) {
-                step::step(hv, self.views.as_ref(), vcpu, found, event.registers.rip, reply)?;
-            }
-            return Ok(Observed::Answered);
-        }
-        if vcpu.stepping
-            && let Some(before) = vcpu.over.take()
-        {
-            // The step went on to the next breakpoint: an instruction that exits to the hypervisor ends without one.
-            self.arm_again(hv, before);
-        }
-        self.hit_at = hv.now();
-        self.hit = Some((at, breakpoint));
-        self.count_hit(breakpoint);
-        Ok(Observed::Hit(at))
-    }
-
-    /// Where a breakpoint is. Most often it is the one that was hit last.
-    pub(super) fn locate(&self, at: Gpa) -> Option<Located> {
-        match self.hit {
-            Some((hit, before)) if hit == at => self.registry.locate_again(at, before),
-            _ => self.registry.locate(at),
+            Some(at) if self.locate_met(at, event).is_some() => self.run_prefixed(hv, index, event, at),
+            Some(at) => self.on_foreign_int3(hv, at),
+            None => Ok(self.reinjected()),
         }
     }
 
-    #[inline]
-    pub(super) fn count_hit(&mut self, at: Located) {
-        self.counters.hits += 1;
-        self.registry.located_mut(at).figures.hits += 1;
+    /// Another virtual CPU has set the breakpoint again before this one was over it: still the same hit. Else its byte is not
+    /// there any more, or not now.
+    #[cold]
+    fn step_again<H: Hypervisor>(
+        &mut self,
+        hv: &mut H,
+        index: usize,
+        at: Gpa,
+        event: &Event,
+    ) -> Result<Reply, H::Error> {
+        let mut reply = Reply::default();
+        if let Some(found) = self.registry.at(at).filter(|(page, _)| page.lifted == 0) {
+            let (vcpu, views) = (&mut self.vcpus[index], self.views.as_ref());
+            step::step(hv, views, vcpu, found, event.registers.rip, &mut reply)?;
+        }
+        Ok(reply)
+    }
+
+    /// It was the guest's own INT3.
+    #[cold]
+    fn reinjected(&mut self) -> Reply {
+        self.counters.reinjected += 1;
+        Reply { action: Action::Reinject, ..Reply::default() }
     }
 
     /// Lets the instruction under the breakpoint at `at` run, if there still is one.
@@ -90,8 +137,7 @@ impl Engine {
         let (vcpu, views) = (&mut self.vcpus[index], self.views.as_ref());
         let (page, breakpoint) = self.registry.located(located);
         if breakpoint.displaced.byte() == INT3 {
-            self.counters.reinjected += 1;
-            *reply = reinject();
+            *reply = self.reinjected();
             return Ok(());
         }
         let lifted = page.placement == Placement::InPlace && page.lifted > 0;
@@ -129,8 +175,7 @@ impl Engine {
         at: Gpa,
     ) -> Result<Reply, H::Error> {
         if self.registry.at(at).is_some_and(|(_, breakpoint)| breakpoint.displaced.byte() == INT3) {
-            self.counters.reinjected += 1;
-            return Ok(reinject());
+            return Ok(self.reinjected());
         }
         let (vcpu, views) = (&mut self.vcpus[index], self.views.as_ref());
         match self.registry.page_mut(at.gfn()) {
@@ -140,17 +185,13 @@ impl Engine {
     }
 
     /// An INT3 that is no breakpoint's: the guest's own, or one of ours that was removed while the event was queued.
+    #[inline(never)]
     fn on_foreign_int3<H: Hypervisor>(&mut self, hv: &mut H, at: Gpa) -> Result<Reply, H::Error> {
         let mut byte = [0];
         if hv.read(at, &mut byte).is_ok() && byte[0] != INT3 {
             self.counters.unexplained += 1;
             return Ok(Reply::default());
         }
-        self.counters.reinjected += 1;
-        Ok(reinject())
+        Ok(self.reinjected())
     }
-}
-
-fn reinject() -> Reply {
-    Reply { action: Action::Reinject, ..Reply::default() }
 }

@@ -132,8 +132,9 @@ impl Engine {
             Observed::Access { breakpoint: Some(at), .. } => *at,
             Observed::Answered | Observed::Access { .. } | Observed::Accessed(_) => return,
         };
-        let (mut last, until) = (None, self.registry.now());
-        while let Some(breakpoint) = self.registry.next_subscriber(at, last, until) {
+        let subscribers = self.locate(at).and_then(|at| self.registry.located(at).1.first_and_last());
+        let Some((mut breakpoint, last)) = subscribers else { return };
+        loop {
             let verdict = on_hit(self, hv, &Hit { breakpoint, vcpu: event.vcpu, registers: &event.registers });
             if verdict == Verdict::Remove
                 && let Err(error @ Error::Hypervisor { .. }) = self.remove(hv, breakpoint)
@@ -141,7 +142,14 @@ impl Engine {
                 log::warn!("a breakpoint at {at} could not be removed: {error}");
                 self.counters.failures += 1;
             }
-            last = Some(breakpoint);
+            if breakpoint == last {
+                return;
+            }
+            // Anything may have been inserted and removed.
+            match self.locate(at).and_then(|at| self.registry.located(at).1.next(breakpoint, last)) {
+                Some(next) => breakpoint = next,
+                None => return,
+            }
         }
     }
 
@@ -156,7 +164,7 @@ impl Engine {
         reply: &mut Reply,
     ) {
         let index = usize::from(event.vcpu.0);
-        if index >= self.vcpus.len() || *observed == Observed::Answered {
+        if index >= self.vcpus.len() || matches!(observed, Observed::Answered) {
             return;
         }
         self.telling = false;
@@ -211,7 +219,7 @@ impl Engine {
             self.counters.unexplained += 1;
             return None;
         };
-        if event.reason != Reason::EmulationFailed {
+        if !matches!(event.reason, Reason::EmulationFailed) {
             vcpu.emulating = None;
         }
         if let Some(rip) = vcpu.fast.take()
@@ -219,7 +227,7 @@ impl Engine {
         {
             // Still at the instruction, still on the guest's own pages: the instruction itself raised this event before it
             // was through. From here on it is a monitored step.
-            if rip == event.registers.rip && event.view == views.own && event.reason != Reason::Step {
+            if rip == event.registers.rip && event.view == views.own && !matches!(event.reason, Reason::Step) {
                 if let Err(error) = hv.stop_step(event.vcpu) {
                     log::warn!("cannot stop the fast step of virtual CPU {index}: {error}");
                     self.counters.failures += 1;
@@ -247,7 +255,7 @@ impl Engine {
         }
         self.bring_home(index, reply);
         if !self.vacant.is_empty()
-            && reply.action == Action::Resume
+            && matches!(reply.action, Action::Resume)
             && let Err(error) = self.vacate_all(hv)
         {
             log::warn!("a page could not be given back: {error}");
@@ -296,7 +304,7 @@ impl Engine {
 
     /// How long handling a hit took so far, `on_hit` included, in units of [`Hypervisor::now`].
     #[must_use]
-    pub fn handling_time(&self) -> &Histogram<u64> {
+    pub fn handling_time(&self) -> Histogram<u64> {
         self.handling.histogram()
     }
 }

@@ -26,7 +26,7 @@ impl Engine {
         if page.is_some_and(other) {
             return Err(Error::PageConflict(gpa));
         }
-        if let Some(breakpoint) = page.and_then(|page| page.at(gpa.offset())) {
+        if let Some((_, breakpoint)) = self.registry.at(gpa) {
             if breakpoint.step_over != mechanism.step_over() {
                 return Err(Error::StepOverConflict(gpa));
             }

@@ -85,8 +85,8 @@ impl Displaced {
     }
 
     /// What it does, if we can do that in this mode in its place.
-    pub(crate) fn op(&self, mode: CodeMode) -> Option<Op> {
-        self.form(mode).op.filter(|_| !self.in_shadow)
+    pub(crate) fn op(&self, mode: CodeMode) -> Option<&Op> {
+        self.form(mode).op.as_ref().filter(|_| !self.in_shadow)
     }
 
     /// The instruction in this mode.
@@ -310,7 +310,7 @@ mod tests {
         let after = |bytes: &[u8]| {
             let mut page = [0x90; PAGE_SIZE];
             page[8 - bytes.len()..8].copy_from_slice(bytes);
-            Displaced::of(&page, 8).op(CodeMode::Bits64)
+            Displaced::of(&page, 8).op(CodeMode::Bits64).copied()
         };
         assert!(after(&[0x90]).is_some());
         assert!(after(&[0xfb]).is_none(), "sti");

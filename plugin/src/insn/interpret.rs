@@ -320,30 +320,28 @@ impl Op {
         Some(Address { base, index, scale, rip, displacement })
     }
 
-    /// Does it: on `Some`, registers and memory are as after the instruction; on `None`, nothing has changed.
-    pub(crate) fn run(&self, registers: &mut Registers, memory: &mut impl Memory) -> Option<()> {
+    /// Does it: on `Some`, `new`, which is a copy of the `old` registers, and memory are as after the instruction. On `None`,
+    /// memory has not changed, and `new` is of no use.
+    pub(crate) fn run(&self, old: &Registers, new: &mut Registers, memory: &mut impl Memory) -> Option<()> {
         let mode = if self.long { CodeMode::Bits64 } else { CodeMode::Bits32 };
-        if registers.mode != mode
-            || registers.rflags & (TF | VM) != 0
-            || registers.has_debugger()
-            || registers.cr4 & CR4_CET != 0
-            || !(self.long || registers.flat)
+        if old.mode != mode
+            || old.rflags & (TF | VM) != 0
+            || old.has_debugger()
+            || old.cr4 & CR4_CET != 0
+            || !(self.long || old.flat)
         {
             return None;
         }
-        let mut machine = Machine { op: self, old: *registers, new: *registers, memory };
-        machine.run()?;
-        *registers = machine.new;
-        registers.rflags &= !RF;
-        Some(())
+        new.rflags &= !RF;
+        Machine { op: self, old, new, memory }.run()
     }
 }
 
 /// An instruction in the middle of being done. Memory is written last.
 struct Machine<'a, M> {
     op: &'a Op,
-    old: Registers,
-    new: Registers,
+    old: &'a Registers,
+    new: &'a mut Registers,
     memory: &'a mut M,
 }
 
@@ -450,7 +448,7 @@ impl<M: Memory> Machine<'_, M> {
     /// An address, if it is one that code can be at.
     fn checked(&self, address: u64) -> Option<u64> {
         match self.op.long {
-            true => is_canonical(address, &self.old).then_some(address),
+            true => is_canonical(address, self.old).then_some(address),
             false => Some(address & self.mask()),
         }
     }
@@ -494,7 +492,7 @@ impl<M: Memory> Machine<'_, M> {
     fn accessible(&self, linear: u64, size: u8) -> Option<()> {
         let last = linear.checked_add(u64::from(size) - 1)?;
         let reachable = match self.op.long {
-            true => is_canonical(linear, &self.old) && is_canonical(last, &self.old),
+            true => is_canonical(linear, self.old) && is_canonical(last, self.old),
             false => last <= self.mask(),
         };
         let aligned = self.old.cpl == 3 && self.old.cr0 & CR0_AM != 0 && self.old.rflags & AC != 0;
@@ -743,9 +741,9 @@ mod tests {
         Registers { rip: 0x1000, rflags: 0x202, flat: true, mode: CodeMode::Bits64, ..Registers::default() }
     }
 
-    fn run(bytes: &[u8], mut registers: Registers) -> Option<Registers> {
-        let op = Op::decode(bytes, registers.mode)?;
-        op.run(&mut registers, &mut Nothing).map(|()| registers)
+    fn run(bytes: &[u8], registers: Registers) -> Option<Registers> {
+        let (op, mut new) = (Op::decode(bytes, registers.mode)?, registers);
+        op.run(&registers, &mut new, &mut Nothing).map(|()| new)
     }
 
     #[test]

@@ -278,7 +278,7 @@ fn compare(mode: CodeMode, cases: u64) -> nix::Result<Coverage> {
 
         let mut ours = registers;
         let mut region = Region { bytes: &image, written: None };
-        if op.run(&mut ours, &mut region).is_none() {
+        if op.run(&registers, &mut ours, &mut region).is_none() {
             continue;
         }
         if let Some((linear, bytes, length)) = region.written {

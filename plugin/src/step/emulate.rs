@@ -15,10 +15,10 @@ pub(super) fn is_right<H: Hypervisor>(guest: &mut Guest<'_, H>, form: &Form) -> 
     match form.memory {
         MemoryUse::None => true,
         _ if guest.registers.has_debugger() => false,
-        MemoryUse::Reads | MemoryUse::Writes => match form.op {
+        MemoryUse::Reads | MemoryUse::Writes => match &form.op {
             Some(op) => {
                 let mut registers = *guest.registers;
-                op.run(&mut registers, &mut Rehearsal(guest)).is_some()
+                op.run(guest.registers, &mut registers, &mut Rehearsal(guest)).is_some()
             }
             // Then it reads the stack, the code, or what is a thread's.
             None => form.certain && !guest.registry.has_in_place(),

@@ -7,10 +7,13 @@ use crate::views::Views;
 use crate::{Action, Gfn, Gpa, Hypervisor, Registers, Reply};
 
 pub(super) fn begin<H: Hypervisor>(guest: &mut Guest<'_, H>, op: &Op, reply: &mut Reply) -> Option<()> {
-    let mut registers = *guest.registers;
-    op.run(&mut registers, guest)?;
-    reply.action = Action::SetRegisters(registers);
-    Some(())
+    let registers = guest.registers;
+    // There, and nowhere else before: they are large.
+    let done = op.run(registers, reply.set_registers(registers), guest);
+    if done.is_none() {
+        reply.action = Action::Resume;
+    }
+    done
 }
 
 /// The guest's memory, as the virtual CPU would access it with these registers.

@@ -147,7 +147,7 @@ pub(crate) fn at_once<H: Hypervisor>(
     let mut guest = interpret::Guest { hv, registry, views, registers };
     if interpret
         && let Some(op) = breakpoint.displaced.op(registers.mode)
-        && interpret::begin(&mut guest, &op, reply).is_some()
+        && interpret::begin(&mut guest, op, reply).is_some()
     {
         return Some(StepOver::Interpret);
     }
