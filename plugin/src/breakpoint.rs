@@ -141,6 +141,18 @@ impl Registry {
         self.spots.get(&gpa).map(|spot| Located { generation: self.generation, spot: *spot })
     }
 
+    /// Counts a hit of the breakpoint at `gpa`, if it is `met` in its page.
+    #[inline]
+    pub(crate) fn hit(&mut self, gpa: Gpa, met: impl FnOnce(&Page) -> bool) -> Option<Located> {
+        let at = self.locate(gpa)?;
+        let page = &mut self.pages[at.spot.page as usize];
+        if !met(page) {
+            return None;
+        }
+        page.breakpoints[at.spot.breakpoint as usize].figures.hits += 1;
+        Some(at)
+    }
+
     #[inline]
     pub(crate) fn located(&self, at: Located) -> (&Page, &Breakpoint) {
         let page = &self.pages[at.spot.page as usize];

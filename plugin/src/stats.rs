@@ -100,7 +100,7 @@ impl HandlingTime {
     }
 
     const fn bucket(time: u64) -> usize {
-        let below = (u64::BITS - Self::BITS).saturating_sub((time | 1).leading_zeros());
+        let below = u64::BITS - Self::BITS - (time | (2 * Self::HALF as u64 - 1)).leading_zeros();
         below as usize * Self::HALF + (time >> below) as usize
     }
 
@@ -111,9 +111,7 @@ impl HandlingTime {
     }
 
     pub(crate) fn record(&mut self, time: u64) {
-        if let Some(count) = self.0.get_mut(Self::bucket(time.min(Self::MOST))) {
-            *count += 1;
-        }
+        self.0[Self::bucket(time).min(Self::BUCKETS - 1)] += 1;
     }
 
     pub(crate) fn histogram(&self) -> Histogram<u64> {

@@ -24,7 +24,8 @@ impl Engine {
         let stepped = self.registry.is_watched(gfn) || self.registry.page(gfn).is_some();
         let breakpoint = if stepped { self.fetched(hv, event, access) } else { None };
         if let Some(at) = breakpoint.and_then(|at| self.registry.locate(at)) {
-            self.count_hit(at);
+            self.counters.hits += 1;
+            self.registry.located_mut(at).figures.hits += 1;
         }
         match (watched, breakpoint) {
             (true, breakpoint) => Ok(Observed::Access { access: *access, breakpoint }),

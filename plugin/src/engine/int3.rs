@@ -1,6 +1,6 @@
 //! An INT3 was executed: a hit, or the guest's own.
 
-use super::{Engine, Observed, VACANT};
+use super::{Engine, VACANT};
 use crate::breakpoint::Located;
 use crate::insn::paging;
 use crate::placement::INT3;
@@ -8,42 +8,60 @@ use crate::views::Views;
 use crate::{Action, Event, Gpa, Hypervisor, Int3, PAGE_SIZE, Placement, Registers, Reply, StepOver, conceal, step};
 
 impl Engine {
+    /// Whether an INT3 is a hit, which is counted then.
     #[inline]
-    pub(super) fn on_int3<H: Hypervisor>(
+    pub(super) fn is_hit<H: Hypervisor>(&mut self, hv: &mut H, index: usize, event: &Event, int3: &Int3) -> bool {
+        let at = int3.gpa;
+        if int3.length > 1 || (self.vcpus[index].stepping && self.is_same_hit(hv, index, event, at)) {
+            return false;
+        }
+        let exec = self.views.as_ref().map(|views| views.exec);
+        let Some(found) = self.registry.hit(at, |page| page.shadow.is_none() || Some(event.view) == exec) else {
+            return false;
+        };
+        self.counters.hits += 1;
+        self.hit_at = hv.now();
+        self.hit = Some((at, found));
+        true
+    }
+
+    /// Whether a virtual CPU that is stepped has met the breakpoint again that it is stepped over. If it has met another one,
+    /// that step is over.
+    #[cold]
+    fn is_same_hit<H: Hypervisor>(&mut self, hv: &mut H, index: usize, event: &Event, at: Gpa) -> bool {
+        if self.locate_met(at, event).is_none() {
+            return false;
+        }
+        let over = &mut self.vcpus[index].over;
+        if *over == Some(at) {
+            return true;
+        }
+        // An instruction that exits to the hypervisor ends without an event.
+        if let Some(before) = over.take() {
+            self.arm_again(hv, before);
+        }
+        false
+    }
+
+    /// An INT3 that is no hit.
+    pub(super) fn on_other_int3<H: Hypervisor>(
         &mut self,
         hv: &mut H,
         index: usize,
         event: &Event,
         int3: &Int3,
-        reply: &mut Reply,
-    ) -> Result<Observed, H::Error> {
+    ) -> Result<Reply, H::Error> {
+        let vcpu = &self.vcpus[index];
         if int3.length > 1 {
-            return reply.answered(self.on_prefixed_int3(hv, index, event, int3));
+            self.on_prefixed_int3(hv, index, event, int3)
+        } else if vcpu.stepping && vcpu.over == Some(int3.gpa) && self.locate_met(int3.gpa, event).is_some() {
+            self.step_again(hv, index, int3.gpa, event)
+        } else {
+            self.on_foreign_int3(hv, int3.gpa)
         }
-        let at = int3.gpa;
-        let Some(found) = self.locate_met(at, event) else {
-            return reply.answered(self.on_foreign_int3(hv, at));
-        };
-        if self.vcpus[index].stepping {
-            let vcpu = &mut self.vcpus[index];
-            match vcpu.over {
-                Some(over) if over == at => return reply.answered(self.step_again(hv, index, at, event)),
-                // The step went on to the next breakpoint: an instruction that exits to the hypervisor ends without one.
-                Some(before) => {
-                    vcpu.over = None;
-                    self.arm_again(hv, before);
-                }
-                None => {}
-            }
-        }
-        self.hit_at = hv.now();
-        self.hit = Some((at, found));
-        self.count_hit(found);
-        Ok(Observed::Hit(at))
     }
 
     /// Where the breakpoint at an address is, if that is what the virtual CPU has executed there.
-    #[inline]
     fn locate_met(&self, at: Gpa, event: &Event) -> Option<Located> {
         let found = self.registry.locate(at)?;
         let exec = |views: &Views| views.exec == event.view;
@@ -62,12 +80,6 @@ impl Engine {
     #[cold]
     fn locate_again(&self, at: Gpa) -> Option<Located> {
         self.registry.locate(at)
-    }
-
-    #[inline]
-    pub(super) fn count_hit(&mut self, at: Located) {
-        self.counters.hits += 1;
-        self.registry.located_mut(at).figures.hits += 1;
     }
 
     /// An INT3 with prefixes. The 0xCC is its last byte, and may be in the next page.
@@ -98,7 +110,6 @@ impl Engine {
 
     /// Another virtual CPU has set the breakpoint again before this one was over it: still the same hit. Else its byte is not
     /// there any more, or not now.
-    #[cold]
     fn step_again<H: Hypervisor>(
         &mut self,
         hv: &mut H,

@@ -88,10 +88,21 @@ impl Engine {
         on_hit: &mut impl FnMut(&mut Self, &mut H, &Hit<'_>) -> Verdict,
     ) -> Reply {
         let mut reply = Reply::default();
-        let observed = self.begin(hv, event, &mut reply);
-        self.tell(hv, event, &observed, on_hit);
-        self.end(hv, event, &observed, None, &mut reply);
+        self.answer(hv, event, on_hit, &mut reply);
         reply
+    }
+
+    /// The same, with the reply where it is to be: it is large.
+    pub fn answer<H: Hypervisor>(
+        &mut self,
+        hv: &mut H,
+        event: &Event,
+        on_hit: &mut impl FnMut(&mut Self, &mut H, &Hit<'_>) -> Verdict,
+        reply: &mut Reply,
+    ) {
+        let observed = self.begin(hv, event, reply);
+        self.tell(hv, event, &observed, on_hit);
+        self.end(hv, event, &observed, None, reply);
     }
 
     /// Looks what an event is. If nobody needs to be told, `reply` is the answer. Else [`end`](Self::end) must follow, before
@@ -103,7 +114,13 @@ impl Engine {
         *reply = Reply::default();
         let Some(index) = self.slot(hv, event) else { return Observed::Answered };
         let observed = match &event.reason {
-            Reason::Int3(int3) => self.on_int3(hv, index, event, int3, reply),
+            Reason::Int3(int3) => {
+                if self.is_hit(hv, index, event, int3) {
+                    self.telling = true;
+                    return Observed::Hit(int3.gpa);
+                }
+                reply.answered(self.on_other_int3(hv, index, event, int3))
+            }
             Reason::Step => Ok(self.on_step(hv, index, reply)),
             Reason::Access(access) => self.on_access(hv, index, event, access, reply),
             Reason::EmulationFailed => reply.answered(self.on_emulation_failed(hv, index, event)),
@@ -208,7 +225,7 @@ impl Engine {
         }
         *reply = Reply::default();
         self.on_step(hv, index, reply);
-        self.vcpus[index].unmappings = self.views.as_ref().map_or(0, |views| views.unmappings);
+        self.vcpus[index].unmappings = self.unmappings();
         true
     }
 
@@ -241,36 +258,42 @@ impl Engine {
     /// Whether Xen would be late with the registers or the emulation of a virtual CPU's next response
     /// ([`Views::unmappings`]).
     fn is_late(&self, index: usize) -> bool {
-        self.views.as_ref().is_some_and(|views| views.unmappings != self.vcpus[index].unmappings)
+        self.vcpus[index].unmappings != self.unmappings()
+    }
+
+    fn unmappings(&self) -> u64 {
+        self.views.as_ref().map_or(0, |views| views.unmappings)
     }
 
     /// The last of an answer.
     #[inline(always)]
     fn conclude<H: Hypervisor>(&mut self, hv: &mut H, index: usize, reply: &mut Reply) {
-        if self.is_late(index)
-            && matches!(reply.action, Action::Emulate | Action::EmulateRead(_) | Action::EmulateInstruction(_))
-        {
-            // It tries again, and then it is not too late any more.
-            reply.action = Action::Resume;
+        let unmappings = self.unmappings();
+        let vcpu = &mut self.vcpus[index];
+        if vcpu.unmappings != unmappings {
+            vcpu.unmappings = unmappings;
+            if matches!(reply.action, Action::Emulate | Action::EmulateRead(_) | Action::EmulateInstruction(_)) {
+                // It tries again, and then it is not too late any more.
+                reply.action = Action::Resume;
+            }
         }
-        self.bring_home(index, reply);
-        if !self.vacant.is_empty()
-            && matches!(reply.action, Action::Resume)
-            && let Err(error) = self.vacate_all(hv)
-        {
-            log::warn!("a page could not be given back: {error}");
-            self.counters.failures += 1;
+        if vcpu.home && !vcpu.stepping {
+            self.bring_home(index, reply);
         }
-        self.vcpus[index].unmappings = self.views.as_ref().map_or(0, |views| views.unmappings);
+        if !self.vacant.is_empty() && matches!(reply.action, Action::Resume) {
+            if let Err(error) = self.vacate_all(hv) {
+                log::warn!("a page could not be given back: {error}");
+                self.counters.failures += 1;
+            }
+            self.vcpus[index].unmappings = self.unmappings();
+        }
     }
 
     /// A virtual CPU whose fast step was stopped is in the own view, and is not to stay there: unless it is stepped now, it
     /// goes home at once if its instruction is through with this reply, and after a step if it tries again.
+    #[cold]
     fn bring_home(&mut self, index: usize, reply: &mut Reply) {
         let vcpu = &mut self.vcpus[index];
-        if !vcpu.home || vcpu.stepping {
-            return;
-        }
         match (reply.step, &reply.action) {
             (Step::Keep, Action::Resume | Action::Emulate | Action::EmulateRead(_)) => reply.step = vcpu.step(),
             (Step::Keep, Action::EmulateInstruction(_) | Action::SetRegisters(_) | Action::Reinject) => {
