@@ -219,10 +219,12 @@ mod tests {
             workloads: strings(&["exec_bp"]),
             samples: Some(10),
             page_samples: None,
+            watch: Some(0),
+            no_halt: true,
             elsewhere: programs(&["drakvuf", "smartvmi"]),
         };
         let expected = "--host drakvuf --backend hyperbp --mechanism repair --mechanism emulate --workload exec_bp \
-            --samples 10 --drakvuf /bin/drakvuf-bench --smartvmi /bin/smartvmi-bench";
+            --samples 10 --watch 0 --no-halt --drakvuf /bin/drakvuf-bench --smartvmi /bin/smartvmi-bench";
         assert_eq!(selection.arguments().join(" "), expected);
         assert!(Selection::default().arguments().is_empty());
     }
