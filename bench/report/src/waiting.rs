@@ -199,8 +199,8 @@ mod tests {
     #[test]
     fn a_row_is_read_at_a_glance() {
         let table = waiting_table(&[row(Manner::Adaptive, Load::Busy, 123_456_789, 5_000)]);
-        let last = table.lines().nth(3).unwrap();
-        assert!(last.starts_with(" without pause  adapts"), "{table}");
+        let last = table.lines().rev().nth(1).unwrap();
+        assert!(last.contains("without pause") && last.contains("adapts"), "{table}");
         assert!(last.contains("12.345 %") && last.contains("5 000"), "{table}");
     }
 
