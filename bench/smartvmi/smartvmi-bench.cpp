@@ -137,9 +137,9 @@ struct Configuration : ConfigYAMLParser
 #ifdef VMICORE_HYPERBP
     std::optional<std::string> mechanism;
 
-    std::optional<std::string> getHyperbpMechanism() const override
+    std::optional<HyperbpConfig> getHyperbpConfig() const override
     {
-        return mechanism;
+        return mechanism ? std::make_optional(HyperbpConfig {.mechanism = *mechanism}) : std::nullopt;
     }
 #endif
 };

@@ -307,10 +307,12 @@ bool hyperbp_counters(const hyperbp_session_t* session, hyperbp_counters_t* into
     });
 }
 
-hyperbp_waiter_t* hyperbp_waiter_open(vmi_instance_t vmi, int device) noexcept
+hyperbp_waiter_t* hyperbp_waiter_open(vmi_instance_t vmi, int device, const hyperbp_ways_t* ways) noexcept
 {
+    const hyperbp_ways_t usual = {HYPERBP_WATCH_DEFAULT, true};
+    const hyperbp_ways_t& how = ways == nullptr ? usual : *ways;
     return guarded(static_cast<hyperbp_waiter_t*>(nullptr),
-                   [&] { return new hyperbp_waiter_t {ffi::open_waiter(vmi, device)}; });
+                   [&] { return new hyperbp_waiter_t {ffi::open_waiter(vmi, device, how.watch_us, how.halt)}; });
 }
 
 void hyperbp_waiter_close(hyperbp_waiter_t* waiter) noexcept
@@ -337,6 +339,15 @@ bool hyperbp_stop_waiting(hyperbp_waiter_t* waiter) noexcept
 {
     return guarded(false, [&] {
         waiter->waiter->stop();
+        return true;
+    });
+}
+
+bool hyperbp_waiter_figures(const hyperbp_waiter_t* waiter, hyperbp_waits_t* into) noexcept
+{
+    return guarded(false, [&] {
+        const ffi::Waits from = waiter->waiter->waits();
+        *into = {from.watched, from.watched_in_vain, from.halted, from.halted_in_vain, from.slept};
         return true;
     });
 }

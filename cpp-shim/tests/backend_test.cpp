@@ -484,7 +484,7 @@ TEST_F(Backend, WaitsForEvents)
 {
     constexpr std::uint32_t PORT = 9;
     const Device device;
-    hyperbp_waiter_t* waiter = hyperbp_waiter_open(&vmi, device.host());
+    hyperbp_waiter_t* waiter = hyperbp_waiter_open(&vmi, device.host(), nullptr);
     ASSERT_NE(waiter, nullptr) << hyperbp_error();
     vmi.pending = true;
     EXPECT_EQ(hyperbp_wait(waiter, -1), HYPERBP_WOKEN) << "it looks before it sleeps";
@@ -495,14 +495,40 @@ TEST_F(Backend, WaitsForEvents)
     EXPECT_EQ(device.unmasked(), PORT);
     EXPECT_TRUE(hyperbp_stop_waiting(waiter));
     EXPECT_EQ(device.unmasked(), 0U);
+    hyperbp_waits_t waits = {};
+    EXPECT_TRUE(hyperbp_waiter_figures(waiter, &waits));
+    EXPECT_EQ(waits.watched, 1U);
+    EXPECT_EQ(waits.watched_in_vain, 1U);
+    EXPECT_EQ(waits.slept, 1U);
     hyperbp_waiter_close(waiter);
+}
+
+TEST_F(Backend, ItOnlySleepsIfThatIsAskedFor)
+{
+    constexpr std::uint32_t PORT = 9;
+    const Device device;
+    const hyperbp_ways_t asleep = {0, false};
+    hyperbp_waiter_t* waiter = hyperbp_waiter_open(&vmi, device.host(), &asleep);
+    ASSERT_NE(waiter, nullptr) << hyperbp_error();
+    vmi.pending = true;
+    device.signals(PORT);
+    EXPECT_EQ(hyperbp_wait(waiter, -1), HYPERBP_WOKEN);
+    hyperbp_waits_t waits = {};
+    EXPECT_TRUE(hyperbp_waiter_figures(waiter, &waits));
+    EXPECT_EQ(waits.watched + waits.watched_in_vain + waits.halted + waits.halted_in_vain, 0U);
+    EXPECT_EQ(waits.slept, 1U);
+    hyperbp_waiter_close(waiter);
+
+    const hyperbp_ways_t too_long = {HYPERBP_WATCH_LONGEST + 1, false};
+    EXPECT_EQ(hyperbp_waiter_open(&vmi, device.host(), &too_long), nullptr);
+    EXPECT_NE(std::string(hyperbp_error()).find("10000"), std::string::npos) << hyperbp_error();
 }
 
 TEST_F(Backend, WhoHasSleptIsToldBeforeItIsWaitedForInAnotherWay)
 {
     constexpr std::uint32_t PORT = 9;
     const Device device;
-    hyperbp_waiter_t* waiter = hyperbp_waiter_open(&vmi, device.host());
+    hyperbp_waiter_t* waiter = hyperbp_waiter_open(&vmi, device.host(), nullptr);
     ASSERT_NE(waiter, nullptr) << hyperbp_error();
     std::thread guest([&] {
         // Until it is asleep.
@@ -523,7 +549,7 @@ TEST_F(Backend, WhoHasSleptIsToldBeforeItIsWaitedForInAnotherWay)
 TEST_F(Backend, AWaitEnds)
 {
     const Device device;
-    hyperbp_waiter_t* waiter = hyperbp_waiter_open(&vmi, device.host());
+    hyperbp_waiter_t* waiter = hyperbp_waiter_open(&vmi, device.host(), nullptr);
     ASSERT_NE(waiter, nullptr) << hyperbp_error();
     struct sigaction usual = {};
     struct sigaction action = {};
@@ -543,9 +569,9 @@ TEST_F(Backend, AWaitEnds)
     EXPECT_NE(std::string(hyperbp_error()).find("waiting for events"), std::string::npos) << hyperbp_error();
     hyperbp_waiter_close(waiter);
 
-    EXPECT_EQ(hyperbp_waiter_open(&vmi, -1), nullptr);
+    EXPECT_EQ(hyperbp_waiter_open(&vmi, -1, nullptr), nullptr);
     EXPECT_NE(std::string(hyperbp_error()).find("event channel"), std::string::npos) << hyperbp_error();
-    EXPECT_EQ(hyperbp_waiter_open(nullptr, device.host()), nullptr);
+    EXPECT_EQ(hyperbp_waiter_open(nullptr, device.host(), nullptr), nullptr);
     hyperbp_waiter_close(nullptr);
 }
 

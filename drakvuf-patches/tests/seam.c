@@ -120,9 +120,9 @@ event_response_t hyperbp_finish(hyperbp_session_t* unused, vmi_event_t* event, e
 
 static hyperbp_waited_t waited;
 
-hyperbp_waiter_t* hyperbp_waiter_open(vmi_instance_t vmi, int device)
+hyperbp_waiter_t* hyperbp_waiter_open(vmi_instance_t vmi, int device, const hyperbp_ways_t* ways)
 {
-    NOTE("waiter;");
+    NOTE("waiter %u%s;", ways->watch_us, ways->halt ? " halt" : "");
     return (hyperbp_waiter_t*)&session;
 }
 
@@ -141,6 +141,12 @@ hyperbp_waited_t hyperbp_wait(hyperbp_waiter_t* unused, int timeout)
 bool hyperbp_stop_waiting(hyperbp_waiter_t* unused)
 {
     NOTE("stop waiting;");
+    return true;
+}
+
+bool hyperbp_waiter_figures(const hyperbp_waiter_t* unused, hyperbp_waits_t* into)
+{
+    *into = (hyperbp_waits_t) {.slept = 7};
     return true;
 }
 
@@ -578,8 +584,13 @@ static void waiting(void)
     told[1] = told[0];
     drakvuf.event_fds = polled;
     drakvuf.fd_info_lookup = told;
+    hyperbp_waits_t figures;
+    assert(!drakvuf_hyperbp_waits(&drakvuf, &figures));
+    assert(!drakvuf_hyperbp_ways("10001", true) && !drakvuf_hyperbp_ways("", true) && !drakvuf_hyperbp_ways("-1", true));
+    assert(drakvuf_hyperbp_ways(NULL, true) && drakvuf_hyperbp_ways("0", false));
     // The last one is to empty the ring, without waiting.
-    waits(HYPERBP_WOKEN, 1, "hyperbp waits", "waiter;wait;listen;wait;listen;listen;");
+    waits(HYPERBP_WOKEN, 1, "hyperbp waits as it may", "waiter 0;wait;listen;wait;listen;listen;");
+    assert(drakvuf_hyperbp_waits(&drakvuf, &figures) && figures.slept == 7);
     waits(HYPERBP_INTERRUPTED, 1, "a signal has the loop look around", "wait;wait;listen;");
     waits(HYPERBP_NOT_WAITED, 1, "what hyperbp does not wait for is polled", "wait;listen;wait;listen;listen;");
     waits(HYPERBP_WOKEN, 2, "so are several files",

@@ -195,6 +195,16 @@ pub(crate) mod ffi {
         rewritten: u64,
     }
 
+    /// How often it was waited, and whether that has paid: `hyperbp::Waits`.
+    #[derive(Debug)]
+    struct Waits {
+        watched: u64,
+        watched_in_vain: u64,
+        halted: u64,
+        halted_in_vain: u64,
+        slept: u64,
+    }
+
     /// How a wait has ended.
     #[derive(Debug)]
     enum Waited {
@@ -242,15 +252,17 @@ pub(crate) mod ffi {
 
         type Waiter;
 
-        /// Begins to wait for the events of a domain. Throws if the library was built without LibVMI.
+        /// Begins to wait for the events of a domain: `watch` is in microseconds. Throws if that is too long, or if the library
+        /// was built without LibVMI.
         ///
         /// # Safety
         /// `vmi` is an instance of LibVMI, initialised with events, `device` the file of its event channel: both outlive the
         /// waiter.
-        unsafe fn open_waiter(vmi: *mut vmi_instance, device: i32) -> Result<Box<Waiter>>;
+        unsafe fn open_waiter(vmi: *mut vmi_instance, device: i32, watch: u32, halt: bool) -> Result<Box<Waiter>>;
 
         fn wait(self: &mut Waiter, timeout: i32) -> Result<Waited>;
         fn stop(self: &mut Waiter) -> Result<()>;
+        fn waits(self: &Waiter) -> Waits;
     }
 
     #[namespace = "hyperbp"]

@@ -43,6 +43,15 @@ pub(crate) enum Error {
     #[cfg(feature = "libvmi")]
     #[error("there are no events to wait for: name an instance of LibVMI, and the file of the event channel")]
     NoEventChannel,
+    /// It would take a CPU for nothing.
+    #[cfg(feature = "libvmi")]
+    #[error("{watch} microseconds are too long to watch the ring for: {longest} at most, or 0 to sleep at once")]
+    WatchesTooLong {
+        /// What was asked for.
+        watch: u32,
+        /// What is allowed.
+        longest: u128,
+    },
     /// Waiting has failed.
     #[cfg(feature = "libvmi")]
     #[error("waiting for events: {0}")]

@@ -6,7 +6,10 @@ use crate::session::Error;
 use crate::session::without_panic;
 #[cfg(feature = "libvmi")]
 use {
-    hyperbp_event_channel::EventChannel, libvmi_sys as sys, std::io::ErrorKind, std::os::fd::BorrowedFd,
+    hyperbp_event_channel::{EventChannel, Ways},
+    libvmi_sys as sys,
+    std::io::ErrorKind,
+    std::os::fd::BorrowedFd,
     std::time::Duration,
 };
 
@@ -20,21 +23,30 @@ pub(crate) struct Waiter {
     channel: EventChannel,
 }
 
-/// Makes one.
+/// Makes one, which may watch for so many microseconds, and have Xen wait or not.
 ///
 /// # Errors
-/// If there is no such instance or device, or the library was built without LibVMI.
+/// If there is no such instance or device, if it may watch for too long, or the library was built without LibVMI.
 ///
 /// # Safety
 /// `vmi` is an instance of LibVMI that was initialised with events, `device` an open file: both outlive the result.
 #[cfg(feature = "libvmi")]
-pub(crate) unsafe fn open_waiter(vmi: *mut ffi::vmi_instance, device: i32) -> Result<Box<Waiter>, Error> {
+pub(crate) unsafe fn open_waiter(
+    vmi: *mut ffi::vmi_instance,
+    device: i32,
+    watch: u32,
+    halt: bool,
+) -> Result<Box<Waiter>, Error> {
+    let ways = Ways { watch: Duration::from_micros(watch.into()), halt };
+    if ways.watch > Ways::LONGEST {
+        return Err(Error::WatchesTooLong { watch, longest: Ways::LONGEST.as_micros() });
+    }
     if vmi.is_null() || device < 0 {
         return Err(Error::NoEventChannel);
     }
     // SAFETY: by this function's contract.
     let device = unsafe { BorrowedFd::borrow_raw(device) };
-    without_panic(|| Ok(Box::new(Waiter { vmi: vmi.cast(), device, channel: EventChannel::new() })))
+    without_panic(|| Ok(Box::new(Waiter { vmi: vmi.cast(), device, channel: EventChannel::new(ways) })))
 }
 
 /// Says that the library was built without LibVMI.
@@ -45,7 +57,12 @@ pub(crate) unsafe fn open_waiter(vmi: *mut ffi::vmi_instance, device: i32) -> Re
 /// # Safety
 /// None is needed.
 #[cfg(not(feature = "libvmi"))]
-pub(crate) unsafe fn open_waiter(_vmi: *mut ffi::vmi_instance, _device: i32) -> Result<Box<Waiter>, Error> {
+pub(crate) unsafe fn open_waiter(
+    _vmi: *mut ffi::vmi_instance,
+    _device: i32,
+    _watch: u32,
+    _halt: bool,
+) -> Result<Box<Waiter>, Error> {
     Err(Error::NoLibVmi)
 }
 
@@ -78,6 +95,13 @@ impl Waiter {
         without_panic(|| Ok(channel.stop(*device)?))
     }
 
+    /// What came of waiting so far.
+    #[cfg(feature = "libvmi")]
+    pub(crate) fn waits(&self) -> ffi::Waits {
+        let hyperbp::Waits { watched, watched_in_vain, halted, halted_in_vain, slept } = self.channel.waits();
+        ffi::Waits { watched, watched_in_vain, halted, halted_in_vain, slept }
+    }
+
     /// There is none.
     #[cfg(not(feature = "libvmi"))]
     pub(crate) fn wait(&mut self, _timeout: i32) -> Result<ffi::Waited, Error> {
@@ -88,5 +112,11 @@ impl Waiter {
     #[cfg(not(feature = "libvmi"))]
     pub(crate) fn stop(&mut self) -> Result<(), Error> {
         Err(Error::NoLibVmi)
+    }
+
+    /// There is none.
+    #[cfg(not(feature = "libvmi"))]
+    pub(crate) fn waits(&self) -> ffi::Waits {
+        ffi::Waits { watched: 0, watched_in_vain: 0, halted: 0, halted_in_vain: 0, slept: 0 }
     }
 }

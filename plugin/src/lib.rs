@@ -42,5 +42,5 @@ pub use mechanism::{Conceal, Mechanism, Placement, StepOver};
 pub use registers::{CodeMode, Registers};
 pub use reply::{Action, INSTRUCTION_BYTES, READ_BYTES, ReadData, Reply, Step};
 pub use stats::{Counters, Figures, Served};
-pub use waiting::{Wait, Waiting};
+pub use waiting::{Wait, Waiting, Waits};
 pub use watch::Accesses;

@@ -16,12 +16,28 @@ pub enum Wait {
     Sleep,
 }
 
+/// How often it has waited, and whether that has paid.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Waits {
+    /// It has watched, and there was an event.
+    pub watched: u64,
+    /// It has watched for nothing, and went on to halt or to sleep.
+    pub watched_in_vain: u64,
+    /// It has halted, and an event has ended that.
+    pub halted: u64,
+    /// It has halted until something else ended that, and went on to sleep.
+    pub halted_in_vain: u64,
+    /// It has slept.
+    pub slept: u64,
+}
+
 /// Decides how to wait, by what came of it before: it needs no clock.
 #[derive(Clone, Debug)]
 pub struct Waiting {
     looks: u32,
     watch: Trial,
     halt: Trial,
+    waits: Waits,
 }
 
 /// A way to wait that pays, or does not.
@@ -55,9 +71,6 @@ impl Trial {
 }
 
 impl Waiting {
-    /// How often to look, if nothing else is asked for: a look with its pause takes 10 to 50 ns, and this all 200 us at most,
-    /// as long as a hit may take.
-    pub const LOOKS: u32 = 4_096;
     /// On one CPU it is always in vain, and is to take no more than the thousandth part of all hits.
     const RARE_WATCH: u32 = 10;
     const RARE_HALT: u32 = 6;
@@ -65,7 +78,13 @@ impl Waiting {
     /// Watches for no more than so many looks; with 0, never.
     #[must_use]
     pub fn new(looks: u32) -> Self {
-        Self { looks, watch: Trial::default(), halt: Trial::default() }
+        Self { looks, watch: Trial::default(), halt: Trial::default(), waits: Waits::default() }
+    }
+
+    /// What came of it so far.
+    #[must_use]
+    pub fn waits(&self) -> Waits {
+        self.waits
     }
 
     /// How to wait now. `can_halt`: it is possible.
@@ -89,17 +108,24 @@ impl Waiting {
     /// It has watched, and there was an event, or not.
     pub fn watched(&mut self, event: bool) {
         self.watch.note(event, Self::RARE_WATCH);
+        match event {
+            true => self.waits.watched += 1,
+            false => self.waits.watched_in_vain += 1,
+        }
     }
 
     /// It has halted, and this was ended by an event, or by something else.
     pub fn halted(&mut self, event: bool) {
         self.halt.note(event, Self::RARE_HALT);
+        match event {
+            true => self.waits.halted += 1,
+            false => self.waits.halted_in_vain += 1,
+        }
     }
-}
 
-impl Default for Waiting {
-    fn default() -> Self {
-        Self::new(Self::LOOKS)
+    /// It has slept, whatever ended that.
+    pub fn slept(&mut self) {
+        self.waits.slept += 1;
     }
 }
 
@@ -122,18 +148,9 @@ mod tests {
         ManyCpus,
     }
 
-    #[derive(Debug, Default)]
-    struct Tally {
-        watched: u64,
-        watched_in_vain: u64,
-        halted: u64,
-        halted_in_vain: u64,
-        slept: u64,
-    }
-
     /// Waits for events that come with these gaps between them, in microseconds.
-    fn replay(on: On, gaps: impl IntoIterator<Item = u64>) -> Tally {
-        let (mut waiting, mut tally) = (Waiting::default(), Tally::default());
+    fn replay(on: On, gaps: impl IntoIterator<Item = u64>) -> Waits {
+        let mut waiting = Waiting::new(4_096);
         let can_halt = !matches!(on, On::ManyCpus);
         for gap in gaps {
             let mut how = waiting.choose(can_halt);
@@ -141,48 +158,44 @@ mod tests {
                 let paid = gap < WATCH && !matches!(on, On::OneCpu);
                 waiting.watched(paid);
                 if paid {
-                    tally.watched += 1;
                     continue;
                 }
-                tally.watched_in_vain += 1;
                 how = waiting.choose_again(can_halt);
             }
             if how == Wait::Halt {
                 let paid = gap < TICK;
                 waiting.halted(paid);
                 if paid {
-                    tally.halted += 1;
                     continue;
                 }
-                tally.halted_in_vain += 1;
             }
-            tally.slept += 1;
+            waiting.slept();
         }
-        tally
+        waiting.waits()
     }
 
     #[test]
     fn a_storm_of_events_is_not_slept_through() {
-        let tally = replay(On::OneCpu, [50; 10_000]);
-        assert_eq!((tally.halted, tally.slept), (10_000, 0));
-        assert!(tally.watched_in_vain < 20, "{tally:?}");
-        let tally = replay(On::TwoCpus, [50; 10_000]);
-        assert_eq!((tally.watched, tally.slept), (10_000, 0));
-        let tally = replay(On::ManyCpus, [50; 10_000]);
-        assert_eq!((tally.watched, tally.slept), (10_000, 0));
+        let waits = replay(On::OneCpu, [50; 10_000]);
+        assert_eq!((waits.halted, waits.slept), (10_000, 0));
+        assert!(waits.watched_in_vain < 20, "{waits:?}");
+        let waits = replay(On::TwoCpus, [50; 10_000]);
+        assert_eq!((waits.watched, waits.slept), (10_000, 0));
+        let waits = replay(On::ManyCpus, [50; 10_000]);
+        assert_eq!((waits.watched, waits.slept), (10_000, 0));
         // Too far apart to watch, and near enough to halt.
-        let tally = replay(On::TwoCpus, [1_000; 10_000]);
-        assert_eq!((tally.halted, tally.slept), (10_000, 0));
-        assert!(tally.watched_in_vain < 20, "{tally:?}");
+        let waits = replay(On::TwoCpus, [1_000; 10_000]);
+        assert_eq!((waits.halted, waits.slept), (10_000, 0));
+        assert!(waits.watched_in_vain < 20, "{waits:?}");
     }
 
     #[test]
     fn where_events_are_rare_it_sleeps() {
         for on in [On::OneCpu, On::TwoCpus, On::ManyCpus] {
-            let tally = replay(on, [1_000_000; 6_500]);
-            assert_eq!((tally.slept, tally.watched, tally.halted), (6_500, 0, 0));
-            assert!(tally.halted_in_vain <= 6_500 / 65 + 6, "{tally:?}");
-            assert!(tally.watched_in_vain <= 6_500 / 1_025 + 10, "{tally:?}");
+            let waits = replay(on, [1_000_000; 6_500]);
+            assert_eq!((waits.slept, waits.watched, waits.halted), (6_500, 0, 0));
+            assert!(waits.halted_in_vain <= 6_500 / 65 + 6, "{waits:?}");
+            assert!(waits.watched_in_vain <= 6_500 / 1_025 + 10, "{waits:?}");
         }
     }
 
@@ -190,16 +203,16 @@ mod tests {
     fn a_burst_is_noticed_soon() {
         // A busy second, then nothing for a while, again and again.
         let bursts = || (0..100).flat_map(|_| std::iter::repeat_n(50, 1_000).chain([500_000]));
-        let tally = replay(On::OneCpu, bursts());
-        assert!(tally.halted > 99_000, "{tally:?}");
-        let tally = replay(On::ManyCpus, bursts());
-        assert!(tally.watched > 99_000, "{tally:?}");
+        let waits = replay(On::OneCpu, bursts());
+        assert!(waits.halted > 99_000, "{waits:?}");
+        let waits = replay(On::ManyCpus, bursts());
+        assert!(waits.watched > 99_000, "{waits:?}");
         // And after a long time without.
         let late = || std::iter::repeat_n(1_000_000, 10_000).chain([50; 10_000]);
-        let tally = replay(On::OneCpu, late());
-        assert!(tally.halted > 9_900, "{tally:?}");
-        let tally = replay(On::ManyCpus, late());
-        assert!(tally.watched > 8_900, "{tally:?}");
+        let waits = replay(On::OneCpu, late());
+        assert!(waits.halted > 9_900, "{waits:?}");
+        let waits = replay(On::ManyCpus, late());
+        assert!(waits.watched > 8_900, "{waits:?}");
     }
 
     #[test]
@@ -207,9 +220,9 @@ mod tests {
         for on in [On::OneCpu, On::TwoCpus, On::ManyCpus] {
             // Every second event comes at once, the others after a while; and whatever else has a short period.
             for period in 2..20 {
-                let tally = replay(on, (0..10_000).map(|n| if n % period == 0 { 50 } else { 1_000_000 }));
-                assert!(tally.watched_in_vain <= tally.watched + tally.slept / 2 + 10, "{period}: {tally:?}");
-                assert!(tally.halted_in_vain <= tally.halted + tally.slept / 2 + 6, "{period}: {tally:?}");
+                let waits = replay(on, (0..10_000).map(|n| if n % period == 0 { 50 } else { 1_000_000 }));
+                assert!(waits.watched_in_vain <= waits.watched + waits.slept / 2 + 10, "{period}: {waits:?}");
+                assert!(waits.halted_in_vain <= waits.halted + waits.slept / 2 + 6, "{period}: {waits:?}");
             }
         }
     }

@@ -9,7 +9,7 @@ use clap::Args;
 use clap::builder::PossibleValuesParser;
 use hyperbp_lab::plan::{self, Selection};
 use hyperbp_lab::protocol::{Message, Parser};
-use hyperbp_lab::{Elsewhere, Host, Lab, Outcome, Program, Progress};
+use hyperbp_lab::{Elsewhere, Host, Lab, Options, Outcome, Program, Progress};
 use hyperbp_report::Collection;
 
 use crate::elsewhere::{self, Skipped};
@@ -34,6 +34,8 @@ Examples:
       Measure in DRAKVUF, too: this is Meson's build directory, with DRAKVUF built in it.
   cargo xtask bench --smartvmi ../smartvmi/build
       Measure in SmartVMI, too: this is CMake's build directory of its vmicore, with vmicore built in it.
+  cargo xtask bench --quick --host runner --watch 0 --no-halt --xen-option sched=credit2
+      hyperbp asleep between hits, and another scheduler in Xen.
   cargo xtask bench --domain bench
       On this machine: run it in dom0 of a Xen with `altp2m=1`, with the benchmark guest running as the domain `bench`.
 
@@ -86,12 +88,47 @@ pub(crate) struct Bench {
     #[arg(long, value_name = "NAME", conflicts_with_all = ["cpus", "jobs"])]
     domain: Option<String>,
 
+    /// hyperbp's runner may watch the ring for so many microseconds before it sleeps, while that pays; 0: never
+    #[arg(long, value_name = "US", value_parser = clap::value_parser!(u32).range(0..=10_000))]
+    watch: Option<u32>,
+
+    /// hyperbp's runner may not have Xen wait
+    #[arg(long)]
+    no_halt: bool,
+
+    #[command(flatten)]
+    tuning: Tuning,
+
     #[command(flatten)]
     elsewhere: elsewhere::Trees,
 
     /// Ask Debian's mirror for newer packages
     #[arg(long)]
     update: bool,
+}
+
+/// How the emulated machine is set up.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Tuning the emulated machine (docs/tuning.md)")]
+struct Tuning {
+    /// Another option for Xen, such as sched=null; may be repeated
+    #[arg(long = "xen-option", value_name = "OPTION", conflicts_with = "domain")]
+    xen: Vec<String>,
+
+    /// Another option for dom0's kernel, such as preempt=none; may be repeated
+    #[arg(long = "dom0-option", value_name = "OPTION", conflicts_with = "domain")]
+    dom0: Vec<String>,
+
+    /// Another line for the guest's configuration, such as 'cpu_weight = 256'; may be repeated
+    #[arg(long = "guest-option", value_name = "LINE", conflicts_with = "domain")]
+    guest: Vec<String>,
+}
+
+impl Tuning {
+    fn options(&self) -> Options {
+        let Self { xen, dom0, guest } = self;
+        Options { xen: xen.clone(), dom0: dom0.clone(), guest: guest.clone() }
+    }
 }
 
 /// A name of a mechanism, checked.
@@ -154,6 +191,8 @@ impl Bench {
             workloads: self.workloads.clone(),
             samples,
             page_samples,
+            watch: self.watch,
+            no_halt: self.no_halt,
             elsewhere: elsewhere::named(programs, place),
         }
     }
@@ -166,6 +205,7 @@ impl Bench {
         let mut jobs = Vec::new();
         for (n, selections) in (1..).zip(&machines) {
             let mut job = prepared.bench(&format!("bench-{n}"), &runner, selections, self.cpus);
+            job.options = self.tuning.options();
             for program in programs {
                 program.put_into(&mut job);
             }

@@ -20,6 +20,7 @@ mod storm;
 mod test;
 mod tools;
 mod trace;
+mod waiting;
 
 /// hyperbp's own commands.
 #[derive(Debug, Parser)]
@@ -40,6 +41,7 @@ enum Command {
     Recover(recover::Recover),
     Test(test::Test),
     Trace(trace::Trace),
+    Waiting(waiting::Waiting),
 }
 
 fn main() -> ExitCode {
@@ -53,6 +55,7 @@ fn main() -> ExitCode {
         Command::Recover(recover) => recover.run(),
         Command::Test(test) => test.run(),
         Command::Trace(trace) => trace.run(),
+        Command::Waiting(waiting) => waiting.run(),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -63,9 +63,10 @@ pub fn build(
         .archive()
         .map_err(Error::io("archive", Path::new("dom0's file system")))?;
     let xen = sysroot.join("boot/xen-4.17-amd64.gz");
-    let xen_options = xen_options(job.cpus, job.memory);
+    let xen_options = followed_by(xen_options(job.cpus, job.memory), &job.options.xen);
+    let linux = followed_by(LINUX.to_owned(), &job.options.dom0);
     let grub = format!(
-        "set root=cd\nmultiboot2 /boot/xen xen {xen_options}\nmodule2 /boot/vmlinux linux {LINUX}\n\
+        "set root=cd\nmultiboot2 /boot/xen xen {xen_options}\nmodule2 /boot/vmlinux linux {linux}\n\
          module2 /boot/initramfs initramfs\nboot\n"
     );
     let inputs = Inputs::new()
@@ -111,6 +112,22 @@ fn xen_options(cpus: u32, memory: u32) -> String {
     format!("{}{pin}", XEN.replace("$MEMORY", &format!("{memory}M")))
 }
 
+/// A command line with more options.
+fn followed_by(line: String, options: &[String]) -> String {
+    options.iter().fold(line, |line, option| line + " " + option)
+}
+
+/// A guest's configuration as the job wants it.
+fn config(usual: &str, job: &Job) -> String {
+    let mut config = pinned(usual, job.cpus);
+    for line in &job.options.guest {
+        let key = |line: &str| line.split('=').next().map(|key| key.trim().to_owned());
+        config = config.lines().filter(|other| key(other) != key(line)).flat_map(|line| [line, "\n"]).collect();
+        config.extend([line, "\n"]);
+    }
+    config
+}
+
 /// With two CPUs, the guest has the second for itself; with more, all but the first.
 fn pinned(config: &str, cpus: u32) -> String {
     let pin = match cpus {
@@ -138,12 +155,12 @@ fn initramfs(host: &Host, sysroot: &Path, kernel: &Kernel, e9: &Path, job: &Job)
     fs.file("etc/xen/xl.conf", 0o644, "");
     fs.file("init", 0o755, INIT);
     fs.file("job.sh", 0o644, job.shell());
-    fs.file("guest/guest.cfg", 0o644, pinned(GUEST_CFG, job.cpus));
+    fs.file("guest/guest.cfg", 0o644, config(GUEST_CFG, job));
     fs.copy("guest/guest.elf", 0o644, &job.guest)?;
     let busybox = sysroot.join("bin/busybox");
     fs.copy("bin/busybox", 0o755, &busybox)?;
     if job.linux {
-        fs.file("guest/linux.cfg", 0o644, pinned(LINUX_CFG, job.cpus));
+        fs.file("guest/linux.cfg", 0o644, config(LINUX_CFG, job));
         fs.file("guest/vmlinux", 0o644, kernel.moved(job.moved)?);
         fs.file("guest/linux.cpio", 0o644, linux(&busybox)?);
     }
@@ -226,6 +243,17 @@ mod tests {
             assert!(pinned(config, 2).contains("\ncpus = \"1\""));
             assert!(pinned(config, 4).contains("\ncpus = \"1-3\""));
         }
+    }
+
+    #[test]
+    fn what_a_job_asks_for_is_not_contradicted() {
+        let mut job = crate::job::tests::empty();
+        assert_eq!(config(GUEST_CFG, &job), pinned(GUEST_CFG, 1));
+        job.options.guest = vec!["cpu_weight = 256".into(), "cpus = \"0\"".into()];
+        let config = config(GUEST_CFG, &job);
+        assert_eq!(config.matches("\ncpu_weight").count(), 1, "{config}");
+        assert!(config.ends_with("\ncpu_weight = 256\ncpus = \"0\"\n"), "{config}");
+        assert_eq!(followed_by("sched=credit".into(), &["sched=null".into()]), "sched=credit sched=null");
     }
 
     #[test]

@@ -10,6 +10,17 @@ pub(crate) const LATE_AT: u32 = 0xd_0000;
 /// How much the script has to read there.
 pub(crate) const LATE_SIZE: usize = 2048;
 
+/// Options that are not as usual, each after those that it may contradict: then the last counts.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Options {
+    /// On Xen's command line, as `sched=null`.
+    pub xen: Vec<String>,
+    /// On that of dom0's kernel.
+    pub dom0: Vec<String>,
+    /// Lines of the guests' configuration, as `cpu_weight = 256`.
+    pub guest: Vec<String>,
+}
+
 /// A script for dom0, and the machine it needs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Job {
@@ -38,6 +49,8 @@ pub struct Job {
     pub memory: u32,
     /// CPUs of the machine: with 2, dom0 has the first and the guest the second.
     pub cpus: u32,
+    /// What is not as usual.
+    pub options: Options,
     /// How long the machine may run.
     pub limit: Duration,
     /// How long it may say nothing.
@@ -95,6 +108,7 @@ pub(crate) mod tests {
             moved: 0,
             memory: 0,
             cpus: 1,
+            options: Options::default(),
             limit: Duration::ZERO,
             silence: Duration::ZERO,
         }

@@ -43,7 +43,7 @@ pub use command::Log;
 pub use elsewhere::Elsewhere;
 pub use error::{Error, Result, Tail};
 pub use host::Host;
-pub use job::Job;
+pub use job::{Job, Options};
 pub use machine::{Machine, Outcome};
 pub use progress::Progress;
 pub use stage::{Inputs, Stages};
@@ -61,6 +61,7 @@ const STORM: &str = include_str!("../dom0/storm.sh");
 const RECOVER: &str = include_str!("../dom0/recover.sh");
 const DRAKVUF: &str = include_str!("../dom0/drakvuf.sh");
 const TRACE: &str = include_str!("../dom0/trace.sh");
+const WAITING: &str = include_str!("../dom0/waiting.sh");
 const SMOKE: &str = include_str!("../dom0/smoke.sh");
 
 /// The lab's directory, held by this process alone.
@@ -243,6 +244,16 @@ impl Bench<'_> {
         job
     }
 
+    /// A job that measures what it takes that a monitor waits, for so many seconds of the guest's each. It leaves
+    /// `waiting.json`.
+    #[must_use]
+    pub fn waiting(&self, runner: &Path, cpus: u32, seconds: u32) -> Job {
+        let mut job = self.job(format!("waiting-{cpus}"), WAITING, cpus, Duration::from_secs(3600));
+        job.variables.push(("SECONDS".to_owned(), seconds.to_string()));
+        job.programs.push(runner.to_owned());
+        job
+    }
+
     /// A job that kills the `runner` so many times in the middle of a storm and recovers the domain, and attaches and detaches
     /// so many times. It leaves a file `checks` as [`checks`](Self::checks) does.
     #[must_use]
@@ -314,6 +325,7 @@ impl Bench<'_> {
             moved: 0,
             memory: 256,
             cpus,
+            options: Options::default(),
             limit,
             silence,
         }

@@ -43,6 +43,10 @@ pub struct Selection {
     pub samples: Option<u64>,
     /// Samples of `read_page`; the runner's own number when not given.
     pub page_samples: Option<u64>,
+    /// How long the runner may watch the ring, in microseconds; its own choice when not given.
+    pub watch: Option<u32>,
+    /// Whether the runner may not have Xen wait.
+    pub no_halt: bool,
     /// Programs that serve breakpoints from inside other hosts: the host, of [`ELSEWHERE`], and a path where the runner is run.
     pub elsewhere: Vec<(String, String)>,
 }
@@ -64,6 +68,8 @@ impl Selection {
         for (option, number) in [("--samples", self.samples), ("--page-samples", self.page_samples)] {
             arguments.extend(number.into_iter().flat_map(|number| [option.to_owned(), number.to_string()]));
         }
+        arguments.extend(self.watch.iter().flat_map(|watch| ["--watch".to_owned(), watch.to_string()]));
+        arguments.extend(self.no_halt.then(|| "--no-halt".to_owned()));
         arguments.extend(self.elsewhere.iter().flat_map(|(host, program)| [format!("--{host}"), program.clone()]));
         arguments
     }
@@ -213,10 +219,12 @@ mod tests {
             workloads: strings(&["exec_bp"]),
             samples: Some(10),
             page_samples: None,
+            watch: Some(0),
+            no_halt: true,
             elsewhere: programs(&["drakvuf", "smartvmi"]),
         };
         let expected = "--host drakvuf --backend hyperbp --mechanism repair --mechanism emulate --workload exec_bp \
-            --samples 10 --drakvuf /bin/drakvuf-bench --smartvmi /bin/smartvmi-bench";
+            --samples 10 --watch 0 --no-halt --drakvuf /bin/drakvuf-bench --smartvmi /bin/smartvmi-bench";
         assert_eq!(selection.arguments().join(" "), expected);
         assert!(Selection::default().arguments().is_empty());
     }

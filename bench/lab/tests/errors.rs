@@ -103,6 +103,7 @@ fn job() -> Job {
         moved: 0,
         memory: 256,
         cpus: 1,
+        options: Default::default(),
         limit: Duration::from_secs(8),
         silence: Duration::from_secs(4),
     }

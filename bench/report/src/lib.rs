@@ -4,6 +4,7 @@
 //! - [`Collection`] is the summary with every sample behind it, as a directory.
 //! - [`Storm`] is what was counted while several virtual CPUs were in the page at once.
 //! - [`Trace`] is what was counted of the functions of a guest's kernel.
+//! - [`Waited`] is what it takes of the machine that a monitor waits.
 //! - [`table`] and [`svg`] show the summary in a terminal and on a page.
 //! - [`write_bpbench`] writes the samples as bpbench's measurement study keeps them, so that its scripts can plot them.
 
@@ -16,6 +17,7 @@ mod storm;
 mod table;
 mod ticks;
 mod trace;
+mod waiting;
 
 pub use bpbench::write_bpbench;
 pub use collection::{Collection, Key};
@@ -25,6 +27,7 @@ pub use storm::{Handling, Served, Storm, storm_table, storms_from_json, storms_t
 pub use table::table;
 pub use ticks::Ticks;
 pub use trace::{Trace, TracedFunction};
+pub use waiting::{Load, Manner, Waited, waiting_from_json, waiting_problems, waiting_table, waiting_to_json};
 
 #[cfg(test)]
 mod samples;

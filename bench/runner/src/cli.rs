@@ -26,6 +26,14 @@ Examples:
 
 Exit code 1 if a hit was lost or doubled by a mechanism that must not, or if the guest saw a breakpoint.";
 
+const WAITING_HELP: &str = "\
+Examples:
+  hyperbp-bench waiting --domain bench --seconds 10
+      CPU time of dom0 and of the guest, in which nothing else is to run: without hits, with one a second, and with as many as
+      there can be; without a monitor, with one that only sleeps, and with one that waits as hyperbp does.
+
+Exit code 1 if a monitor without hits takes more than 1 % of a CPU, or if one that sleeps does better with any of the others.";
+
 const TRACE_HELP: &str = "\
 Examples:
   hyperbp-bench trace --domain web --symbols System.map --function vfs_read --function vfs_write --for 10
@@ -63,6 +71,8 @@ pub(crate) enum Command {
     Recover(Recover),
     /// Count calls of functions of the kernel that runs in any domain
     Trace(Trace),
+    /// Measure what it takes of the machine that a monitor waits
+    Waiting(Waiting),
     /// Wait until the benchmark guest has ended a storm without a monitor, and check what it has counted
     Settle(Settle),
 }
@@ -105,6 +115,26 @@ pub(crate) struct Recover {
     /// Name or number of the domain
     #[arg(long, value_name = "NAME")]
     pub(crate) domain: String,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = WAITING_HELP)]
+pub(crate) struct Waiting {
+    /// Name or number of the domain
+    #[arg(long, value_name = "NAME")]
+    pub(crate) domain: String,
+
+    /// How long each is measured
+    #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub(crate) seconds: u64,
+
+    /// Directory for waiting.json
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: Option<PathBuf>,
+
+    /// How to show progress
+    #[arg(long, value_enum, default_value = "text")]
+    pub(crate) progress: Progress,
 }
 
 #[derive(Debug, Args)]
@@ -219,6 +249,14 @@ pub(crate) struct Run {
     /// Samples of each workload
     #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub(crate) samples: u32,
+
+    /// Watch the ring for so many microseconds before sleeping, while that pays; 0: never. At most 10000
+    #[arg(long, value_name = "US", default_value_t = 200, value_parser = clap::value_parser!(u32).range(0..=10_000))]
+    pub(crate) watch: u32,
+
+    /// Never have Xen wait
+    #[arg(long)]
+    pub(crate) no_halt: bool,
 
     /// Samples of read_page, which takes 512 hits a sample
     #[arg(long, value_name = "N", default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]

@@ -13,9 +13,11 @@ mod snippets;
 mod storm;
 mod symbols;
 mod trace;
+mod waiting;
 mod xen;
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::Parser;
@@ -23,6 +25,7 @@ use clap::Parser;
 use bench::{Plan, Subject};
 use cli::{Cli, Command, Progress, Run};
 use hyperbp::Mechanism;
+use hyperbp_event_channel::Ways;
 use xen::{Domain, OpenError};
 
 fn main() -> ExitCode {
@@ -32,6 +35,7 @@ fn main() -> ExitCode {
         Command::Check(check) => self::check(&check),
         Command::Storm(storm) => self::storm(&storm),
         Command::Recover(recover) => self::recover(&recover),
+        Command::Waiting(waiting) => self::waiting(&waiting),
         Command::Settle(settle) => self::settle(&settle),
         Command::Trace(trace) => self::trace(&trace),
     };
@@ -83,6 +87,7 @@ struct Usage(String);
 fn measure(run: &Run) -> anyhow::Result<()> {
     let plan = plan(run)?;
     let mut domain = Domain::open(&run.domain)?;
+    domain.wait_by(Ways { watch: Duration::from_micros(run.watch.into()), halt: !run.no_halt });
     let collection =
         bench::measure(&mut domain, &plan, &mut |done, total, text| run.progress.report(done, total, text))?;
     collection.write(&run.out)?;
@@ -107,6 +112,24 @@ fn recover(arguments: &cli::Recover) -> anyhow::Result<()> {
 
 fn settle(arguments: &cli::Settle) -> anyhow::Result<()> {
     check::settle(&mut Domain::connect(&arguments.domain)?, arguments.count)
+}
+
+fn waiting(arguments: &cli::Waiting) -> anyhow::Result<()> {
+    let mut domain = Domain::open(&arguments.domain)?;
+    let time = Duration::from_secs(arguments.seconds);
+    let progress = &mut |done, total, text: &str| arguments.progress.report(done, total, text);
+    let rows = waiting::all(&mut domain, time, progress)?;
+    if let Some(dir) = &arguments.out {
+        let file = dir.join("waiting.json");
+        std::fs::write(&file, hyperbp_report::waiting_to_json(&rows)?)
+            .with_context(|| format!("cannot write {}", file.display()))?;
+    }
+    if arguments.progress == Progress::Text {
+        println!("{}", hyperbp_report::waiting_table(&rows));
+    }
+    let problems = hyperbp_report::waiting_problems(&rows);
+    anyhow::ensure!(problems.is_empty(), "{}", problems.join("; "));
+    Ok(())
 }
 
 fn check(arguments: &cli::Check) -> anyhow::Result<()> {

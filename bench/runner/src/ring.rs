@@ -8,8 +8,10 @@ use std::rc::Rc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use hyperbp::{Access, Action, CodeMode, Event, Gfn, Int3, PAGE_SIZE, Reason, Registers, Reply, Step, VcpuId, ViewId};
-use hyperbp_event_channel::EventChannel;
+use hyperbp::{
+    Access, Action, CodeMode, Event, Gfn, Int3, PAGE_SIZE, Reason, Registers, Reply, Step, VcpuId, ViewId, Waits,
+};
+use hyperbp_event_channel::{EventChannel, Ways};
 use hyperbp_xen_sys as sys;
 pub(crate) use hyperbp_xen_sys::{vm_event_request_t as Request, vm_event_response_t as Response};
 
@@ -50,7 +52,7 @@ impl Monitor {
     pub(crate) fn attach(domain: &Domain) -> Result<Self, Error> {
         domain.note_attached();
         let (page, port) = domain.pausing(|| RingPage::enable(domain.interface(), domain.id()))?;
-        let channel = Channel::bind(domain.id(), port)?;
+        let channel = Channel::bind(domain.id(), port, domain.ways())?;
         // SAFETY: the page is the ring's, mapped until `_page` is dropped, and no one else here uses it.
         let ring = unsafe { BackRing::init(page.address.cast()) };
         // Without single-steps, Xen never ends a fast one; without failed emulations, they end in a #UD for the guest.
@@ -66,6 +68,11 @@ impl Monitor {
     /// If the event channel fails.
     pub(crate) fn wait(&mut self, timeout: Duration) -> Result<bool, Error> {
         self.channel.wait(timeout, || self.ring.has_requests())
+    }
+
+    /// How it has waited so far.
+    pub(crate) fn waits(&self) -> Waits {
+        self.channel.waiting.waits()
     }
 
     /// The same as everyone does it: asleep in dom0's kernel.
@@ -232,11 +239,11 @@ struct Channel {
 }
 
 impl Channel {
-    fn bind(domain: u32, remote: u32) -> Result<Self, Error> {
+    fn bind(domain: u32, remote: u32, ways: Ways) -> Result<Self, Error> {
         // SAFETY: a null logger is documented to mean the default.
         let handle = unsafe { sys::xenevtchn_open(ptr::null_mut(), 0) };
         let handle = NonNull::new(handle).ok_or_else(|| Error::last("xenevtchn_open"))?;
-        let mut channel = Self { handle, port: None, waiting: EventChannel::new() };
+        let mut channel = Self { handle, port: None, waiting: EventChannel::new(ways) };
         // SAFETY: the handle is open.
         let port = unsafe { sys::xenevtchn_bind_interdomain(handle.as_ptr(), domain, remote) };
         channel.port = Some(port.try_into().map_err(|_| Error::last("xenevtchn_bind_interdomain"))?);

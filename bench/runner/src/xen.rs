@@ -6,9 +6,11 @@ use std::io::{self, ErrorKind};
 use std::path::Path;
 use std::ptr::{self, NonNull};
 use std::rc::Rc;
+use std::time::Duration;
 
 use hyperbp::ledger::{self, Ledger, Note};
 use hyperbp::{Gfn, Gpa, Hypervisor, PAGE_SIZE, Rights, VcpuId, ViewId};
+use hyperbp_event_channel::Ways;
 use hyperbp_guest_page::{GuestPage, PageCache};
 use hyperbp_xen_sys as sys;
 
@@ -205,6 +207,8 @@ pub(crate) struct Domain {
     pauses: u32,
     /// What of this is to be undone if this process is killed. None if nothing is to be changed.
     ledger: Option<Ledger>,
+    /// How a monitor of it may wait.
+    ways: Ways,
 }
 
 impl Domain {
@@ -258,6 +262,7 @@ impl Domain {
             has_altp2m: altp2m != u64::from(sys::XEN_ALTP2M_disabled),
             uuid: info.handle,
             ledger: None,
+            ways: Ways::default(),
             xc: Rc::new(xc),
             memory: Rc::new(ForeignMemory::open()?),
             id,
@@ -373,6 +378,23 @@ impl Domain {
         let info = info(&self.xc, self.id)?;
         let info = info.ok_or_else(|| Error::invalid("xc_domain_getinfo", "the domain is gone".to_owned()))?;
         Ok((info.nr_pages, info.max_memkb))
+    }
+
+    /// How a monitor that is attached from now on waits for the domain's events.
+    pub(crate) fn wait_by(&mut self, ways: Ways) {
+        self.ways = ways;
+    }
+
+    /// How a monitor of it waits.
+    #[must_use]
+    pub(crate) fn ways(&self) -> Ways {
+        self.ways
+    }
+
+    /// The CPU time of a domain of this host.
+    #[must_use]
+    pub(crate) fn cpu_time_of(&self, id: u32) -> CpuTime {
+        CpuTime { xc: Rc::clone(&self.xc), id }
     }
 
     /// How many views can be made. Only while there are none.
@@ -716,6 +738,22 @@ fn info(xc: &Interface, id: u32) -> Result<Option<sys::xc_dominfo_t>, Error> {
     }
     // It gives the first domain from that number on.
     Ok((found == 1 && info.domid == id).then_some(info))
+}
+
+/// How long all virtual CPUs of a domain have been running so far.
+#[derive(Debug)]
+pub(crate) struct CpuTime {
+    xc: Rc<Interface>,
+    id: u32,
+}
+
+impl CpuTime {
+    /// # Errors
+    /// If there is no such domain, or Xen does not answer.
+    pub(crate) fn get(&self) -> Result<Duration, Error> {
+        let gone = || Error::invalid("xc_domain_getinfo", format!("there is no domain {}", self.id));
+        info(&self.xc, self.id)?.map(|info| Duration::from_nanos(info.cpu_time)).ok_or_else(gone)
+    }
 }
 
 /// The number of the domain with this name, from xenstore.

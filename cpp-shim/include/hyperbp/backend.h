@@ -212,11 +212,36 @@ typedef enum hyperbp_waited {
     HYPERBP_NOT_WAITED
 } hyperbp_waited_t;
 
+/* How it may be waited. */
+typedef struct hyperbp_ways {
+    /* Looking at the ring, for about so many microseconds before it sleeps, HYPERBP_WATCH_LONGEST at most: that takes a
+     * CPU meanwhile. With 0, never. */
+    uint32_t watch_us;
+    /* In Xen. */
+    bool halt;
+} hyperbp_ways_t;
+
+#define HYPERBP_WATCH_DEFAULT 200
+#define HYPERBP_WATCH_LONGEST 10000
+
+/* How often it was waited in which way, and whether that has paid. */
+typedef struct hyperbp_waits {
+    /* It has looked at the ring, and there was an event; or not, and it went on in another way. */
+    uint64_t watched;
+    uint64_t watched_in_vain;
+    /* Xen has waited until there was an event; or until something else ended that, and it slept. */
+    uint64_t halted;
+    uint64_t halted_in_vain;
+    /* It has slept. */
+    uint64_t slept;
+} hyperbp_waits_t;
+
 /* Begins to wait for events. `device` is the file descriptor of their event channel (xenevtchn_fd), a blocking one,
  * which has only LibVMI's port, and that nobody else reads from. `vmi` is an instance whose events are waited for by
  * its host: it was initialised with VMI_INIT_EVENTS and that event channel (VMI_INIT_DATA_XEN_EVTCHN). Both are to live
- * until the waiter is closed. NULL if it fails. */
-hyperbp_waiter_t* hyperbp_waiter_open(vmi_instance_t vmi, int device) HYPERBP_NOEXCEPT;
+ * until the waiter is closed. Of what `ways` allows it does what pays; NULL allows HYPERBP_WATCH_DEFAULT, and to halt.
+ * NULL if it fails. */
+hyperbp_waiter_t* hyperbp_waiter_open(vmi_instance_t vmi, int device, const hyperbp_ways_t* ways) HYPERBP_NOEXCEPT;
 
 /* Frees it. Nothing may be signalled any more until the event channel is closed. NULL is closed already. */
 void hyperbp_waiter_close(hyperbp_waiter_t* waiter) HYPERBP_NOEXCEPT;
@@ -228,6 +253,9 @@ hyperbp_waited_t hyperbp_wait(hyperbp_waiter_t* waiter, int timeout) HYPERBP_NOE
 /* Before the device is waited for in another way, with poll() for one: until this is called nothing may be readable
  * there. */
 bool hyperbp_stop_waiting(hyperbp_waiter_t* waiter) HYPERBP_NOEXCEPT;
+
+/* How it has waited so far. */
+bool hyperbp_waiter_figures(const hyperbp_waiter_t* waiter, hyperbp_waits_t* into) HYPERBP_NOEXCEPT;
 
 #ifdef __cplusplus
 }

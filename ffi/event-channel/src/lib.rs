@@ -9,6 +9,7 @@
 //! is one; or Xen itself waits until the channel is pending.
 
 mod halt;
+mod ways;
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -16,9 +17,10 @@ use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd};
 use std::time::Duration;
 
-use hyperbp::{Wait, Waiting};
+use hyperbp::{Wait, Waiting, Waits};
 
 use crate::halt::Halt;
+pub use crate::ways::Ways;
 
 /// The number of an event channel, in this domain (`evtchn_port_t`).
 type Port = u32;
@@ -49,15 +51,24 @@ impl EventChannel {
 
     /// The port is unmasked, and everything read that there was.
     ///
-    /// It only sleeps if Xen cannot be asked to wait, or this domain has more than one virtual CPU: where one gets the signal
+    /// Xen is not asked to wait if it cannot be, or this domain has more than one virtual CPU: where one gets the signal
     /// while the other asks to wait for it, it may be too late.
     #[must_use]
-    pub fn new() -> Self {
-        let halt = Halt::new().unwrap_or_else(|error| {
-            log::debug!("waiting for events in dom0's kernel only: Xen cannot be asked to: {error}");
-            None
-        });
-        Self { masked: None, waiting: Waiting::default(), halt, signalled: false, unread: 0 }
+    pub fn new(ways: Ways) -> Self {
+        let halt = || {
+            Halt::new().unwrap_or_else(|error| {
+                log::debug!("waiting for events in dom0's kernel only: Xen cannot be asked to: {error}");
+                None
+            })
+        };
+        let waiting = Waiting::new(ways.looks());
+        Self { masked: None, waiting, halt: ways.halt.then(halt).flatten(), signalled: false, unread: 0 }
+    }
+
+    /// How it has waited so far.
+    #[must_use]
+    pub fn waits(&self) -> Waits {
+        self.waiting.waits()
     }
 
     /// Waits until the port signals, or for less: look whether there are events. `pending` says whether there are, of those
@@ -138,6 +149,7 @@ impl EventChannel {
         }
         self.signalled = false;
         self.stop(device)?;
+        self.waiting.slept();
         if let Some(timeout) = timeout
             && !is_readable(device, timeout)?
         {
@@ -151,12 +163,6 @@ impl EventChannel {
             false => unmask(device, port)?,
         }
         Ok(true)
-    }
-}
-
-impl Default for EventChannel {
-    fn default() -> Self {
-        Self::new()
     }
 }
 
