@@ -16,7 +16,7 @@ trap 'rm -rf "$program"' EXIT
 flags="-g -O1 -fsanitize=address,undefined -Wall -Wextra -Wno-missing-field-initializers"
 defined="-DVMICORE_HYPERBP -DYAML_CPP_SUPPORT"
 tests=core
-libraries="-lgmock_main -lgmock -lgtest -lfmt -lyaml-cpp"
+libraries="-lgmock_main -lgmock -lgtest -lfmt $(pkg-config --libs yaml-cpp)"
 if [ $# -eq 2 ]; then
     tests="core plugin"
     defined="$defined $(pkg-config --cflags jsoncpp)"
