@@ -9,7 +9,7 @@ use clap::Args;
 use clap::builder::PossibleValuesParser;
 use hyperbp_lab::plan::{self, Selection};
 use hyperbp_lab::protocol::{Message, Parser};
-use hyperbp_lab::{Elsewhere, Host, Lab, Outcome, Program, Progress};
+use hyperbp_lab::{Elsewhere, Host, Lab, Outcome, Program, Progress, Xen};
 use hyperbp_report::Collection;
 
 use crate::elsewhere::{self, Skipped};
@@ -77,6 +77,10 @@ pub(crate) struct Bench {
     /// CPUs of the emulated machine; with 2, dom0 and the guest have one each
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=2))]
     cpus: u32,
+
+    /// Xen's version in the emulated machine: 4.17, or 4.20
+    #[arg(long, value_name = "VERSION", default_value_t)]
+    xen: Xen,
 
     /// Emulated machines that run at the same time
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..))]
@@ -160,7 +164,7 @@ impl Bench {
 
     /// Returns the directories of the collections that were measured.
     fn measure_in_the_lab(&self, lab: &Lab, programs: &[Elsewhere], parts: &Path) -> Result<Vec<PathBuf>> {
-        let prepared = lab.prepare(self.update)?;
+        let prepared = lab.prepare(self.xen, self.update)?;
         let runner = lab.build(Program::Runner, Some(&prepared.sysroot))?;
         let machines = plan::machines(&self.selection(programs, Elsewhere::in_dom0));
         let mut jobs = Vec::new();
@@ -186,7 +190,7 @@ impl Bench {
         // The system's own Xen is the one that runs; its headers are needed only when they are not installed.
         let sysroot = match Path::new("/usr/include/xenctrl.h").exists() {
             true => None,
-            false => Some(lab.sysroot(self.update)?),
+            false => Some(lab.sysroot(self.xen, self.update)?),
         };
         let runner = lab.build(Program::Runner, sysroot.as_deref())?;
         let mut command = Command::new(runner);

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use hyperbp_lab::plan::{self, Selection};
-use hyperbp_lab::{Bench, Elsewhere, Host, Lab, Outcome, Program, Progress};
+use hyperbp_lab::{Bench, Elsewhere, Host, Lab, Outcome, Program, Progress, Xen};
 use hyperbp_report::{Collection, Results, Run, Workload};
 
 use crate::elsewhere::Skipped;
@@ -29,6 +29,10 @@ pub(crate) struct Test {
     /// Only what runs in the emulator
     #[arg(long)]
     only_lab: bool,
+
+    /// Xen's version in the emulator: 4.17, or 4.20. (Its libraries may be too new for what runs outside.)
+    #[arg(long, value_name = "VERSION", default_value_t, requires = "only_lab")]
+    xen: Xen,
 
     #[command(flatten)]
     elsewhere: elsewhere::Trees,
@@ -119,7 +123,7 @@ impl Test {
             return Ok(());
         }
         let lab = Lab::open(&crate::repo(), &crate::target(), Host::this(), Progress::new())?;
-        let bench = lab.prepare(false)?;
+        let bench = lab.prepare(self.xen, false)?;
         if !self.only_lab {
             steps(WITH_XEN, Some(&bench.sysroot))?;
         }
