@@ -127,10 +127,11 @@ impl Test {
         if !self.only_lab {
             steps(WITH_XEN, Some(&bench.sysroot))?;
         }
-        let programs = self.elsewhere.build(&lab)?;
+        let mut programs = self.elsewhere.build(&lab)?;
+        programs.add_vmi_rs(&lab, Some(&bench.sysroot));
         let mut checks = Checks::default();
-        in_the_lab(&lab, &bench, &programs, &mut checks)?;
-        for skipped in plan::ELSEWHERE.iter().filter_map(|host| elsewhere::skipped(host, &programs)) {
+        in_the_lab(&lab, &bench, &programs.all, &mut checks)?;
+        for skipped in plan::ELSEWHERE.iter().filter_map(|host| programs.skipped(host)) {
             let (Skipped::Host(what) | Skipped::Hyperbp(what)) = skipped;
             println!("skipped: {what}");
         }
@@ -237,6 +238,7 @@ fn in_the_lab(lab: &Lab, bench: &Bench<'_>, programs: &[Elsewhere], checks: &mut
     for program in programs {
         match program.host {
             plan::SMARTVMI => in_smartvmi(first.results(), program, checks),
+            plan::VMI_RS => in_vmi_rs(first.results(), checks),
             _ => in_drakvuf(first.results(), program, checks),
         }
     }
@@ -314,6 +316,14 @@ fn in_drakvuf(results: &Results, drakvuf: &Elsewhere, checks: &mut Checks) {
             checks.check(&what, ours * 100 <= own * percent);
         }
     }
+}
+
+/// Checks that everything was measured with vmi-rs.
+/// (Hits and reads were checked with those of all hosts.)
+fn in_vmi_rs(results: &Results, checks: &mut Checks) {
+    let run = |workload: &Workload| find(results, plan::VMI_RS, plan::ORIGINAL, "view-fast-step", *workload);
+    checks
+        .check("every workload was measured with vmi-rs", Workload::ALL.iter().all(|workload| run(workload).is_some()));
 }
 
 /// Checks that everything was measured in SmartVMI, and what the core costs there.

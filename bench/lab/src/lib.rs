@@ -37,6 +37,7 @@ pub mod protocol;
 pub mod smartvmi;
 mod stage;
 pub mod tools;
+pub mod vmi_rs;
 mod xen;
 
 pub use build::Program;
@@ -162,6 +163,14 @@ impl Lab {
     /// Those of [`smartvmi::build`].
     pub fn smartvmi(&self, tree: &Path) -> Result<Elsewhere> {
         smartvmi::build(&self.host, tree, &self.stages, &self.progress)
+    }
+
+    /// Builds the program that serves a breakpoint with vmi-rs, against `sysroot`'s Xen or the system's.
+    ///
+    /// # Errors
+    /// Those of [`vmi_rs::build`].
+    pub fn vmi_rs(&self, sysroot: Option<&Path>) -> Result<Elsewhere> {
+        vmi_rs::build(&self.host, &self.repo, sysroot, &self.stages, &self.progress)
     }
 }
 
