@@ -45,6 +45,7 @@ type Step<'a> = (&'a str, &'a [&'a str]);
 const ANYWHERE: &[Step<'_>] = &[
     ("format", &["fmt", "--all", "--check"]),
     ("format of the guest", &["fmt", "--manifest-path", "bench/guest/Cargo.toml", "--check"]),
+    ("format of the program on vmi-rs", &["fmt", "--manifest-path", "bench/vmi-rs/Cargo.toml", "--check"]),
     ("format of the fuzz targets", &["fmt", "--manifest-path", "plugin/fuzz/Cargo.toml", "--check"]),
     ("lint", &["clippy", "--all-targets", "--", "-D", "warnings"]),
     (
