@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use hyperbp_lab::{Elsewhere, Error, Lab, plan};
+use hyperbp_lab::{Elsewhere, Error, Lab, Xen, plan};
 
 /// Where they are built.
 #[derive(Clone, Debug, Default, Args)]
@@ -44,6 +44,10 @@ impl Programs {
             Ok(program) => self.all.push(program),
             Err(Error::Build { tail, .. }) => {
                 self.without_vmi_rs = Some(format!("it does not build here: {} says why", tail.log.display()));
+            }
+            // The sysroot is the emulated machine's, and that can be another.
+            Err(error @ Error::NoVmiRs { .. }) if sysroot.is_some() => {
+                self.without_vmi_rs = Some(format!("{error}: --xen {} has them", Xen::V4_20));
             }
             Err(error) => self.without_vmi_rs = Some(error.to_string()),
         }
