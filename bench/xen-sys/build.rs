@@ -10,7 +10,7 @@ const LIBRARIES: [&str; 4] = ["xenctrl", "xenevtchn", "xenforeignmemory", "xenst
 
 const FUNCTIONS: &[&str] = &[
     "xc_interface_(open|close)",
-    "xc_domain_(getinfo|pause|unpause|maximum_gpfn|setmaxmem|debug_control)",
+    "xc_domain_(getinfolist|pause|unpause|maximum_gpfn|setmaxmem|debug_control)",
     "xc_domain_(populate_physmap|decrease_reservation)_exact",
     "xc_hvm_(param_get|inject_trap)",
     "xc_physinfo",
@@ -30,6 +30,8 @@ const CONSTANTS: &[&str] = &[
     "HVM_PARAM_ALTP2M",
     "XEN_ALTP2M_disabled",
     "XEN_DOMCTL_DEBUG_OP_SINGLE_STEP_OFF",
+    "XEN_DOMINF_(dying|hvm_guest|paused|shutdown.*)",
+    "SHUTDOWN_crash",
 ];
 
 fn main() {

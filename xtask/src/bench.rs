@@ -9,10 +9,10 @@ use clap::Args;
 use clap::builder::PossibleValuesParser;
 use hyperbp_lab::plan::{self, Selection};
 use hyperbp_lab::protocol::{Message, Parser};
-use hyperbp_lab::{Elsewhere, Host, Lab, Options, Outcome, Program, Progress};
+use hyperbp_lab::{Elsewhere, Host, Lab, Options, Outcome, Program, Progress, Xen};
 use hyperbp_report::Collection;
 
-use crate::elsewhere::{self, Skipped};
+use crate::elsewhere::{self, Programs, Skipped};
 
 /// What the runner measures besides the core's mechanisms.
 const OTHERS: &[&str] = &["none", "skip"];
@@ -30,6 +30,8 @@ Examples:
       Only these.
   cargo xtask bench --cpus 2
       dom0 and the guest have a CPU each.
+  cargo xtask bench --xen 4.20
+      With a newer Xen, and in vmi-rs, too: that needs it.
   cargo xtask bench --drakvuf ../drakvuf/build
       Measure in DRAKVUF, too: this is Meson's build directory, with DRAKVUF built in it.
   cargo xtask bench --smartvmi ../smartvmi/build
@@ -59,8 +61,8 @@ pub(crate) struct Bench {
     #[arg(long = "host", value_name = "H", value_parser = PossibleValuesParser::new(plan::HOSTS))]
     hosts: Vec<String>,
 
-    /// Measure only this backend: the crate, the least a monitor has to do, or what DRAKVUF and SmartVMI have themselves; may be
-    /// repeated
+    /// Measure only this backend: the crate, the least a monitor has to do, or what DRAKVUF, SmartVMI and vmi-rs have
+    /// themselves; may be repeated
     #[arg(long = "backend", value_name = "B", value_parser = PossibleValuesParser::new(plan::BACKENDS))]
     backends: Vec<String>,
 
@@ -79,6 +81,10 @@ pub(crate) struct Bench {
     /// CPUs of the emulated machine; with 2, dom0 and the guest have one each
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=2))]
     cpus: u32,
+
+    /// Xen's version in the emulated machine: 4.17, or 4.20, with which vmi-rs is measured, too
+    #[arg(long, value_name = "VERSION", default_value_t)]
+    xen: Xen,
 
     /// Emulated machines that run at the same time
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..))]
@@ -139,6 +145,11 @@ pub(crate) fn mechanism(name: &str) -> Result<String, hyperbp::Error> {
     Ok(name.to_owned())
 }
 
+/// Whether something with this name was selected.
+fn wants(names: &[String], name: &str) -> bool {
+    names.is_empty() || names.iter().any(|wanted| wanted == name)
+}
+
 impl Bench {
     pub(crate) fn run(self) -> Result<()> {
         let lab = Lab::open(&crate::repo(), &crate::target(), Host::this(), Progress::new())?;
@@ -148,14 +159,20 @@ impl Bench {
         if parts.exists() {
             std::fs::remove_dir_all(&parts).with_context(|| format!("cannot remove {}", parts.display()))?;
         }
-        let programs = self.elsewhere.build(&lab)?;
-        let skipped = self.skipped(&programs);
+        let mut programs = self.elsewhere.build(&lab)?;
+        // When it is the system's own Xen that runs, its headers are needed only if they are not installed.
+        let installed = self.domain.is_some() && Path::new("/usr/include/xenctrl.h").exists();
+        let sysroot = if installed { None } else { Some(lab.sysroot(self.xen, self.update)?) };
+        if wants(&self.hosts, plan::VMI_RS) && wants(&self.backends, plan::ORIGINAL) {
+            programs.add_vmi_rs(&lab, sysroot.as_deref());
+        }
+        let (skipped, programs) = (self.skipped(&programs), programs.all);
         if plan::machines(&self.selection(&programs, Elsewhere::in_dom0)).is_empty() {
             let skipped = if skipped.is_empty() { String::new() } else { format!("; skipped: {}", skipped.join("; ")) };
             bail!("no host has what was selected{skipped}");
         }
         let (collections, label) = match &self.domain {
-            Some(domain) => (self.measure_here(&lab, &programs, domain, &parts)?, "xen"),
+            Some(domain) => (self.measure_here(&lab, sysroot.as_deref(), &programs, domain, &parts)?, "xen"),
             None => (self.measure_in_the_lab(&lab, &programs, &parts)?, "bochs"),
         };
         present(collections, label, &out)?;
@@ -166,10 +183,9 @@ impl Bench {
     }
 
     /// What of the selection cannot be measured, and why.
-    fn skipped(&self, programs: &[Elsewhere]) -> Vec<String> {
-        let wants = |names: &[String], name: &str| names.is_empty() || names.iter().any(|wanted| wanted == name);
+    fn skipped(&self, programs: &Programs) -> Vec<String> {
         let (original, hyperbp) = (wants(&self.backends, plan::ORIGINAL), wants(&self.backends, plan::HYPERBP));
-        let skipped = |host: &&str| match elsewhere::skipped(host, programs) {
+        let skipped = |host: &&str| match programs.skipped(host) {
             _ if !wants(&self.hosts, host) => None,
             Some(Skipped::Host(what)) if original || hyperbp => Some(what),
             Some(Skipped::Hyperbp(what)) if hyperbp => Some(what),
@@ -199,7 +215,7 @@ impl Bench {
 
     /// Returns the directories of the collections that were measured.
     fn measure_in_the_lab(&self, lab: &Lab, programs: &[Elsewhere], parts: &Path) -> Result<Vec<PathBuf>> {
-        let prepared = lab.prepare(self.update)?;
+        let prepared = lab.prepare(self.xen, false)?;
         let runner = lab.build(Program::Runner, Some(&prepared.sysroot))?;
         let machines = plan::machines(&self.selection(programs, Elsewhere::in_dom0));
         let mut jobs = Vec::new();
@@ -222,13 +238,15 @@ impl Bench {
         Ok(collections)
     }
 
-    fn measure_here(&self, lab: &Lab, programs: &[Elsewhere], domain: &str, parts: &Path) -> Result<Vec<PathBuf>> {
-        // The system's own Xen is the one that runs; its headers are needed only when they are not installed.
-        let sysroot = match Path::new("/usr/include/xenctrl.h").exists() {
-            true => None,
-            false => Some(lab.sysroot(self.update)?),
-        };
-        let runner = lab.build(Program::Runner, sysroot.as_deref())?;
+    fn measure_here(
+        &self,
+        lab: &Lab,
+        sysroot: Option<&Path>,
+        programs: &[Elsewhere],
+        domain: &str,
+        parts: &Path,
+    ) -> Result<Vec<PathBuf>> {
+        let runner = lab.build(Program::Runner, sysroot)?;
         let mut command = Command::new(runner);
         command.args(["run", "--domain", domain, "--progress", "lines", "--out"]).arg(parts);
         let selection = self.selection(programs, |program| program.program.display().to_string());

@@ -7,7 +7,8 @@ use anyhow::{Context, Result, ensure};
 use crate::tools::CARGO_DENY;
 
 /// The workspaces.
-const MANIFESTS: [&str; 3] = ["Cargo.toml", "bench/guest/Cargo.toml", "plugin/fuzz/Cargo.toml"];
+const MANIFESTS: [&str; 4] =
+    ["Cargo.toml", "bench/guest/Cargo.toml", "bench/vmi-rs/Cargo.toml", "plugin/fuzz/Cargo.toml"];
 /// What needs nothing but the manifests.
 const CHECKS: [&str; 3] = ["bans", "licenses", "sources"];
 /// What needs a database that is elsewhere.

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
-use hyperbp_lab::{Host, Job, Lab, Monitor, Progress};
+use hyperbp_lab::{Host, Job, Lab, Monitor, Progress, Xen};
 
 use crate::events::Events;
 
@@ -59,7 +59,7 @@ pub(crate) struct Drakvuf {
 impl Drakvuf {
     pub(crate) fn run(self) -> Result<()> {
         let lab = Lab::open(&crate::repo(), &crate::target(), Host::this(), Progress::new())?;
-        let bench = lab.prepare(false)?;
+        let bench = lab.prepare(Xen::default(), false)?;
         let default = ARGUMENTS.iter().map(|argument| (*argument).to_owned()).collect();
         let arguments = if self.arguments.is_empty() { &default } else { &self.arguments };
         let (build, profile) = (&*self.build, &*self.profile);

@@ -1,9 +1,9 @@
-//! Other hosts than the runner: DRAKVUF and SmartVMI, as the user has built them.
+//! Other hosts than the runner: DRAKVUF and SmartVMI, as the user has built them, and vmi-rs, which is built here.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
-use hyperbp_lab::{Elsewhere, Lab, plan};
+use hyperbp_lab::{Elsewhere, Error, Lab, Xen, plan};
 
 /// Where they are built.
 #[derive(Clone, Debug, Default, Args)]
@@ -22,10 +22,44 @@ impl Trees {
     ///
     /// # Errors
     /// Those of [`Lab::drakvuf`] and [`Lab::smartvmi`].
-    pub(crate) fn build(&self, lab: &Lab) -> hyperbp_lab::Result<Vec<Elsewhere>> {
+    pub(crate) fn build(&self, lab: &Lab) -> hyperbp_lab::Result<Programs> {
         let drakvuf = self.drakvuf.as_deref().map(|tree| lab.drakvuf(tree));
         let smartvmi = self.smartvmi.as_deref().map(|tree| lab.smartvmi(tree));
-        drakvuf.into_iter().chain(smartvmi).collect()
+        Ok(Programs { all: drakvuf.into_iter().chain(smartvmi).collect::<Result<_, _>>()?, without_vmi_rs: None })
+    }
+}
+
+/// The programs there are.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Programs {
+    pub(crate) all: Vec<Elsewhere>,
+    /// Why vmi-rs is not among them, if that was tried.
+    without_vmi_rs: Option<String>,
+}
+
+impl Programs {
+    /// Adds the one on vmi-rs, if it can be built against `sysroot`'s Xen or the system's.
+    pub(crate) fn add_vmi_rs(&mut self, lab: &Lab, sysroot: Option<&Path>) {
+        match lab.vmi_rs(sysroot) {
+            Ok(program) => self.all.push(program),
+            Err(Error::Build { tail, .. }) => {
+                self.without_vmi_rs = Some(format!("it does not build here: {} says why", tail.log.display()));
+            }
+            // The sysroot is the emulated machine's, and that can be another.
+            Err(error @ Error::NoVmiRs { .. }) if sysroot.is_some() => {
+                self.without_vmi_rs = Some(format!("{error}: --xen {} has them", Xen::V4_20));
+            }
+            Err(error) => self.without_vmi_rs = Some(error.to_string()),
+        }
+    }
+
+    /// What of a host, of [`plan::ELSEWHERE`], is missing.
+    pub(crate) fn skipped(&self, host: &str) -> Option<Skipped> {
+        match (host, &self.without_vmi_rs) {
+            (plan::VMI_RS, Some(why)) => Some(Skipped::Host(format!("vmi-rs ({why})"))),
+            (plan::VMI_RS, None) => None,
+            _ => skipped(host, &self.all),
+        }
     }
 }
 
@@ -38,8 +72,8 @@ pub(crate) enum Skipped {
     Hyperbp(String),
 }
 
-/// What of a host, of [`plan::ELSEWHERE`], is missing.
-pub(crate) fn skipped(host: &str, programs: &[Elsewhere]) -> Option<Skipped> {
+/// What of a host that the user builds is missing.
+fn skipped(host: &str, programs: &[Elsewhere]) -> Option<Skipped> {
     let title = title(host);
     match programs.iter().find(|program| program.host == host) {
         None => Some(Skipped::Host(format!(
@@ -79,5 +113,14 @@ mod tests {
         let without = skipped(plan::SMARTVMI, &programs);
         assert!(matches!(without, Some(Skipped::Hyperbp(what)) if what.contains("smartvmi-patches")));
         assert_eq!(skipped(plan::SMARTVMI, &[program(plan::SMARTVMI, true)]), None);
+    }
+
+    #[test]
+    fn vmi_rs_is_missing_for_a_reason() {
+        let mut programs = Programs::default();
+        assert_eq!(programs.skipped(plan::VMI_RS), None);
+        programs.without_vmi_rs = Some("Xen is too old".to_owned());
+        assert_eq!(programs.skipped(plan::VMI_RS), Some(Skipped::Host("vmi-rs (Xen is too old)".to_owned())));
+        assert!(matches!(programs.skipped(plan::DRAKVUF), Some(Skipped::Host(_))));
     }
 }

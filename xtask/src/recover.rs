@@ -4,7 +4,7 @@ use std::fs;
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
-use hyperbp_lab::{Host, Lab, Program, Progress};
+use hyperbp_lab::{Host, Lab, Program, Progress, Xen};
 
 /// Kill the monitor of a busy guest again and again, recover the domain, and see that the guest has noticed nothing
 #[derive(Debug, Args)]
@@ -25,7 +25,7 @@ pub(crate) struct Recover {
 impl Recover {
     pub(crate) fn run(self) -> Result<()> {
         let lab = Lab::open(&crate::repo(), &crate::target(), Host::this(), Progress::new())?;
-        let bench = lab.prepare(false)?;
+        let bench = lab.prepare(Xen::default(), false)?;
         let runner = lab.build(Program::Runner, Some(&bench.sysroot))?;
         let job = bench.recover(&runner, self.cpus, self.kills, self.attach);
         let image = bench.image(&job)?;

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
-use hyperbp_lab::{Host, Lab, Program, Progress};
+use hyperbp_lab::{Host, Lab, Program, Progress, Xen};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -49,7 +49,7 @@ impl Storm {
     pub(crate) fn run(self) -> Result<()> {
         let lab = Lab::open(&crate::repo(), &crate::target(), Host::this(), Progress::new())?;
         let smartvmi = self.smartvmi.as_deref().map(|tree| lab.smartvmi(tree)).transpose()?;
-        let bench = lab.prepare(false)?;
+        let bench = lab.prepare(Xen::default(), false)?;
         let runner = lab.build(Program::Runner, Some(&bench.sysroot))?;
         let mut job = bench.storm(&runner, self.cpus, &self.vcpus, self.count, &self.mechanisms);
         if let Some(smartvmi) = &smartvmi {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use hyperbp_lab::plan::{self, Selection};
-use hyperbp_lab::{Bench, Elsewhere, Host, Lab, Outcome, Program, Progress};
+use hyperbp_lab::{Bench, Elsewhere, Host, Lab, Outcome, Program, Progress, Xen};
 use hyperbp_report::{Collection, Results, Run, Workload};
 
 use crate::elsewhere::Skipped;
@@ -30,6 +30,10 @@ pub(crate) struct Test {
     #[arg(long)]
     only_lab: bool,
 
+    /// Xen's version in the emulator: 4.17, or 4.20. (Its libraries may be too new for what runs outside.)
+    #[arg(long, value_name = "VERSION", default_value_t, requires = "only_lab")]
+    xen: Xen,
+
     #[command(flatten)]
     elsewhere: elsewhere::Trees,
 }
@@ -41,6 +45,7 @@ type Step<'a> = (&'a str, &'a [&'a str]);
 const ANYWHERE: &[Step<'_>] = &[
     ("format", &["fmt", "--all", "--check"]),
     ("format of the guest", &["fmt", "--manifest-path", "bench/guest/Cargo.toml", "--check"]),
+    ("format of the program on vmi-rs", &["fmt", "--manifest-path", "bench/vmi-rs/Cargo.toml", "--check"]),
     ("format of the fuzz targets", &["fmt", "--manifest-path", "plugin/fuzz/Cargo.toml", "--check"]),
     ("lint", &["clippy", "--all-targets", "--", "-D", "warnings"]),
     (
@@ -119,14 +124,15 @@ impl Test {
             return Ok(());
         }
         let lab = Lab::open(&crate::repo(), &crate::target(), Host::this(), Progress::new())?;
-        let bench = lab.prepare(false)?;
+        let bench = lab.prepare(self.xen, false)?;
         if !self.only_lab {
             steps(WITH_XEN, Some(&bench.sysroot))?;
         }
-        let programs = self.elsewhere.build(&lab)?;
+        let mut programs = self.elsewhere.build(&lab)?;
+        programs.add_vmi_rs(&lab, Some(&bench.sysroot));
         let mut checks = Checks::default();
-        in_the_lab(&lab, &bench, &programs, &mut checks)?;
-        for skipped in plan::ELSEWHERE.iter().filter_map(|host| elsewhere::skipped(host, &programs)) {
+        in_the_lab(&lab, &bench, &programs.all, &mut checks)?;
+        for skipped in plan::ELSEWHERE.iter().filter_map(|host| programs.skipped(host)) {
             let (Skipped::Host(what) | Skipped::Hyperbp(what)) = skipped;
             println!("skipped: {what}");
         }
@@ -233,6 +239,7 @@ fn in_the_lab(lab: &Lab, bench: &Bench<'_>, programs: &[Elsewhere], checks: &mut
     for program in programs {
         match program.host {
             plan::SMARTVMI => in_smartvmi(first.results(), program, checks),
+            plan::VMI_RS => in_vmi_rs(first.results(), checks),
             _ => in_drakvuf(first.results(), program, checks),
         }
     }
@@ -310,6 +317,14 @@ fn in_drakvuf(results: &Results, drakvuf: &Elsewhere, checks: &mut Checks) {
             checks.check(&what, ours * 100 <= own * percent);
         }
     }
+}
+
+/// Checks that everything was measured with vmi-rs.
+/// (Hits and reads were checked with those of all hosts.)
+fn in_vmi_rs(results: &Results, checks: &mut Checks) {
+    let run = |workload: &Workload| find(results, plan::VMI_RS, plan::ORIGINAL, "view-fast-step", *workload);
+    checks
+        .check("every workload was measured with vmi-rs", Workload::ALL.iter().all(|workload| run(workload).is_some()));
 }
 
 /// Checks that everything was measured in SmartVMI, and what the core costs there.

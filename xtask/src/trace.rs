@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 use hyperbp::Mechanism;
-use hyperbp_lab::{Bench, Host, Job, Lab, Program, Progress};
+use hyperbp_lab::{Bench, Host, Job, Lab, Program, Progress, Xen};
 use hyperbp_report::Trace as Report;
 
 /// System calls the guest's load makes, as the kernel names the functions that carry them out.
@@ -75,7 +75,7 @@ pub(crate) struct Trace {
 impl Trace {
     pub(crate) fn run(self) -> Result<()> {
         let lab = Lab::open(&crate::repo(), &crate::target(), Host::this(), Progress::new())?;
-        let bench = lab.prepare(false)?;
+        let bench = lab.prepare(Xen::default(), false)?;
         let runner = lab.build(Program::Runner, Some(&bench.sysroot))?;
         let job = self.job(&bench, &runner);
         let image = bench.image(&job)?;

@@ -4,7 +4,7 @@ use std::fs;
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
-use hyperbp_lab::{Host, Lab, Program, Progress};
+use hyperbp_lab::{Host, Lab, Program, Progress, Xen};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -32,7 +32,7 @@ pub(crate) struct Waiting {
 impl Waiting {
     pub(crate) fn run(self) -> Result<()> {
         let lab = Lab::open(&crate::repo(), &crate::target(), Host::this(), Progress::new())?;
-        let bench = lab.prepare(false)?;
+        let bench = lab.prepare(Xen::default(), false)?;
         let runner = lab.build(Program::Runner, Some(&bench.sysroot))?;
         let job = bench.waiting(&runner, self.cpus, self.seconds);
         let image = bench.image(&job)?;

@@ -11,9 +11,6 @@ use std::process::Command;
 use crate::command::Log;
 use crate::{Error, Host, Result};
 
-/// The Debian release Xen, dom0's kernel and its tools come from.
-pub const RELEASE: &str = "bookworm";
-
 /// The archive key every Debian has, for [`Mirror`]s whose entry names none.
 const KEYRING: &str = "usr/share/keyrings/debian-archive-keyring.gpg";
 
@@ -110,11 +107,12 @@ pub struct Apt {
 }
 
 impl Apt {
-    /// An apt that keeps everything in `dir`, with the mirror `host`'s own apt has for its release.
+    /// An apt of the Debian release with the codename `release` that keeps everything in `dir`, with the mirror `host`'s own apt has
+    /// for its release.
     ///
     /// # Errors
     /// [`Error::NotDebian`]; [`Error::NoMirror`]; [`Error::Io`].
-    pub fn new(host: &Host, dir: &Path) -> Result<Self> {
+    pub fn new(host: &Host, dir: &Path, release: &str) -> Result<Self> {
         let codename = host.codename()?;
         let etc = host.root.join("etc/apt");
         let all = sources(&etc);
@@ -128,11 +126,11 @@ impl Apt {
             // Writing to a String cannot fail.
             let _ = writeln!(list, "deb [signed-by={}] {uri} {suite} main", keyring.display());
         };
-        add(&mirror, RELEASE);
+        add(&mirror, release);
         // Point releases hold security updates too, only later: a machine without those suites does without.
         for suffix in ["-updates", "-security"] {
             if let Some(uri) = of(&format!("{codename}{suffix}")) {
-                add(&uri, &format!("{RELEASE}{suffix}"));
+                add(&uri, &format!("{release}{suffix}"));
             }
         }
         for sub in ["lists/partial", "archives/partial"] {
@@ -208,10 +206,10 @@ impl Apt {
     ///
     /// # Errors
     /// [`Error::Build`] when a name is unknown.
-    pub fn resolve(&self, names: &[&str], log: &Log) -> Result<Vec<Package>> {
+    pub fn resolve(&self, names: &[String], log: &Log) -> Result<Vec<Package>> {
         let mut packages = Vec::new();
         for name in names {
-            let (name, meta) = name.strip_suffix("/depends").map_or((*name, false), |name| (name, true));
+            let (name, meta) = name.strip_suffix("/depends").map_or((&**name, false), |name| (name, true));
             let shown = self.show(name, log)?;
             packages.push(match meta {
                 false => shown.0,

@@ -13,6 +13,8 @@ pub enum Program {
     Guest,
     /// The way out of the machine.
     E9,
+    /// What serves the breakpoint with vmi-rs.
+    VmiRs,
 }
 
 impl Program {
@@ -23,6 +25,7 @@ impl Program {
             Self::Runner => "hyperbp-bench",
             Self::Guest => "hyperbp-bench-guest",
             Self::E9 => "e9",
+            Self::VmiRs => "vmi-rs-bench",
         }
     }
 
@@ -32,6 +35,8 @@ impl Program {
             // A workspace of its own: it is freestanding.
             Self::Guest => &["--manifest-path", "bench/guest/Cargo.toml"],
             Self::E9 => &["--package", "hyperbp-e9", "--bin", "e9"],
+            // Another: it needs what the rest does not.
+            Self::VmiRs => &["--manifest-path", "bench/vmi-rs/Cargo.toml"],
         }
     }
 }
@@ -59,6 +64,12 @@ pub fn build(
     command.args(program.arguments());
     if let Some(sysroot) = sysroot {
         command.env("HYPERBP_XEN_SYSROOT", sysroot);
+        if let Program::VmiRs = program {
+            // Its bindings are not ours: they ask pkg-config, and bindgen looks where it is told.
+            command.env("PKG_CONFIG_SYSROOT_DIR", sysroot);
+            command.env("PKG_CONFIG_LIBDIR", sysroot.join("usr/lib/x86_64-linux-gnu/pkgconfig"));
+            command.env("BINDGEN_EXTRA_CLANG_ARGS", format!("\"-I{}\"", sysroot.join("usr/include").display()));
+        }
     }
     let messages = log.output(&mut command)?;
     executable(&messages, program.name()).ok_or_else(|| Error::Unexpected {

@@ -10,7 +10,7 @@ use crate::{Error, Result};
 
 /// Every shared library the `programs` need, directly or not, by the name they ask for, where it is first found in `dirs`. One
 /// that whoever needs it wants from a place of its own is under its full path: two programs may each need another library of
-/// the same name. So is the dynamic linker.
+/// the same name. So is the dynamic linker; where it is in `dirs`, that one is taken.
 ///
 /// # Errors
 /// [`Error::Unexpected`] when a library is in none of these places or a file is no ELF.
@@ -21,10 +21,11 @@ pub fn libraries(programs: &[&Path], dirs: &[PathBuf]) -> Result<BTreeMap<String
         let bytes = fs::read(&path).map_err(Error::io("read", &path))?;
         let unexpected = |problem: String| Error::Unexpected { path: path.clone(), problem };
         let elf = Elf::parse(&bytes).map_err(|e| unexpected(format!("not a readable ELF: {e}")))?;
-        // glibc's own libraries name the linker as a library too, and find it loaded.
-        let linker = elf.interpreter.map(|linker| (linker.to_owned(), PathBuf::from(linker)));
-        if let Some((name, path)) = linker {
-            found.entry(name).or_insert(path);
+        // glibc's own libraries name the linker as a library too, and find it loaded. It must be the one that came with them.
+        if let Some(linker) = elf.interpreter {
+            let name = Path::new(linker).file_name().unwrap_or_default();
+            let beside = dirs.iter().map(|dir| dir.join(name)).find(|file| file.exists());
+            found.entry(linker.to_owned()).or_insert_with(|| beside.unwrap_or_else(|| linker.into()));
         }
         for name in elf.libraries.into_iter().filter(|name| !name.starts_with("ld-linux")) {
             let places = elf.runpaths.iter().chain(&elf.rpaths).flat_map(|path| path.split(':')).map(Path::new);
@@ -87,6 +88,18 @@ mod tests {
         let found = libraries(&[&this], &dirs).unwrap();
         assert!(found.contains_key("libc.so.6"), "{found:?}");
         assert!(found.contains_key("/lib64/ld-linux-x86-64.so.2"), "{found:?}");
+    }
+
+    #[test]
+    fn the_linker_is_the_one_beside_libc() {
+        let sysroot = tempfile::tempdir().unwrap();
+        for name in ["libc.so.6", "ld-linux-x86-64.so.2"] {
+            fs::copy(Path::new("/lib/x86_64-linux-gnu").join(name), sysroot.path().join(name)).unwrap();
+        }
+        let dirs = [sysroot.path().to_owned(), PathBuf::from("/lib/x86_64-linux-gnu")];
+        let found = libraries(&[&std::env::current_exe().unwrap()], &dirs).unwrap();
+        assert_eq!(found["libc.so.6"], sysroot.path().join("libc.so.6"));
+        assert_eq!(found["/lib64/ld-linux-x86-64.so.2"], sysroot.path().join("ld-linux-x86-64.so.2"));
     }
 
     #[test]

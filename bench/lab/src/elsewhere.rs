@@ -1,8 +1,8 @@
-//! Programs of ours that serve the benchmark guest's breakpoints from inside somebody else's monitor, such as DRAKVUF.
+//! Programs of ours that serve the benchmark guest's breakpoints with somebody else's monitor, such as DRAKVUF.
 
 use std::path::PathBuf;
 
-use crate::Job;
+use crate::{Job, plan};
 
 /// The script's variable with the runner's arguments for these programs.
 const VARIABLE: &str = "ELSEWHERE";
@@ -12,7 +12,7 @@ const VARIABLE: &str = "ELSEWHERE";
 pub struct Elsewhere {
     /// The host it is: one of [`plan::ELSEWHERE`](crate::plan::ELSEWHERE).
     pub host: &'static str,
-    /// The program, `drakvuf-bench` or `smartvmi-bench`.
+    /// The program, such as `drakvuf-bench`.
     pub program: PathBuf,
     /// Whether hyperbp is loaded in the monitor it is made of.
     pub has_hyperbp: bool,
@@ -33,9 +33,11 @@ impl Elsewhere {
             None => job.variables.push((VARIABLE.to_owned(), argument)),
         }
         job.programs.push(self.program.clone());
-        for library in LOADS.map(str::to_owned) {
-            if !job.libraries.contains(&library) {
-                job.libraries.push(library);
+        // vmi-rs has no LibVMI.
+        let loads = if self.host == plan::VMI_RS { &[][..] } else { &LOADS };
+        for library in loads {
+            if !job.libraries.iter().any(|loaded| loaded == library) {
+                job.libraries.push((*library).to_owned());
             }
         }
     }
@@ -56,11 +58,19 @@ mod tests {
     #[test]
     fn several_of_them_share_what_they_need() {
         let mut job = empty();
-        for (host, program) in [("drakvuf", "/t/drakvuf-bench"), ("smartvmi", "/t/smartvmi-bench")] {
+        let programs = [(plan::DRAKVUF, "/t/drakvuf-bench"), (plan::SMARTVMI, "/t/smartvmi-bench")];
+        for (host, program) in programs {
             Elsewhere { host, program: program.into(), has_hyperbp: false }.put_into(&mut job);
         }
         let arguments = "--drakvuf /bin/drakvuf-bench --smartvmi /bin/smartvmi-bench".to_owned();
         assert_eq!(job.variables, [(VARIABLE.to_owned(), arguments)]);
         assert_eq!((job.programs.len(), job.libraries.len()), (2, LOADS.len()));
+    }
+
+    #[test]
+    fn what_has_no_libvmi_loads_nothing() {
+        let mut job = empty();
+        Elsewhere { host: plan::VMI_RS, program: "/t/vmi-rs-bench".into(), has_hyperbp: false }.put_into(&mut job);
+        assert_eq!((job.programs.len(), job.libraries.len()), (1, 0));
     }
 }

@@ -127,6 +127,13 @@ pub enum Error {
         problem: String,
     },
 
+    /// vmi-rs cannot be built here.
+    #[error("{problem}")]
+    NoVmiRs {
+        /// Why not.
+        problem: String,
+    },
+
     /// There is no SmartVMI to measure.
     #[error(
         "{} is no build of SmartVMI ({problem}): build it first, in SmartVMI's source, with \

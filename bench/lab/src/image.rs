@@ -9,7 +9,7 @@ use std::time::SystemTime;
 
 use crate::initramfs::Initramfs;
 use crate::kernel::Kernel;
-use crate::{Error, Host, Inputs, Job, Progress, Result, Stages, elf};
+use crate::{Error, Host, Inputs, Job, Progress, Result, Stages, Xen, elf};
 
 const INIT: &str = include_str!("../dom0/init");
 const GUEST_CFG: &str = include_str!("../dom0/guest.cfg");
@@ -17,8 +17,7 @@ const LINUX_CFG: &str = include_str!("../dom0/linux.cfg");
 const LINUX_INIT: &str = include_str!("../linux/init");
 const LINUX_ROUNDS: &str = include_str!("../linux/rounds");
 
-/// Xen's programs, in `usr/lib/xen-4.17/bin` of the sysroot and of dom0.
-const XEN_BIN: &str = "usr/lib/xen-4.17/bin";
+/// Xen's programs, in the same directory of the sysroot and of dom0.
 const XEN_PROGRAMS: &[&str] = &["libxl-save-helper", "xen-init-dom0", "xenconsoled", "xenstored", "xl"];
 /// What the job needs besides, to talk to a Linux guest.
 const XEN_CONSOLE: &str = "xenconsole";
@@ -46,23 +45,28 @@ const LINUX: &str = "console=hvc0 quiet panic=0 rdinit=/init acpi=off nokaslr mi
 /// GRUB's modules; those they need come with them.
 const GRUB_MODULES: &[&str] = &["biosdisk", "iso9660", "multiboot2"];
 
+/// What all images with the same Xen are made of.
+#[derive(Clone, Copy, Debug)]
+pub struct Parts<'a> {
+    /// The release of Xen.
+    pub xen: Xen,
+    /// Where its packages, and the others, are unpacked.
+    pub sysroot: &'a Path,
+    /// dom0's kernel, and a Linux guest's.
+    pub kernel: &'a Kernel,
+    /// The way out of the machine.
+    pub e9: &'a Path,
+}
+
 /// Builds the image of `job` and returns it.
 ///
 /// # Errors
 /// [`Error::Build`] of GRUB's or xorriso's; [`Error::Unexpected`] when a library is missing.
-pub fn build(
-    host: &Host,
-    sysroot: &Path,
-    kernel: &Kernel,
-    e9: &Path,
-    job: &Job,
-    stages: &Stages,
-    progress: &Progress,
-) -> Result<PathBuf> {
-    let initramfs = initramfs(host, sysroot, kernel, e9, job)?
-        .archive()
-        .map_err(Error::io("archive", Path::new("dom0's file system")))?;
-    let xen = sysroot.join("boot/xen-4.17-amd64.gz");
+pub fn build(host: &Host, parts: &Parts<'_>, job: &Job, stages: &Stages, progress: &Progress) -> Result<PathBuf> {
+    let kernel = parts.kernel;
+    let initramfs =
+        initramfs(host, parts, job)?.archive().map_err(Error::io("archive", Path::new("dom0's file system")))?;
+    let xen = parts.sysroot.join(parts.xen.hypervisor());
     let xen_options = followed_by(xen_options(job.cpus, job.memory), &job.options.xen);
     let linux = followed_by(LINUX.to_owned(), &job.options.dom0);
     let grub = format!(
@@ -138,7 +142,8 @@ fn pinned(config: &str, cpus: u32) -> String {
     format!("{config}{pin}")
 }
 
-fn initramfs(host: &Host, sysroot: &Path, kernel: &Kernel, e9: &Path, job: &Job) -> Result<Initramfs> {
+fn initramfs(host: &Host, parts: &Parts<'_>, job: &Job) -> Result<Initramfs> {
+    let Parts { xen, sysroot, kernel, e9 } = *parts;
     let mut fs = Initramfs::new();
     // Where Xen's tools, the kernel and our init expect a directory.
     for directory in ["dev", "etc/xen", "proc", "run/xen", "run/xenstored", "sys", "tmp"] {
@@ -178,13 +183,14 @@ fn initramfs(host: &Host, sysroot: &Path, kernel: &Kernel, e9: &Path, job: &Job)
     fs.file("lib/modules/order", 0o644, order);
 
     let console = job.linux.then_some(&XEN_CONSOLE);
-    let xen: Vec<PathBuf> = XEN_PROGRAMS.iter().chain(console).map(|name| sysroot.join(XEN_BIN).join(name)).collect();
+    let bin = xen.programs();
+    let xen: Vec<PathBuf> = XEN_PROGRAMS.iter().chain(console).map(|name| sysroot.join(&bin).join(name)).collect();
     let ours: Vec<&Path> = job.programs.iter().map(PathBuf::as_path).chain([e9]).collect();
-    for (dir, program) in xen.iter().map(|p| (XEN_BIN, p.as_path())).chain(ours.iter().map(|p| ("bin", *p))) {
+    for (dir, program) in xen.iter().map(|p| (&*bin, p.as_path())).chain(ours.iter().map(|p| ("bin", *p))) {
         let name = program.file_name().unwrap_or_default().to_string_lossy();
         fs.copy(&format!("{dir}/{name}"), 0o755, program)?;
     }
-    // Xen's libraries from the sysroot; libc from the host, for our programs were linked against that one.
+    // Xen's libraries from the sysroot. The C library, too, if they need a newer one than programs of this host; else the host's.
     let dirs = [sysroot.join(LIBRARIES), host.root.join(LIBRARIES), host.root.join("lib/x86_64-linux-gnu")];
     let loaded = elf::named(&job.libraries, &dirs)?;
     let programs = xen.iter().map(PathBuf::as_path).chain(ours).chain(loaded.iter().map(|library| &*library.file));

@@ -37,6 +37,8 @@ pub mod protocol;
 pub mod smartvmi;
 mod stage;
 pub mod tools;
+pub mod vmi_rs;
+mod xen;
 
 pub use build::Program;
 pub use command::Log;
@@ -47,8 +49,8 @@ pub use job::{Job, Options};
 pub use machine::{Machine, Outcome};
 pub use progress::Progress;
 pub use stage::{Inputs, Stages};
+pub use xen::{Group, RELEASE, Xen};
 
-use apt::Apt;
 use kernel::Kernel;
 
 /// Free space the lab asks for before it is built: at its largest, while Bochs is compiled, it takes about half.
@@ -93,33 +95,37 @@ impl Lab {
         Ok(Self { host, repo: repo.to_owned(), stages, _lock: lock, progress })
     }
 
-    /// Installs missing build tools and unpacks Debian's packages; returns the sysroot, with Xen's headers.
+    /// Installs missing build tools and unpacks Debian's packages; returns the sysroot, with the headers of `xen`.
     ///
     /// # Errors
     /// Those of [`tools::install`] and [`packages::unpack`]; [`Error::DiskSpace`].
-    pub fn sysroot(&self, update: bool) -> Result<PathBuf> {
-        let apt = self.apt()?;
-        packages::unpack(&self.host, &apt, &self.stages, &self.progress, update)
+    pub fn sysroot(&self, xen: Xen, update: bool) -> Result<PathBuf> {
+        self.begin()?;
+        packages::unpack(&self.host, xen, &self.apts(), &self.stages, &self.progress, update)
     }
 
-    /// The private apt, once there are tools and room.
-    fn apt(&self) -> Result<Apt> {
+    /// Where the private apts are.
+    fn apts(&self) -> PathBuf {
+        self.stages.dir().join("apt")
+    }
+
+    /// Sees to it that there are tools, and room.
+    fn begin(&self) -> Result<()> {
         // A complete build is not built again, whatever room is left.
         if !self.stages.dir().join("complete").exists() {
             Host::check_space(self.stages.dir(), SPACE)?;
         }
-        tools::install(&self.host, tools::TOOLS, &self.progress, &self.stages.log("tools")?)?;
-        Apt::new(&self.host, &self.stages.dir().join("apt"))
+        tools::install(&self.host, tools::TOOLS, &self.progress, &self.stages.log("tools")?)
     }
 
-    /// Builds everything that does not depend on a job. `update` asks Debian's mirror for newer packages.
+    /// Builds everything that does not depend on a job, to boot `xen`. `update` asks Debian's mirror for newer packages.
     ///
     /// # Errors
     /// Those of each stage.
-    pub fn prepare(&self, update: bool) -> Result<Bench<'_>> {
+    pub fn prepare(&self, xen: Xen, update: bool) -> Result<Bench<'_>> {
         let (host, stages, progress) = (&self.host, &self.stages, &self.progress);
-        let apt = self.apt()?;
-        let sysroot = packages::unpack(host, &apt, stages, progress, update)?;
+        let sysroot = self.sysroot(xen, update)?;
+        let apt = packages::apt(host, &self.apts(), RELEASE)?;
         let jobs = thread::available_parallelism().map_or(1, usize::from);
         let bochs = bochs::build(host, &apt, stages, progress, jobs)?;
         let kernel = kernel::extract(host, &sysroot, stages, progress)?;
@@ -133,7 +139,7 @@ impl Lab {
             vga_bios: sysroot.join("usr/share/vgabios/vgabios.bin"),
             runs: stages.dir().join("run"),
         };
-        Ok(Bench { lab: self, machine, sysroot, kernel, e9, guest })
+        Ok(Bench { lab: self, xen, machine, sysroot, kernel, e9, guest })
     }
 
     /// Builds one of our programs, against `sysroot`'s Xen or the system's.
@@ -158,6 +164,14 @@ impl Lab {
     /// Those of [`smartvmi::build`].
     pub fn smartvmi(&self, tree: &Path) -> Result<Elsewhere> {
         smartvmi::build(&self.host, tree, &self.stages, &self.progress)
+    }
+
+    /// Builds the program that serves a breakpoint with vmi-rs, against `sysroot`'s Xen or the system's.
+    ///
+    /// # Errors
+    /// Those of [`vmi_rs::build`].
+    pub fn vmi_rs(&self, sysroot: Option<&Path>) -> Result<Elsewhere> {
+        vmi_rs::build(&self.host, &self.repo, sysroot, &self.stages, &self.progress)
     }
 }
 
@@ -194,6 +208,8 @@ const MOVED: u32 = 16 << 20;
 #[derive(Debug)]
 pub struct Bench<'a> {
     lab: &'a Lab,
+    /// What it boots.
+    pub xen: Xen,
     /// The emulator.
     pub machine: Machine,
     /// Debian's packages, unpacked.
@@ -337,7 +353,8 @@ impl Bench<'_> {
     /// Those of [`image::build`].
     pub fn image(&self, job: &Job) -> Result<PathBuf> {
         let lab = self.lab;
-        image::build(&lab.host, &self.sysroot, &self.kernel, &self.e9, job, &lab.stages, &lab.progress)
+        let parts = image::Parts { xen: self.xen, sysroot: &self.sysroot, kernel: &self.kernel, e9: &self.e9 };
+        image::build(&lab.host, &parts, job, &lab.stages, &lab.progress)
     }
 
     /// Boots each image and runs its job to its end, `parallel` machines at a time. When one fails, the others are

@@ -5,48 +5,42 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::apt::{Apt, Package};
-use crate::{Error, Host, Inputs, Progress, Result, Stages};
-
-/// What is unpacked. `linux-image-amd64/depends` is the newest kernel: not `-cloud`, which lacks dom0 support.
-pub const PACKAGES: &[&str] = &[
-    "bochsbios",
-    "busybox-static",
-    "libxen-dev",
-    "libxencall1",
-    "libxendevicemodel1",
-    "libxenevtchn1",
-    "libxenforeignmemory1",
-    "libxengnttab1",
-    "libxenhypfs1",
-    "libxenmisc4.17",
-    "libxenstore4",
-    "libxentoolcore1",
-    "libxentoollog1",
-    "libyajl2",
-    "linux-image-amd64/depends",
-    "vgabios",
-    "xen-hypervisor-4.17-amd64",
-    "xen-utils-4.17",
-];
+use crate::xen::Group;
+use crate::{Error, Host, Inputs, Progress, Result, Stages, Xen};
 
 /// How long a choice of versions is good before the mirror is asked again.
 const FRESH: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// Downloads and unpacks [`PACKAGES`], and returns the sysroot.
+/// Downloads and unpacks what `xen` needs, and returns the sysroot. The apts have what they keep in `dir`.
 ///
 /// The mirror is asked for newer versions when `update` says so, or when the last answer is older than a day; when it
 /// does not answer then, the last versions are used again.
 ///
 /// # Errors
 /// [`Error::Download`], [`Error::WrongHash`], [`Error::NoMirror`].
-pub fn unpack(host: &Host, apt: &Apt, stages: &Stages, progress: &Progress, update: bool) -> Result<PathBuf> {
-    let versions = versions(apt, stages, progress, update)?;
-    let inputs = versions.iter().fold(Inputs::new(), |inputs, p| inputs.with(&p.name, &p.version));
+pub fn unpack(
+    host: &Host,
+    xen: Xen,
+    dir: &Path,
+    stages: &Stages,
+    progress: &Progress,
+    update: bool,
+) -> Result<PathBuf> {
+    let mut chosen = Vec::new();
+    for group in xen.packages() {
+        let apt = apt(host, dir, group.release)?;
+        let versions = versions(&apt, &group, stages, progress, update)?;
+        chosen.push((apt, versions));
+    }
+    let all = chosen.iter().flat_map(|(_, versions)| versions);
+    let inputs = all.clone().fold(Inputs::new(), |inputs, p| inputs.with(&p.name, &p.version));
     stages.build("packages", &inputs, progress, |dir, log, task| {
         let debs = dir.join("debs");
         fs::create_dir(&debs).map_err(Error::io("create", &debs))?;
-        task.doing(&format!("downloading {} packages", versions.len()));
-        apt.download(&versions, &debs, log)?;
+        task.doing(&format!("downloading {} packages", all.count()));
+        for (apt, versions) in &chosen {
+            apt.download(versions, &debs, log)?;
+        }
         let mut files: Vec<PathBuf> =
             fs::read_dir(&debs).map_err(Error::io("list", &debs))?.flatten().map(|entry| entry.path()).collect();
         files.sort();
@@ -58,12 +52,21 @@ pub fn unpack(host: &Host, apt: &Apt, stages: &Stages, progress: &Progress, upda
     })
 }
 
+/// The apt of a Debian release, below `dir`.
+///
+/// # Errors
+/// Those of [`Apt::new`].
+pub fn apt(host: &Host, dir: &Path, release: &str) -> Result<Apt> {
+    Apt::new(host, &dir.join(release), release)
+}
+
 /// The versions to use.
-fn versions(apt: &Apt, stages: &Stages, progress: &Progress, update: bool) -> Result<Vec<Package>> {
+fn versions(apt: &Apt, group: &Group, stages: &Stages, progress: &Progress, update: bool) -> Result<Vec<Package>> {
     // Named after what was asked for, so that an answer to another question is not taken for this one's.
-    let question = PACKAGES.iter().fold(Inputs::new().with("mirror", apt.mirror()), |i, name| i.with("name", name));
+    let question = Inputs::new().with("mirror", apt.mirror()).with("release", group.release);
+    let question = group.names.iter().fold(question, |i, name| i.with("name", name));
     let file = stages.path("versions", &question);
-    let known = read_versions(&file);
+    let known = read_versions(&file, group.names.len());
     if let Some((versions, age)) = &known
         && *age < FRESH
         && !update
@@ -71,9 +74,9 @@ fn versions(apt: &Apt, stages: &Stages, progress: &Progress, update: bool) -> Re
         return Ok(versions.clone());
     }
     let task = progress.start("versions");
-    task.doing("asking the mirror for the newest versions");
+    task.doing(&format!("asking the mirror for the newest versions in {}", group.release));
     let log = stages.log("versions")?;
-    match (apt.update(&log).and_then(|()| apt.resolve(PACKAGES, &log)), known) {
+    match (apt.update(&log).and_then(|()| apt.resolve(&group.names, &log)), known) {
         (Ok(versions), _) => {
             let text: String = versions.iter().flat_map(|p| [&p.name, "=", &p.version, "\n"]).collect();
             fs::write(&file, text).map_err(Error::io("write", &file))?;
@@ -87,12 +90,13 @@ fn versions(apt: &Apt, stages: &Stages, progress: &Progress, update: bool) -> Re
     }
 }
 
-fn read_versions(file: &Path) -> Option<(Vec<Package>, Duration)> {
+/// The last answer, if it is one for so many packages, and how old it is.
+fn read_versions(file: &Path, count: usize) -> Option<(Vec<Package>, Duration)> {
     let age = fs::metadata(file).ok()?.modified().ok()?.elapsed().unwrap_or_default();
     let parse = |line: &str| {
         let (name, version) = line.split_once('=')?;
         Some(Package { name: name.to_owned(), version: version.to_owned() })
     };
     let versions: Vec<Package> = fs::read_to_string(file).ok()?.lines().map(parse).collect::<Option<_>>()?;
-    (versions.len() == PACKAGES.len()).then_some((versions, age))
+    (versions.len() == count).then_some((versions, age))
 }

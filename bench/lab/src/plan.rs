@@ -19,14 +19,16 @@ pub const BACKENDS: &[&str] = &[HYPERBP, "floor", ORIGINAL];
 pub const HYPERBP: &str = "hyperbp";
 /// The backend that only a host other than the runner has.
 pub const ORIGINAL: &str = "original";
-/// Who can own the ring: the runner, DRAKVUF, and SmartVMI. (The floor counts as a host of its own.)
-pub const HOSTS: &[&str] = &["runner", "floor", DRAKVUF, SMARTVMI];
+/// Who can own the ring: the runner, DRAKVUF, SmartVMI, and a program on vmi-rs. (The floor counts as a host of its own.)
+pub const HOSTS: &[&str] = &["runner", "floor", DRAKVUF, SMARTVMI, VMI_RS];
 /// The hosts that are measured only where there is one: those that have the backend [`ORIGINAL`].
-pub const ELSEWHERE: &[&str] = &[DRAKVUF, SMARTVMI];
+pub const ELSEWHERE: &[&str] = &[DRAKVUF, SMARTVMI, VMI_RS];
 /// One of them.
 pub const DRAKVUF: &str = "drakvuf";
-/// The other.
+/// Another.
 pub const SMARTVMI: &str = "smartvmi";
+/// The one that is never there with the crate in it: whoever writes Rust links the crate itself.
+pub const VMI_RS: &str = "vmi-rs";
 
 /// What to measure. An empty list stands for everything there is.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -89,10 +91,10 @@ impl Selection {
     /// Whether a host with this backend is among those to be measured.
     fn has_host_of(&self, backend: &str) -> bool {
         let wanted = |host: &str| self.hosts.is_empty() || self.hosts.iter().any(|wanted| wanted == host);
-        let elsewhere = self.elsewhere.iter().any(|(host, _)| wanted(host));
+        let mut elsewhere = self.elsewhere.iter().filter(|(host, _)| wanted(host));
         match backend {
-            HYPERBP => wanted("runner") || elsewhere,
-            ORIGINAL => elsewhere,
+            HYPERBP => wanted("runner") || elsewhere.any(|(host, _)| host != VMI_RS),
+            ORIGINAL => elsewhere.next().is_some(),
             // The floor is its own host.
             backend => wanted(backend),
         }
@@ -177,7 +179,7 @@ mod tests {
         assert!(machines[0][0].hosts.is_empty(), "all hosts");
         assert_eq!(machines[0][1].backends, ["floor", "original"]);
         assert_eq!(machines[1][0].backends, ["hyperbp"]);
-        assert!(machines.iter().flatten().all(|selection| selection.elsewhere.len() == 2));
+        assert!(machines.iter().flatten().all(|selection| selection.elsewhere.len() == ELSEWHERE.len()));
     }
 
     #[test]
@@ -221,10 +223,10 @@ mod tests {
             page_samples: None,
             watch: Some(0),
             no_halt: true,
-            elsewhere: programs(&["drakvuf", "smartvmi"]),
+            elsewhere: programs(&["drakvuf", "smartvmi", "vmi-rs"]),
         };
         let expected = "--host drakvuf --backend hyperbp --mechanism repair --mechanism emulate --workload exec_bp \
-            --samples 10 --watch 0 --no-halt --drakvuf /bin/drakvuf-bench --smartvmi /bin/smartvmi-bench";
+            --samples 10 --watch 0 --no-halt --drakvuf /bin/drakvuf-bench --smartvmi /bin/smartvmi-bench --vmi-rs /bin/vmi-rs-bench";
         assert_eq!(selection.arguments().join(" "), expected);
         assert!(Selection::default().arguments().is_empty());
     }
@@ -239,6 +241,7 @@ mod tests {
         assert_eq!(hosts(&["drakvuf"], &[]), 0);
         assert_eq!(hosts(&["drakvuf"], &["smartvmi"]), 0);
         assert_eq!(hosts(&["smartvmi"], ELSEWHERE), 2);
+        assert_eq!(hosts(&["vmi-rs"], ELSEWHERE), 1);
         let original = Selection { backends: strings(&["original"]), ..Selection::default() };
         assert!(machines(&original).is_empty());
     }

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use hyperbp_lab::apt::Apt;
 use hyperbp_lab::{
-    Elsewhere, Error, Host, Inputs, Job, Lab, Log, Machine, Outcome, Progress, Result, Stages, drakvuf, packages,
+    Elsewhere, Error, Host, Inputs, Job, Lab, Log, Machine, Outcome, Progress, Result, Stages, Xen, drakvuf, packages,
     smartvmi, tools,
 };
 use tempfile::TempDir;
@@ -19,6 +19,7 @@ use tempfile::TempDir;
 struct Fake {
     dir: TempDir,
     host: Host,
+    xen: Xen,
 }
 
 impl Fake {
@@ -30,7 +31,7 @@ impl Fake {
         }
         fs::create_dir(dir.path().join("bin")).unwrap();
         let path = format!("{}:/usr/bin:/bin", dir.path().join("bin").display()).into();
-        let fake = Self { host: Host { root, path, privileged: true }, dir };
+        let fake = Self { host: Host { root, path, privileged: true }, dir, xen: Xen::default() };
         fake.file("etc/os-release", "ID=debian\nVERSION_CODENAME=bookworm\n");
         fake.file("etc/apt/sources.list", "deb http://mirror/debian bookworm main\n");
         fake
@@ -66,11 +67,18 @@ impl Fake {
     }
 
     fn apt(&self) -> Result<Apt> {
-        Apt::new(&self.host, &self.dir.path().join("apt"))
+        packages::apt(&self.host, &self.dir.path().join("apt"), hyperbp_lab::RELEASE)
     }
 
     fn unpack(&self, update: bool) -> Result<PathBuf> {
-        packages::unpack(&self.host, &self.apt()?, &self.stages(), &Progress::silent(), update)
+        packages::unpack(
+            &self.host,
+            self.xen,
+            &self.dir.path().join("apt"),
+            &self.stages(),
+            &Progress::silent(),
+            update,
+        )
     }
 
     /// Runs a job in a machine whose emulator is this shell script.

@@ -184,7 +184,7 @@ pub(crate) struct Check {
     pub(crate) domain: String,
 
     /// Instead, attach and detach this often while all virtual CPUs are busy, and look each time what is left
-    #[arg(long, value_name = "TIMES", conflicts_with_all = ["drakvuf", "smartvmi"])]
+    #[arg(long, value_name = "TIMES", conflicts_with_all = ["drakvuf", "smartvmi", "vmi_rs"])]
     pub(crate) attach: Option<u32>,
 
     #[command(flatten)]
@@ -201,6 +201,10 @@ pub(crate) struct Elsewhere {
     /// SmartVMI, too: with this program, bench/smartvmi built by `cargo xtask bench --smartvmi`
     #[arg(long, value_name = "PROGRAM")]
     smartvmi: Option<PathBuf>,
+
+    /// vmi-rs, too: with this program, bench/vmi-rs
+    #[arg(long, value_name = "PROGRAM")]
+    vmi_rs: Option<PathBuf>,
 }
 
 impl Elsewhere {
@@ -209,7 +213,7 @@ impl Elsewhere {
     /// # Errors
     /// If one cannot be run.
     pub(crate) fn programs(&self) -> anyhow::Result<Vec<Program<'_>>> {
-        let named = [(Host::Drakvuf, &self.drakvuf), (Host::Smartvmi, &self.smartvmi)];
+        let named = [(Host::Drakvuf, &self.drakvuf), (Host::Smartvmi, &self.smartvmi), (Host::VmiRs, &self.vmi_rs)];
         named.into_iter().filter_map(|(host, path)| Some(Program::new(host, path.as_deref()?))).collect()
     }
 }
@@ -296,6 +300,8 @@ pub(crate) enum Host {
     Drakvuf,
     /// SmartVMI
     Smartvmi,
+    /// vmi-rs
+    VmiRs,
 }
 
 impl Host {
@@ -306,6 +312,7 @@ impl Host {
             Self::Floor => "the floor",
             Self::Drakvuf => "DRAKVUF",
             Self::Smartvmi => "SmartVMI",
+            Self::VmiRs => "vmi-rs",
         }
     }
 }
@@ -317,6 +324,7 @@ impl fmt::Display for Host {
             Self::Floor => "floor",
             Self::Drakvuf => "drakvuf",
             Self::Smartvmi => "smartvmi",
+            Self::VmiRs => "vmi-rs",
         })
     }
 }
@@ -327,7 +335,7 @@ pub(crate) enum Backend {
     Hyperbp,
     /// The least a monitor has to do
     Floor,
-    /// What DRAKVUF or SmartVMI has itself
+    /// What DRAKVUF, SmartVMI or vmi-rs has itself
     Original,
 }
 

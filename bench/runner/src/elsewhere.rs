@@ -1,5 +1,5 @@
-//! The hosts `drakvuf` and `smartvmi`: a program with DRAKVUF (`bench/drakvuf`) or SmartVMI (`bench/smartvmi`) in it owns the ring,
-//! and this one only looks on.
+//! The hosts `drakvuf`, `smartvmi` and `vmi-rs`: a program with DRAKVUF (`bench/drakvuf`), SmartVMI (`bench/smartvmi`) or vmi-rs
+//! (`bench/vmi-rs`) in it owns the ring, and this one only looks on.
 
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
@@ -94,6 +94,7 @@ impl<'a> Program<'a> {
         match self.host {
             Host::Drakvuf => &[Original::ViewStep, Original::ViewFastStep],
             Host::Smartvmi => &[Original::Repair],
+            Host::VmiRs => &[Original::ViewFastStep],
             Host::Runner | Host::Floor => &[],
         }
     }

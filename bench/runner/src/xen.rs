@@ -252,7 +252,7 @@ impl Domain {
         };
 
         let mut altp2m = u64::from(sys::XEN_ALTP2M_disabled);
-        if info.hvm() != 0 {
+        if info.has(sys::XEN_DOMINF_hvm_guest) {
             // SAFETY: the handle is open and `altp2m` outlives the call.
             let result = unsafe { sys::xc_hvm_param_get(xc.raw(), id, sys::HVM_PARAM_ALTP2M, &mut altp2m) };
             check("xc_hvm_param_get", result)?;
@@ -260,14 +260,14 @@ impl Domain {
 
         Ok(Self {
             has_altp2m: altp2m != u64::from(sys::XEN_ALTP2M_disabled),
-            uuid: info.handle,
+            uuid: info.0.handle,
             ledger: None,
             ways: Ways::default(),
             xc: Rc::new(xc),
             memory: Rc::new(ForeignMemory::open()?),
             id,
-            vcpus: u16::try_from(info.max_vcpu_id + 1).unwrap_or(u16::MAX),
-            memory_limit: info.max_memkb,
+            vcpus: u16::try_from(info.0.max_vcpu_id.saturating_add(1)).unwrap_or(u16::MAX),
+            memory_limit: info.memory_limit(),
             cache: PageCache::default(),
             altp2m_on: false,
             views: Vec::new(),
@@ -376,8 +376,8 @@ impl Domain {
     /// If Xen does not answer.
     pub(crate) fn memory(&self) -> Result<(u64, u64), Error> {
         let info = info(&self.xc, self.id)?;
-        let info = info.ok_or_else(|| Error::invalid("xc_domain_getinfo", "the domain is gone".to_owned()))?;
-        Ok((info.nr_pages, info.max_memkb))
+        let info = info.ok_or_else(|| Error::invalid(GETINFO, "the domain is gone".to_owned()))?;
+        Ok((info.0.tot_pages, info.memory_limit()))
     }
 
     /// How a monitor that is attached from now on waits for the domain's events.
@@ -419,13 +419,13 @@ impl Domain {
     /// # Errors
     /// If Xen does not answer.
     pub(crate) fn is_running(&self) -> Result<bool, Error> {
-        Ok(info(&self.xc, self.id)?.is_some_and(|info| info.dying() == 0 && info.shutdown() == 0))
+        Ok(info(&self.xc, self.id)?.is_some_and(|info| info.is_running()))
     }
 
     /// Tells whether it is running, also while it is borrowed for something else.
     pub(crate) fn watcher(&self) -> impl Fn() -> bool + use<> {
         let (xc, id) = (Rc::clone(&self.xc), self.id);
-        move || matches!(info(&xc, id), Ok(Some(info)) if info.dying() == 0 && info.shutdown() == 0)
+        move || matches!(info(&xc, id), Ok(Some(info)) if info.is_running())
     }
 
     /// Lets it run, however often somebody who is gone now has paused it.
@@ -433,7 +433,7 @@ impl Domain {
     /// # Errors
     /// If Xen refuses.
     pub(crate) fn let_run(&self) -> Result<(), Error> {
-        while info(&self.xc, self.id)?.is_some_and(|info| info.paused() != 0) {
+        while info(&self.xc, self.id)?.is_some_and(|info| info.has(sys::XEN_DOMINF_paused)) {
             // SAFETY: the handle is open.
             check("xc_domain_unpause", unsafe { sys::xc_domain_unpause(self.xc.raw(), self.id) })?;
         }
@@ -445,7 +445,7 @@ impl Domain {
     /// # Errors
     /// If Xen does not answer.
     pub(crate) fn has_crashed(&self) -> Result<bool, Error> {
-        Ok(info(&self.xc, self.id)?.is_some_and(|info| info.crashed() != 0))
+        Ok(info(&self.xc, self.id)?.is_some_and(|info| info.has_crashed()))
     }
 
     fn page(&mut self, gpa: Gpa, length: usize) -> Result<&Page, Error> {
@@ -684,7 +684,8 @@ impl Drop for Domain {
         let Some(ledger) = self.ledger.take() else { return };
         // The guest may be gone already, and then so is all of this.
         let mut results = Vec::new();
-        if self.is_running().unwrap_or(false) {
+        // One that has crashed may be looked at.
+        if matches!(info(&self.xc, self.id), Ok(Some(info)) if info.is_running() || info.has_crashed()) {
             self.undo(&mut results);
         }
         for error in results.iter().filter_map(|result| result.as_ref().err()) {
@@ -726,18 +727,42 @@ impl Domain {
     }
 }
 
-/// What Xen says about a domain, if there is one with this number.
-fn info(xc: &Interface, id: u32) -> Result<Option<sys::xc_dominfo_t>, Error> {
-    let mut info = sys::xc_dominfo_t::default();
-    // SAFETY: the handle is open, and there is room for the one domain asked for.
-    let found = unsafe { sys::xc_domain_getinfo(xc.raw(), id, 1, &mut info) };
-    match check("xc_domain_getinfo", found) {
-        // There is none from that number on.
-        Err(error) if error.is(libc::ESRCH) => return Ok(None),
-        result => result?,
+/// The call, of those that tell about domains, that every version of libxenctrl has.
+const GETINFO: &str = "xc_domain_getinfolist";
+
+/// What Xen says about a domain.
+struct Info(sys::xc_domaininfo_t);
+
+impl Info {
+    /// Whether it has this flag, of `XEN_DOMINF_*`.
+    fn has(&self, flag: u32) -> bool {
+        self.0.flags & flag != 0
     }
+
+    /// Whether it has neither shut down nor crashed.
+    fn is_running(&self) -> bool {
+        !self.has(sys::XEN_DOMINF_dying | sys::XEN_DOMINF_shutdown)
+    }
+
+    fn has_crashed(&self) -> bool {
+        let reason = self.0.flags >> sys::XEN_DOMINF_shutdownshift & sys::XEN_DOMINF_shutdownmask;
+        self.has(sys::XEN_DOMINF_shutdown) && reason == sys::SHUTDOWN_crash
+    }
+
+    /// How much memory it may have, in KiB.
+    fn memory_limit(&self) -> u64 {
+        self.0.max_pages.saturating_mul(PAGE_SIZE as u64 / 1024)
+    }
+}
+
+/// What Xen says about a domain, if there is one with this number.
+fn info(xc: &Interface, id: u32) -> Result<Option<Info>, Error> {
+    let mut info = Info(sys::xc_domaininfo_t::default());
+    // SAFETY: the handle is open, and there is room for the one domain asked for.
+    let found = unsafe { sys::xc_domain_getinfolist(xc.raw(), id, 1, &mut info.0) };
+    check(GETINFO, found)?;
     // It gives the first domain from that number on.
-    Ok((found == 1 && info.domid == id).then_some(info))
+    Ok((found == 1 && u32::from(info.0.domain) == id).then_some(info))
 }
 
 /// How long all virtual CPUs of a domain have been running so far.
@@ -752,7 +777,7 @@ impl CpuTime {
     /// If there is no such domain, or Xen does not answer.
     pub(crate) fn get(&self) -> Result<Duration, Error> {
         let gone = || Error::invalid("xc_domain_getinfo", format!("there is no domain {}", self.id));
-        info(&self.xc, self.id)?.map(|info| Duration::from_nanos(info.cpu_time)).ok_or_else(gone)
+        info(&self.xc, self.id)?.map(|info| Duration::from_nanos(info.0.cpu_time)).ok_or_else(gone)
     }
 }
 
