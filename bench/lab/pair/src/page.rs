@@ -1,0 +1,71 @@
+//! The page that both processes have, with a function in it.
+
+use std::arch::global_asm;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+
+/// Bytes of it.
+pub(crate) const SIZE: usize = 4096;
+
+global_asm!(
+    ".pushsection .text.hyperbp_pair, \"ax\", @progbits",
+    ".balign 4096",
+    "hyperbp_pair_function:",
+    "push rbp",
+    "mov rbp, rsp",
+    "lea rax, [rdi + 1]",
+    "pop rbp",
+    "ret",
+    ".balign 4096",
+    ".popsection",
+);
+
+unsafe extern "C" {
+    safe fn hyperbp_pair_function(number: u64) -> u64;
+}
+
+/// Calls the function at the beginning of the page, which adds one to `number`.
+pub(crate) fn function(number: u64) -> u64 {
+    hyperbp_pair_function(number)
+}
+
+/// Where the page is in this process.
+pub(crate) fn address() -> usize {
+    hyperbp_pair_function as *const () as usize
+}
+
+/// What is in it. It is read 8 bytes at a time: SmartVMI answers no longer reads than of 16 bytes rightly.
+pub(crate) fn bytes() -> Vec<[u8; 8]> {
+    let words = hyperbp_pair_function as *const u64;
+    // SAFETY: the page is a whole one, aligned, of code that can be read, and there as long as this program is. Volatile, as
+    // somebody outside of it may write to it.
+    (0..SIZE / 8).map(|word| unsafe { words.add(word).read_volatile() }.to_ne_bytes()).collect()
+}
+
+/// The guest's number of the page of memory it is in. Only root is told.
+pub(crate) fn frame() -> io::Result<u64> {
+    /// The bits of an entry that are the number (Linux, `Documentation/admin-guide/mm/pagemap.rst`).
+    const NUMBER: u64 = (1 << 55) - 1;
+    const ENTRY: usize = 8;
+    let mut entry = [0; ENTRY];
+    // One entry for each page of virtual memory.
+    File::open("/proc/self/pagemap")?.read_exact_at(&mut entry, (address() / SIZE * ENTRY) as u64)?;
+    Ok(u64::from_ne_bytes(entry) & NUMBER)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_function_is_all_that_is_in_a_page() {
+        assert_eq!(function(41), 42);
+        assert_eq!(address() % SIZE, 0);
+        let bytes = bytes().concat();
+        assert_eq!(bytes[..4], [0x55, 0x48, 0x89, 0xe5]);
+        assert_eq!(bytes.len(), SIZE);
+        // Not a breakpoint among them, so that one is seen.
+        assert!(!bytes.contains(&0xcc));
+    }
+}
