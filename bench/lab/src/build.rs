@@ -13,6 +13,8 @@ pub enum Program {
     Guest,
     /// The way out of the machine.
     E9,
+    /// The two processes that share a page of code, for the Linux guest.
+    Pair,
 }
 
 impl Program {
@@ -23,6 +25,7 @@ impl Program {
             Self::Runner => "hyperbp-bench",
             Self::Guest => "hyperbp-bench-guest",
             Self::E9 => "e9",
+            Self::Pair => "pair",
         }
     }
 
@@ -32,6 +35,8 @@ impl Program {
             // A workspace of its own: it is freestanding.
             Self::Guest => &["--manifest-path", "bench/guest/Cargo.toml"],
             Self::E9 => &["--package", "hyperbp-e9", "--bin", "e9"],
+            // Static, for where it runs there is no libc.
+            Self::Pair => &["--package", "hyperbp-pair", "--bin", "pair", "--", "-Ctarget-feature=+crt-static"],
         }
     }
 }
@@ -55,7 +60,7 @@ pub fn build(
     // Set by cargo for what it runs; else the one the user would run.
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = host.command(cargo);
-    command.current_dir(repo).args(["build", "--release", "--message-format=json-render-diagnostics"]);
+    command.current_dir(repo).args(["rustc", "--release", "--message-format=json-render-diagnostics"]);
     command.args(program.arguments());
     if let Some(sysroot) = sysroot {
         command.env("HYPERBP_XEN_SYSROOT", sysroot);

@@ -37,6 +37,7 @@ pub mod protocol;
 pub mod smartvmi;
 mod stage;
 pub mod tools;
+mod vmicore;
 
 pub use build::Program;
 pub use command::Log;
@@ -47,6 +48,7 @@ pub use job::Job;
 pub use machine::{Machine, Outcome};
 pub use progress::Progress;
 pub use stage::{Inputs, Stages};
+pub use vmicore::Introspection;
 
 use apt::Apt;
 use kernel::Kernel;
@@ -186,8 +188,13 @@ pub struct Monitor<'a> {
     pub rounds: u32,
 }
 
-/// How far [`Bench::drakvuf`]'s guest's kernel is moved.
+/// How far the guest's kernel is moved for a monitor that is to find it.
 const MOVED: u32 = 16 << 20;
+
+/// The memory, in MiB, of a dom0 where a monitor reads a profile of so many bytes: as json-c has it, it takes 14 times its size.
+fn memory_for_profile(size: u64) -> u32 {
+    448 + 14 * u32::try_from(size >> 20).unwrap_or(u32::MAX / 64)
+}
 
 /// A lab with everything built that jobs have in common.
 #[derive(Debug)]
@@ -289,8 +296,7 @@ impl Bench<'_> {
         let mut job = self.job("drakvuf".to_owned(), DRAKVUF, 1, Duration::from_secs(3600));
         job.linux = true;
         job.moved = MOVED;
-        // As json-c has it in memory, a profile takes so many times its size.
-        job.memory = 448 + 14 * u32::try_from(size >> 20).unwrap_or(u32::MAX / 64);
+        job.memory = memory_for_profile(size);
         job.files.push(("profile.json".to_owned(), profile.to_path_buf()));
         job.libraries.extend(elsewhere::LOADS.map(str::to_owned));
         job.programs.push(program);
@@ -311,6 +317,7 @@ impl Bench<'_> {
             files: Vec::new(),
             guest: self.guest.clone(),
             linux: false,
+            guest_programs: Vec::new(),
             moved: 0,
             memory: 256,
             cpus,
