@@ -155,6 +155,7 @@ impl Bench {
             samples,
             page_samples,
             elsewhere: elsewhere::named(programs, place),
+            stock: elsewhere::stock(programs),
         }
     }
 

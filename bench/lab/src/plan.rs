@@ -45,6 +45,8 @@ pub struct Selection {
     pub page_samples: Option<u64>,
     /// Programs that serve breakpoints from inside other hosts: the host, of [`ELSEWHERE`], and a path where the runner is run.
     pub elsewhere: Vec<(String, String)>,
+    /// Those of these hosts that are without the crate: they have no backend but [`ORIGINAL`].
+    pub stock: Vec<String>,
 }
 
 impl Selection {
@@ -83,10 +85,10 @@ impl Selection {
     /// Whether a host with this backend is among those to be measured.
     fn has_host_of(&self, backend: &str) -> bool {
         let wanted = |host: &str| self.hosts.is_empty() || self.hosts.iter().any(|wanted| wanted == host);
-        let elsewhere = self.elsewhere.iter().any(|(host, _)| wanted(host));
+        let mut elsewhere = self.elsewhere.iter().map(|(host, _)| host).filter(|host| wanted(host));
         match backend {
-            HYPERBP => wanted("runner") || elsewhere,
-            ORIGINAL => elsewhere,
+            HYPERBP => wanted("runner") || elsewhere.any(|host| !self.stock.contains(host)),
+            ORIGINAL => elsewhere.next().is_some(),
             // The floor is its own host.
             backend => wanted(backend),
         }
@@ -214,6 +216,7 @@ mod tests {
             samples: Some(10),
             page_samples: None,
             elsewhere: programs(&["drakvuf", "smartvmi"]),
+            stock: strings(&["drakvuf"]),
         };
         let expected = "--host drakvuf --backend hyperbp --mechanism repair --mechanism emulate --workload exec_bp \
             --samples 10 --drakvuf /bin/drakvuf-bench --smartvmi /bin/smartvmi-bench";
@@ -233,6 +236,12 @@ mod tests {
         assert_eq!(hosts(&["smartvmi"], ELSEWHERE), 2);
         let original = Selection { backends: strings(&["original"]), ..Selection::default() };
         assert!(machines(&original).is_empty());
+        let stock = |backends: &[&str]| {
+            let (hosts, backends, stock) = (strings(&["smartvmi"]), strings(backends), strings(&["smartvmi"]));
+            let elsewhere = programs(&["smartvmi"]);
+            machines(&Selection { hosts, backends, elsewhere, stock, ..Selection::default() }).len()
+        };
+        assert_eq!((stock(&["hyperbp"]), stock(&[])), (0, 1));
     }
 
     #[test]

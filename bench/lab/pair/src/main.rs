@@ -80,20 +80,21 @@ impl Process {
     }
 }
 
-/// `pair-b`: for each byte of input, so many calls, and a byte of output.
+/// `pair-b`: for each byte of input, so many calls, and how many ticks these took, as 8 bytes of output.
 fn follow() -> io::Result<()> {
     let (mut input, mut output) = (unbuffered(io::stdin())?, unbuffered(io::stdout())?);
     let mut process = Process::new("b")?;
-    let mut byte = [0];
-    output.write_all(&byte)?;
-    while input.read(&mut byte)? > 0 {
-        match byte[0] {
-            SAY => process.say(),
-            calls => process.call(calls),
+    let (mut byte, mut took) = ([0], 0_u64);
+    loop {
+        output.write_all(&took.to_ne_bytes())?;
+        if input.read(&mut byte)? == 0 {
+            return Ok(());
         }
-        output.write_all(&byte)?;
+        took = match byte[0] {
+            SAY => ticks(|| process.say()).0,
+            calls => ticks(|| process.call(calls)).0,
+        };
     }
-    Ok(())
 }
 
 /// Every byte is a system call then.
@@ -120,13 +121,15 @@ impl Other {
         Ok(other)
     }
 
-    fn wait(&mut self) -> io::Result<()> {
-        self.from.read_exact(&mut [0])
+    fn wait(&mut self) -> io::Result<u64> {
+        let mut took = [0; 8];
+        self.from.read_exact(&mut took)?;
+        Ok(u64::from_ne_bytes(took))
     }
 
     /// Lets it call the function so many times, or [`SAY`], and waits until it has. On one virtual CPU that is a switch to it,
-    /// and one back.
-    fn ask(&mut self, what: u8) -> io::Result<()> {
+    /// and one back. Returns how many ticks it took, without the switches.
+    fn ask(&mut self, what: u8) -> io::Result<u64> {
         self.to.write_all(&[what])?;
         self.wait()
     }
@@ -160,27 +163,25 @@ fn lead(other: &str) -> io::Result<()> {
 /// One round. Counts in `left` how often this process has let another run while it only waited.
 fn round(process: &mut Process, other: &mut Other, left: &mut u64) -> io::Result<String> {
     let before = times_left()?;
-    let switching = ticks(|| (0..WAITS).try_for_each(|_| other.ask(0)))?;
+    let (switching, done) = ticks(|| (0..WAITS).try_for_each(|_| other.ask(0).map(drop)));
+    done?;
     *left += times_left()? - before;
     for _ in 0..TURNS {
         process.call(1);
         other.ask(2)?;
     }
-    let calling = ticks(|| {
-        process.call(CALLS);
-        Ok(())
-    })?;
-    let other_calling = ticks(|| other.ask(CALLS))?;
+    let (calling, ()) = ticks(|| process.call(CALLS));
+    let other_calling = other.ask(CALLS)?;
     Ok(format!("round {} {switching} {CALLS} {calling} {CALLS} {other_calling}\n", 2 * WAITS))
 }
 
-/// How long it takes.
-fn ticks(what: impl FnOnce() -> io::Result<()>) -> io::Result<u64> {
+/// How many ticks it takes, and what comes of it.
+fn ticks<T>(what: impl FnOnce() -> T) -> (u64, T) {
     // SAFETY: every processor that runs this program has the instruction, and Linux lets programs use it.
     let now = || unsafe { std::arch::x86_64::_rdtsc() };
     let begin = now();
-    what()?;
-    Ok(now() - begin)
+    let result = what();
+    (now() - begin, result)
 }
 
 /// How often this process has let another run, of itself or not, by the kernel's count.
