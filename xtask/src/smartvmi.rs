@@ -19,13 +19,13 @@ Examples:
   cargo xtask smartvmi --build ../smartvmi/vmicore/build --profile kernel.json --hyperbp=emulate
       With hyperbp's, by another mechanism.
 
-Two processes of the guest, pair-a and pair-b, are one program, so they have its code in the same page of memory. vmicore's
-plugin libhyperbp_smartvmi.so sets a breakpoint in pair-a. Both then switch to and fro through two pipes, without running
-into it, and both call it, in turns and alone. That is done before vmicore is there, with it, and after it has ended.
+Two processes of the guest, pair-a and pair-b, are one program, so that they have its code in the same page of memory. \
+vmicore's plugin libhyperbp_smartvmi.so sets a breakpoint in pair-a. Then both switch to and fro, without running into it, \
+and both run through it, in turns and alone. They do so before vmicore is there, with it, and after it has ended.
 
 What must hold, or the exit code is 1:
   - every call of pair-a is reported, and none of pair-b;
-  - with --compare, hyperbp adds at most a tenth to a switch of processes of what SmartVMI's own breakpoint adds;
+  - with --compare, hyperbp adds to a switch of processes at most a tenth of what SmartVMI's own breakpoint adds;
   - neither process ever reads a breakpoint in its code; vmicore ends with exit code 0; the guest goes on without it.
 
 Results are in target/smartvmi. docs/smartvmi.md tells how to get vmicore, the plugin and the profile.";
@@ -51,7 +51,7 @@ pub(crate) struct Smartvmi {
 
     /// Let hyperbp set the breakpoints, with this mechanism
     #[arg(long, value_name = "M", num_args = 0..=1, require_equals = true, default_missing_value = "auto",
-          value_parser = crate::bench::mechanism)]
+          value_parser = mechanism)]
     hyperbp: Option<String>,
 
     /// Run it with SmartVMI's own breakpoints as well, in the same boot, and compare what a switch of processes costs
@@ -61,6 +61,11 @@ pub(crate) struct Smartvmi {
     /// How many rounds the processes work through each time; each is 100 switches, 25 calls of the one and 30 of the other
     #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
+}
+
+/// A name of a mechanism, checked.
+fn mechanism(name: &str) -> Result<String, hyperbp::Error> {
+    name.parse::<hyperbp::Mechanism>().map(|_| name.to_owned())
 }
 
 impl Smartvmi {

@@ -4,6 +4,7 @@ use std::arch::global_asm;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Bytes of it.
 pub(crate) const SIZE: usize = 4096;
@@ -37,10 +38,11 @@ pub(crate) fn address() -> usize {
 
 /// What is in it. It is read 8 bytes at a time: SmartVMI answers no longer reads than of 16 bytes rightly.
 pub(crate) fn bytes() -> Vec<[u8; 8]> {
-    let words = hyperbp_pair_function as *const u64;
-    // SAFETY: the page is a whole one, aligned, of code that can be read, and there as long as this program is. Volatile, as
-    // somebody outside of it may write to it.
-    (0..SIZE / 8).map(|word| unsafe { words.add(word).read_volatile() }.to_ne_bytes()).collect()
+    let page = hyperbp_pair_function as *const [AtomicU64; SIZE / 8];
+    // SAFETY: the page is a whole one, aligned, of code that can be read, and there as long as this program is. This program
+    // does not write to it, and whoever does so from outside may: the words are atomic.
+    let page = unsafe { &*page };
+    page.iter().map(|word| word.load(Ordering::Relaxed).to_ne_bytes()).collect()
 }
 
 /// The guest's number of the page of memory it is in. Only root is told.
