@@ -13,7 +13,7 @@ const PAGE: u64 = 4096;
 /// What the processes have said on the guest's console.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Said {
-    /// The address of the page in each process, and its number in the guest's memory.
+    /// The address of the function in each process, and the number of its page in the guest's memory.
     pages: Vec<(String, u64, u64)>,
     passes: Vec<Work>,
 }
@@ -66,9 +66,9 @@ impl Said {
         self.pages.iter().map(page).collect::<Vec<_>>().join(", ")
     }
 
-    /// Whether `gpa` is where that page begins.
+    /// Whether `gpa` is where the function is.
     pub(crate) fn is_at(&self, gpa: u64) -> bool {
-        self.pages.iter().all(|(_, _, frame)| frame * PAGE == gpa)
+        self.pages.iter().all(|(_, address, frame)| frame * PAGE + address % PAGE == gpa)
     }
 }
 
@@ -173,8 +173,8 @@ impl Reported {
 mod tests {
     use super::*;
 
-    const CONSOLE: &str = "page a 0x7f0000001000 0x3cda\r
-page b 0x7f0000002000 0x3cda\r
+    const CONSOLE: &str = "page a 0x7f0000001040 0x3cda\r
+page b 0x7f0000002040 0x3cda\r
 ready\r
 original 2\r
 begin original\r
@@ -192,8 +192,8 @@ round 100 1 20";
     #[test]
     fn the_processes_are_understood() {
         let said = Said::parse(CONSOLE);
-        assert!(said.is_one_page() && said.is_at(0x3cda000) && !said.is_at(0x3cda001));
-        assert_eq!(said.pages(), "pair-a 0x7f0000001000 in gfn 0x3cda, pair-b 0x7f0000002000 in gfn 0x3cda");
+        assert!(said.is_one_page() && said.is_at(0x3cda040) && !said.is_at(0x3cda000));
+        assert_eq!(said.pages(), "pair-a 0x7f0000001040 in gfn 0x3cda, pair-b 0x7f0000002040 in gfn 0x3cda");
         let work = said.pass("original").unwrap();
         assert_eq!(work.left, Some((101, 100)));
         assert!(!work.code_is_whole());

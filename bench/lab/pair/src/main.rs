@@ -4,7 +4,7 @@
 //! For each line of its input, a name, `pair-a` has both go through so many rounds. In a round they first only switch to and
 //! fro, then call the function in the page in turns, and then each many times. What it says, a line each:
 //!
-//! - at the start, of both: `page a|b ADDRESS FRAME`, in hexadecimal, and then `ready`
+//! - at the start, of both: `page a|b ADDRESS FRAME`, where the function is and the number of the page's frame, in hexadecimal; then `ready`
 //! - `begin NAME`
 //! - `round SWITCHES TICKS A-CALLS TICKS B-CALLS TICKS`, for each round: ticks of the time-stamp counter
 //! - `left a|b TIMES OF`: how often this process has let another run, by the kernel's count, while so many times were meant
