@@ -3,8 +3,10 @@
 # them, by SmartVMI's own means or with hyperbp's MECHANISM. What the guest has said is in `console` of the results then, what
 # vmicore has in a directory with the name of the pass, and so is its exit code, and whether it was there to the end: `ended`.
 #
-# nopcid: SmartVMI's own breakpoints know a process by the whole of CR3, which has the number of an address space in it else.
+# nopcid: SmartVMI's own breakpoints know a process by the whole of CR3, which has the number of an address space in it else. The
+# weight is the benchmark guest's: on one CPU, dom0 is never to give way.
 sed -e 's/rdinit=[^ ]*/rdinit=\/pair nopcid/' /guest/linux.cfg >/tmp/linux.cfg
+echo "cpu_weight = 1" >>/tmp/linux.cfg
 xl create -q /tmp/linux.cfg || exit
 
 # The guest's console, in a file and from a pipe that stays open. (`xl console` reads only from a terminal.)
