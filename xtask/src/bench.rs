@@ -210,6 +210,7 @@ impl Bench {
             watch: self.watch,
             no_halt: self.no_halt,
             elsewhere: elsewhere::named(programs, place),
+            stock: elsewhere::stock(programs),
         }
     }
 

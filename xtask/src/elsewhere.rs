@@ -100,6 +100,11 @@ pub(crate) fn named(programs: &[Elsewhere], place: impl Fn(&Elsewhere) -> String
     programs.iter().map(|program| (program.host.to_owned(), place(program))).collect()
 }
 
+/// The hosts of those programs that are without hyperbp.
+pub(crate) fn stock(programs: &[Elsewhere]) -> Vec<String> {
+    programs.iter().filter(|program| !program.has_hyperbp).map(|program| program.host.to_owned()).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

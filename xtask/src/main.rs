@@ -15,7 +15,9 @@ mod elsewhere;
 mod events;
 mod fuzz;
 mod install;
+mod pair;
 mod recover;
+mod smartvmi;
 mod storm;
 mod test;
 mod tools;
@@ -37,6 +39,7 @@ enum Command {
     Drakvuf(drakvuf::Drakvuf),
     Fuzz(fuzz::Fuzz),
     Install(install::Install),
+    Smartvmi(smartvmi::Smartvmi),
     Storm(storm::Storm),
     Recover(recover::Recover),
     Test(test::Test),
@@ -51,6 +54,7 @@ fn main() -> ExitCode {
         Command::Drakvuf(drakvuf) => drakvuf.run(),
         Command::Fuzz(fuzz) => fuzz.run(),
         Command::Install(install) => install.run(),
+        Command::Smartvmi(smartvmi) => smartvmi.run(),
         Command::Storm(storm) => storm.run(),
         Command::Recover(recover) => recover.run(),
         Command::Test(test) => test.run(),

@@ -189,6 +189,7 @@ fn in_the_lab(lab: &Lab, bench: &Bench<'_>, programs: &[Elsewhere], checks: &mut
         samples: Some(100),
         page_samples: Some(2),
         elsewhere: elsewhere::named(programs, Elsewhere::in_dom0),
+        stock: elsewhere::stock(programs),
         ..Selection::default()
     };
     // The same image twice, at the same time, and then the checks with one CPU and with two.

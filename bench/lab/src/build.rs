@@ -15,6 +15,8 @@ pub enum Program {
     E9,
     /// What serves the breakpoint with vmi-rs.
     VmiRs,
+    /// The two processes that share a page of code, for the Linux guest.
+    Pair,
 }
 
 impl Program {
@@ -26,6 +28,7 @@ impl Program {
             Self::Guest => "hyperbp-bench-guest",
             Self::E9 => "e9",
             Self::VmiRs => "vmi-rs-bench",
+            Self::Pair => "pair",
         }
     }
 
@@ -37,6 +40,8 @@ impl Program {
             Self::E9 => &["--package", "hyperbp-e9", "--bin", "e9"],
             // Another: it needs what the rest does not.
             Self::VmiRs => &["--manifest-path", "bench/vmi-rs/Cargo.toml"],
+            // Static, for where it runs there is no libc.
+            Self::Pair => &["--package", "hyperbp-pair", "--bin", "pair", "--", "-Ctarget-feature=+crt-static"],
         }
     }
 }
@@ -60,7 +65,7 @@ pub fn build(
     // Set by cargo for what it runs; else the one the user would run.
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = host.command(cargo);
-    command.current_dir(repo).args(["build", "--release", "--message-format=json-render-diagnostics"]);
+    command.current_dir(repo).args(["rustc", "--release", "--message-format=json-render-diagnostics"]);
     command.args(program.arguments());
     if let Some(sysroot) = sysroot {
         command.env("HYPERBP_XEN_SYSROOT", sysroot);

@@ -16,6 +16,7 @@ const GUEST_CFG: &str = include_str!("../dom0/guest.cfg");
 const LINUX_CFG: &str = include_str!("../dom0/linux.cfg");
 const LINUX_INIT: &str = include_str!("../linux/init");
 const LINUX_ROUNDS: &str = include_str!("../linux/rounds");
+const LINUX_PAIR: &str = include_str!("../linux/pair");
 
 /// Xen's programs, in the same directory of the sysroot and of dom0.
 const XEN_PROGRAMS: &[&str] = &["libxl-save-helper", "xen-init-dom0", "xenconsoled", "xenstored", "xl"];
@@ -167,7 +168,7 @@ fn initramfs(host: &Host, parts: &Parts<'_>, job: &Job) -> Result<Initramfs> {
     if job.linux {
         fs.file("guest/linux.cfg", 0o644, config(LINUX_CFG, job));
         fs.file("guest/vmlinux", 0o644, kernel.moved(job.moved)?);
-        fs.file("guest/linux.cpio", 0o644, linux(&busybox)?);
+        fs.file("guest/linux.cpio", 0o644, linux(&busybox, &job.guest_programs)?);
     }
 
     for (path, file) in &job.files {
@@ -214,8 +215,8 @@ fn initramfs(host: &Host, parts: &Parts<'_>, job: &Job) -> Result<Initramfs> {
     Ok(fs)
 }
 
-/// The Linux guest's file system.
-fn linux(busybox: &Path) -> Result<Vec<u8>> {
+/// The Linux guest's file system, with `programs` in it.
+fn linux(busybox: &Path, programs: &[PathBuf]) -> Result<Vec<u8>> {
     let mut fs = Initramfs::new();
     for directory in ["dev", "proc", "tmp", "tracing"] {
         fs.directory(directory);
@@ -225,7 +226,11 @@ fn linux(busybox: &Path) -> Result<Vec<u8>> {
     fs.device("dev/zero", 1, 5);
     fs.file("init", 0o755, LINUX_INIT);
     fs.file("rounds", 0o755, LINUX_ROUNDS);
+    fs.file("pair", 0o755, LINUX_PAIR);
     fs.copy("bin/busybox", 0o755, busybox)?;
+    for program in programs {
+        fs.copy(&format!("bin/{}", program.file_name().unwrap_or_default().to_string_lossy()), 0o755, program)?;
+    }
     fs.archive().map_err(Error::io("archive", Path::new("the Linux guest's file system")))
 }
 

@@ -43,6 +43,8 @@ pub struct Job {
     pub guest: PathBuf,
     /// Whether there is a Linux guest, too: `/guest/linux.cfg` in dom0.
     pub linux: bool,
+    /// Programs that are put into that guest's `/bin`: static ones, for it has no libraries.
+    pub guest_programs: Vec<PathBuf>,
     /// How far that guest's kernel is moved in memory, in bytes: a multiple of 2 MiB.
     pub moved: u32,
     /// dom0's memory in MiB. What is in its file system is in there, too.
@@ -105,6 +107,7 @@ pub(crate) mod tests {
             files: vec![],
             guest: PathBuf::new(),
             linux: false,
+            guest_programs: vec![],
             moved: 0,
             memory: 0,
             cpus: 1,

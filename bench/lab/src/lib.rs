@@ -38,6 +38,7 @@ pub mod smartvmi;
 mod stage;
 pub mod tools;
 pub mod vmi_rs;
+mod vmicore;
 mod xen;
 
 pub use build::Program;
@@ -49,6 +50,7 @@ pub use job::{Job, Options};
 pub use machine::{Machine, Outcome};
 pub use progress::Progress;
 pub use stage::{Inputs, Stages};
+pub use vmicore::Introspection;
 pub use xen::{Group, RELEASE, Xen};
 
 use kernel::Kernel;
@@ -201,8 +203,13 @@ pub struct Monitor<'a> {
     pub rounds: u32,
 }
 
-/// How far [`Bench::drakvuf`]'s guest's kernel is moved.
+/// How far the guest's kernel is moved for a monitor that is to find it.
 const MOVED: u32 = 16 << 20;
+
+/// The memory, in MiB, of a dom0 where a monitor reads a profile of so many bytes: as json-c has it, it takes 14 times its size.
+fn memory_for_profile(size: u64) -> u32 {
+    448 + 14 * u32::try_from(size >> 20).unwrap_or(u32::MAX / 64)
+}
 
 /// A lab with everything built that jobs have in common.
 #[derive(Debug)]
@@ -316,8 +323,7 @@ impl Bench<'_> {
         let mut job = self.job("drakvuf".to_owned(), DRAKVUF, 1, Duration::from_secs(3600));
         job.linux = true;
         job.moved = MOVED;
-        // As json-c has it in memory, a profile takes so many times its size.
-        job.memory = 448 + 14 * u32::try_from(size >> 20).unwrap_or(u32::MAX / 64);
+        job.memory = memory_for_profile(size);
         job.files.push(("profile.json".to_owned(), profile.to_path_buf()));
         job.libraries.extend(elsewhere::LOADS.map(str::to_owned));
         job.programs.push(program);
@@ -338,6 +344,7 @@ impl Bench<'_> {
             files: Vec::new(),
             guest: self.guest.clone(),
             linux: false,
+            guest_programs: Vec::new(),
             moved: 0,
             memory: 256,
             cpus,

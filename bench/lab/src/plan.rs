@@ -51,6 +51,8 @@ pub struct Selection {
     pub no_halt: bool,
     /// Programs that serve breakpoints from inside other hosts: the host, of [`ELSEWHERE`], and a path where the runner is run.
     pub elsewhere: Vec<(String, String)>,
+    /// Those of these hosts that are without the crate: they have no backend but [`ORIGINAL`].
+    pub stock: Vec<String>,
 }
 
 impl Selection {
@@ -91,9 +93,9 @@ impl Selection {
     /// Whether a host with this backend is among those to be measured.
     fn has_host_of(&self, backend: &str) -> bool {
         let wanted = |host: &str| self.hosts.is_empty() || self.hosts.iter().any(|wanted| wanted == host);
-        let mut elsewhere = self.elsewhere.iter().filter(|(host, _)| wanted(host));
+        let mut elsewhere = self.elsewhere.iter().map(|(host, _)| host).filter(|host| wanted(host));
         match backend {
-            HYPERBP => wanted("runner") || elsewhere.any(|(host, _)| host != VMI_RS),
+            HYPERBP => wanted("runner") || elsewhere.any(|host| *host != VMI_RS && !self.stock.contains(host)),
             ORIGINAL => elsewhere.next().is_some(),
             // The floor is its own host.
             backend => wanted(backend),
@@ -224,6 +226,7 @@ mod tests {
             watch: Some(0),
             no_halt: true,
             elsewhere: programs(&["drakvuf", "smartvmi", "vmi-rs"]),
+            stock: strings(&["drakvuf"]),
         };
         let expected = "--host drakvuf --backend hyperbp --mechanism repair --mechanism emulate --workload exec_bp \
             --samples 10 --watch 0 --no-halt --drakvuf /bin/drakvuf-bench --smartvmi /bin/smartvmi-bench --vmi-rs /bin/vmi-rs-bench";
@@ -244,6 +247,12 @@ mod tests {
         assert_eq!(hosts(&["vmi-rs"], ELSEWHERE), 1);
         let original = Selection { backends: strings(&["original"]), ..Selection::default() };
         assert!(machines(&original).is_empty());
+        let stock = |backends: &[&str]| {
+            let (hosts, backends, stock) = (strings(&["smartvmi"]), strings(backends), strings(&["smartvmi"]));
+            let elsewhere = programs(&["smartvmi"]);
+            machines(&Selection { hosts, backends, elsewhere, stock, ..Selection::default() }).len()
+        };
+        assert_eq!((stock(&["hyperbp"]), stock(&[])), (0, 1));
     }
 
     #[test]

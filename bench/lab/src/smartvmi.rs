@@ -62,14 +62,18 @@ pub fn build(host: &Host, tree: &Path, stages: &Stages, progress: &Progress) -> 
 
 /// What there is to know of a build directory.
 #[derive(Debug)]
-struct Tree {
-    source: PathBuf,
+pub(crate) struct Tree {
+    /// CMake's source directory: SmartVMI's `vmicore`.
+    pub(crate) source: PathBuf,
+    /// vmicore.
+    pub(crate) program: PathBuf,
     recipe: Recipe,
-    has_hyperbp: bool,
+    /// Whether hyperbp is in it.
+    pub(crate) has_hyperbp: bool,
 }
 
 impl Tree {
-    fn read(host: &Host, build: &Path, log: &Log) -> Result<Self> {
+    pub(crate) fn read(host: &Host, build: &Path, log: &Log) -> Result<Self> {
         let no = |problem: String| Error::NoSmartvmi { build: build.to_owned(), problem };
         let cache = build.join("CMakeCache.txt");
         let cache = fs::read_to_string(&cache).map_err(|e| no(format!("cannot read {}: {e}", cache.display())))?;
@@ -100,7 +104,7 @@ impl Tree {
         };
         let recipe = recipe.ok_or_else(|| no(format!("it does not say how {VMICORE} is built")))?;
         let has_hyperbp = recipe.compile.iter().any(|word| word == HYPERBP);
-        Ok(Self { source, recipe, has_hyperbp })
+        Ok(Self { source, program, recipe, has_hyperbp })
     }
 
     /// The files the program is made of: vmicore's objects and the libraries it is linked with.

@@ -108,6 +108,7 @@ fn job() -> Job {
         files: vec![],
         guest: PathBuf::new(),
         linux: false,
+        guest_programs: vec![],
         moved: 0,
         memory: 256,
         cpus: 1,

@@ -3,6 +3,7 @@
 //! - [`Results`] is the summary, one [`Run`] for each host, backend, mechanism and workload; its JSON is the format.
 //! - [`Collection`] is the summary with every sample behind it, as a directory.
 //! - [`Storm`] is what was counted while several virtual CPUs were in the page at once.
+//! - [`Pair`] is what was measured of two processes that share a page of code.
 //! - [`Trace`] is what was counted of the functions of a guest's kernel.
 //! - [`Waited`] is what it takes of the machine that a monitor waits.
 //! - [`table`] and [`svg`] show the summary in a terminal and on a page.
@@ -11,6 +12,7 @@
 mod bpbench;
 mod collection;
 mod format;
+mod pair;
 mod picture;
 mod schema;
 mod storm;
@@ -21,6 +23,7 @@ mod waiting;
 
 pub use bpbench::write_bpbench;
 pub use collection::{Collection, Key};
+pub use pair::{Pair, Pass};
 pub use picture::svg;
 pub use schema::{Kind, Machine, Measurement, Results, Run, SCHEMA, TicksAre, Workload};
 pub use storm::{Handling, Served, Storm, storm_table, storms_from_json, storms_to_json};
