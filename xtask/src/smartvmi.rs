@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
-use hyperbp_lab::{Host, Introspection, Lab, Progress, plan};
+use hyperbp_lab::{Host, Introspection, Lab, Progress, Xen, plan};
 use hyperbp_report::{Pair, Pass};
 
 use crate::pair::{Reported, Said};
