@@ -7,6 +7,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use clap::builder::PossibleValuesParser;
+use hyperbp_lab::bochs::Emulator;
 use hyperbp_lab::plan::{self, Selection};
 use hyperbp_lab::protocol::{Message, Parser};
 use hyperbp_lab::{Elsewhere, Host, Lab, Outcome, Program, Progress};
@@ -89,6 +90,11 @@ pub(crate) struct Bench {
     #[command(flatten)]
     elsewhere: elsewhere::Trees,
 
+    /// Count where the ticks go, too: how many of them are the guest's, Xen's, dom0's kernel's and the monitor's, VM exits,
+    /// hypercalls and system calls. Takes twice the time
+    #[arg(long, conflicts_with = "domain")]
+    ticks: bool,
+
     /// Ask Debian's mirror for newer packages
     #[arg(long)]
     update: bool,
@@ -160,7 +166,8 @@ impl Bench {
 
     /// Returns the directories of the collections that were measured.
     fn measure_in_the_lab(&self, lab: &Lab, programs: &[Elsewhere], parts: &Path) -> Result<Vec<PathBuf>> {
-        let prepared = lab.prepare(self.update)?;
+        let emulator = if self.ticks { Emulator::Counting } else { Emulator::Plain };
+        let prepared = lab.prepare_for(emulator, self.update)?;
         let runner = lab.build(Program::Runner, Some(&prepared.sysroot))?;
         let machines = plan::machines(&self.selection(programs, Elsewhere::in_dom0));
         let mut jobs = Vec::new();

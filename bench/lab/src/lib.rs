@@ -49,6 +49,7 @@ pub use progress::Progress;
 pub use stage::{Inputs, Stages};
 
 use apt::Apt;
+use bochs::Emulator;
 use kernel::Kernel;
 
 /// Free space the lab asks for before it is built: at its largest, while Bochs is compiled, it takes about half.
@@ -116,11 +117,19 @@ impl Lab {
     /// # Errors
     /// Those of each stage.
     pub fn prepare(&self, update: bool) -> Result<Bench<'_>> {
+        self.prepare_for(Emulator::Plain, update)
+    }
+
+    /// [`prepare`](Self::prepare), with this `emulator`.
+    ///
+    /// # Errors
+    /// Those of each stage.
+    pub fn prepare_for(&self, emulator: Emulator, update: bool) -> Result<Bench<'_>> {
         let (host, stages, progress) = (&self.host, &self.stages, &self.progress);
         let apt = self.apt()?;
         let sysroot = packages::unpack(host, &apt, stages, progress, update)?;
         let jobs = thread::available_parallelism().map_or(1, usize::from);
-        let bochs = bochs::build(host, &apt, stages, progress, jobs)?;
+        let bochs = bochs::build(emulator, host, &apt, stages, progress, jobs)?;
         let kernel = kernel::extract(host, &sysroot, stages, progress)?;
         let e9 = self.build(Program::E9, None)?;
         let guest = self.build(Program::Guest, None)?;
