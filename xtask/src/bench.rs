@@ -11,9 +11,10 @@ use hyperbp_lab::bochs::Emulator;
 use hyperbp_lab::plan::{self, Selection};
 use hyperbp_lab::protocol::{Message, Parser};
 use hyperbp_lab::{Elsewhere, Host, Lab, Outcome, Program, Progress};
-use hyperbp_report::Collection;
+use hyperbp_report::{Breakdown, Collection};
 
 use crate::elsewhere::{self, Skipped};
+use crate::ticks;
 
 /// What the runner measures besides the core's mechanisms.
 const OTHERS: &[&str] = &["none", "skip"];
@@ -31,6 +32,8 @@ Examples:
       Only these.
   cargo xtask bench --cpus 2
       dom0 and the guest have a CPU each.
+  cargo xtask bench --quick --ticks
+      And say of each hit which of its ticks are the guest's, Xen's, dom0's kernel's and the monitor's.
   cargo xtask bench --drakvuf ../drakvuf/build
       Measure in DRAKVUF, too: this is Meson's build directory, with DRAKVUF built in it.
   cargo xtask bench --smartvmi ../smartvmi/build
@@ -123,11 +126,16 @@ impl Bench {
             let skipped = if skipped.is_empty() { String::new() } else { format!("; skipped: {}", skipped.join("; ")) };
             bail!("no host has what was selected{skipped}");
         }
-        let (collections, label) = match &self.domain {
-            Some(domain) => (self.measure_here(&lab, &programs, domain, &parts)?, "xen"),
-            None => (self.measure_in_the_lab(&lab, &programs, &parts)?, "bochs"),
+        ensure!(!self.ticks || self.cpus == 1, "--ticks is for one CPU: with more, several instructions share a tick");
+        let (collections, label, ticks) = match &self.domain {
+            Some(domain) => (self.measure_here(&lab, &programs, domain, &parts)?, "xen", None),
+            None => {
+                let (collections, ticks) = self.measure_in_the_lab(&lab, &programs, &parts)?;
+                (collections, "bochs", ticks)
+            }
         };
         present(collections, label, &out)?;
+        ticks::present(ticks, &out)?;
         for skipped in skipped {
             println!("Skipped:  {skipped}");
         }
@@ -164,8 +172,13 @@ impl Bench {
         }
     }
 
-    /// Returns the directories of the collections that were measured.
-    fn measure_in_the_lab(&self, lab: &Lab, programs: &[Elsewhere], parts: &Path) -> Result<Vec<PathBuf>> {
+    /// Returns the directories of the collections that were measured, and where the ticks went if that was asked for.
+    fn measure_in_the_lab(
+        &self,
+        lab: &Lab,
+        programs: &[Elsewhere],
+        parts: &Path,
+    ) -> Result<(Vec<PathBuf>, Option<Breakdown>)> {
         let emulator = if self.ticks { Emulator::Counting } else { Emulator::Plain };
         let prepared = lab.prepare_for(emulator, self.update)?;
         let runner = lab.build(Program::Runner, Some(&prepared.sysroot))?;
@@ -181,12 +194,17 @@ impl Bench {
         }
         let outcomes: Vec<Outcome> = prepared.run(&jobs, self.jobs.into())?;
         let mut collections = Vec::new();
+        let mut rows = Vec::new();
         for ((n, outcome), selections) in outcomes.iter().enumerate().zip(&machines) {
             let dir = parts.join(n.to_string());
             outcome.unpack(&dir)?;
-            collections.extend((0..selections.len()).map(|run| dir.join(run.to_string())));
+            let measured: Vec<_> = (0..selections.len()).map(|run| dir.join(run.to_string())).collect();
+            if self.ticks {
+                rows.extend(ticks::rows(&outcome.windows, &measured)?);
+            }
+            collections.extend(measured);
         }
-        Ok(collections)
+        Ok((collections, self.ticks.then(|| Breakdown::new(rows))))
     }
 
     fn measure_here(&self, lab: &Lab, programs: &[Elsewhere], domain: &str, parts: &Path) -> Result<Vec<PathBuf>> {

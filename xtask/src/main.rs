@@ -18,6 +18,7 @@ mod install;
 mod recover;
 mod storm;
 mod test;
+mod ticks;
 mod tools;
 mod trace;
 

@@ -37,6 +37,7 @@ pub mod protocol;
 pub mod smartvmi;
 mod stage;
 pub mod tools;
+pub mod windows;
 
 pub use build::Program;
 pub use command::Log;

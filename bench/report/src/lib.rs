@@ -4,10 +4,12 @@
 //! - [`Collection`] is the summary with every sample behind it, as a directory.
 //! - [`Storm`] is what was counted while several virtual CPUs were in the page at once.
 //! - [`Trace`] is what was counted of the functions of a guest's kernel.
+//! - [`Breakdown`] is where the ticks of a hit go.
 //! - [`table`] and [`svg`] show the summary in a terminal and on a page.
 //! - [`write_bpbench`] writes the samples as bpbench's measurement study keeps them, so that its scripts can plot them.
 
 mod bpbench;
+mod breakdown;
 mod collection;
 mod format;
 mod picture;
@@ -18,6 +20,7 @@ mod ticks;
 mod trace;
 
 pub use bpbench::write_bpbench;
+pub use breakdown::{Breakdown, BreakdownRow, Instructions};
 pub use collection::{Collection, Key};
 pub use picture::svg;
 pub use schema::{Kind, Machine, Measurement, Results, Run, SCHEMA, TicksAre, Workload};
