@@ -23,6 +23,8 @@
 
 #include <map>
 
+#define LOG_THIS genlog->
+
 #if BX_INSTRUMENTATION
 
 namespace {
