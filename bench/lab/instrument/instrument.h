@@ -7,25 +7,28 @@ class bxInstruction_c;
 void bx_instr_init_env();
 void bx_instr_exit_env();
 void bx_instr_before_execution(unsigned cpu, bxInstruction_c *instruction);
+void bx_instr_halted(unsigned cpu);
 void bx_instr_vmexit(unsigned cpu, Bit32u reason);
 
 #if BX_INSTRUMENTATION
 #define BX_INSTR_INIT_ENV() bx_instr_init_env()
 #define BX_INSTR_EXIT_ENV() bx_instr_exit_env()
 #define BX_INSTR_BEFORE_EXECUTION(cpu, instruction) bx_instr_before_execution(cpu, instruction)
+#define BX_INSTR_HLT(cpu) bx_instr_halted(cpu)
+#define BX_INSTR_MWAIT(cpu, address, length, flags) bx_instr_halted(cpu)
 #define BX_INSTR_VMEXIT(cpu, reason, qualification) bx_instr_vmexit(cpu, reason)
 #else
 #define BX_INSTR_INIT_ENV()
 #define BX_INSTR_EXIT_ENV()
 #define BX_INSTR_BEFORE_EXECUTION(cpu, instruction)
+#define BX_INSTR_HLT(cpu)
+#define BX_INSTR_MWAIT(cpu, address, length, flags)
 #define BX_INSTR_VMEXIT(cpu, reason, qualification)
 #endif
 
 #define BX_INSTR_INITIALIZE(cpu)
 #define BX_INSTR_EXIT(cpu)
 #define BX_INSTR_RESET(cpu, type)
-#define BX_INSTR_HLT(cpu)
-#define BX_INSTR_MWAIT(cpu, address, length, flags)
 #define BX_INSTR_DEBUG_PROMPT()
 #define BX_INSTR_DEBUG_CMD(command)
 #define BX_INSTR_CNEAR_BRANCH_TAKEN(cpu, from, to)
