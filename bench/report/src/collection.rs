@@ -257,7 +257,8 @@ mod tests {
     fn the_order_of_measurement_reads_as_it_was_written() {
         let directory = tempfile::tempdir().unwrap();
         let collection = collection();
-        let order: Vec<_> = collection.runs().map(|(run, _)| Key::of(run)).rev().collect();
+        let mut order: Vec<_> = collection.runs().map(|(run, _)| Key::of(run)).collect();
+        order.reverse();
         Key::write_order(directory.path(), &order).unwrap();
         assert_eq!(Key::read_order(directory.path()).unwrap(), order);
         assert_eq!(collection.samples(&order[0]), collection.runs().last().map(|(_, samples)| samples));
