@@ -7,12 +7,14 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use clap::builder::PossibleValuesParser;
+use hyperbp_lab::bochs::Emulator;
 use hyperbp_lab::plan::{self, Selection};
 use hyperbp_lab::protocol::{Message, Parser};
 use hyperbp_lab::{Elsewhere, Host, Lab, Options, Outcome, Program, Progress, Xen};
-use hyperbp_report::Collection;
+use hyperbp_report::{Breakdown, Collection};
 
 use crate::elsewhere::{self, Programs, Skipped};
+use crate::ticks;
 
 /// What the runner measures besides the core's mechanisms.
 const OTHERS: &[&str] = &["none", "skip"];
@@ -32,6 +34,8 @@ Examples:
       dom0 and the guest have a CPU each.
   cargo xtask bench --xen 4.20
       With a newer Xen, and in vmi-rs, too: that needs it.
+  cargo xtask bench --quick --ticks
+      And say of each hit which of its ticks are the guest's, Xen's, dom0's kernel's and the monitor's.
   cargo xtask bench --drakvuf ../drakvuf/build
       Measure in DRAKVUF, too: this is Meson's build directory, with DRAKVUF built in it.
   cargo xtask bench --smartvmi ../smartvmi/build
@@ -108,6 +112,11 @@ pub(crate) struct Bench {
     #[command(flatten)]
     elsewhere: elsewhere::Trees,
 
+    /// Count where the ticks go, too: how many of them are the guest's, Xen's, dom0's kernel's and the monitor's, VM exits,
+    /// hypercalls and system calls. Takes twice the time
+    #[arg(long, conflicts_with = "domain")]
+    ticks: bool,
+
     /// Ask Debian's mirror for newer packages
     #[arg(long)]
     update: bool,
@@ -171,11 +180,16 @@ impl Bench {
             let skipped = if skipped.is_empty() { String::new() } else { format!("; skipped: {}", skipped.join("; ")) };
             bail!("no host has what was selected{skipped}");
         }
-        let (collections, label) = match &self.domain {
-            Some(domain) => (self.measure_here(&lab, sysroot.as_deref(), &programs, domain, &parts)?, "xen"),
-            None => (self.measure_in_the_lab(&lab, &programs, &parts)?, "bochs"),
+        ensure!(!self.ticks || self.cpus == 1, "--ticks is for one CPU: with more, several instructions share a tick");
+        let (collections, label, ticks) = match &self.domain {
+            Some(domain) => (self.measure_here(&lab, sysroot.as_deref(), &programs, domain, &parts)?, "xen", None),
+            None => {
+                let (collections, ticks) = self.measure_in_the_lab(&lab, &programs, &parts)?;
+                (collections, "bochs", ticks)
+            }
         };
         present(collections, label, &out)?;
+        ticks::present(ticks, &out)?;
         for skipped in skipped {
             println!("Skipped:  {skipped}");
         }
@@ -214,9 +228,15 @@ impl Bench {
         }
     }
 
-    /// Returns the directories of the collections that were measured.
-    fn measure_in_the_lab(&self, lab: &Lab, programs: &[Elsewhere], parts: &Path) -> Result<Vec<PathBuf>> {
-        let prepared = lab.prepare(self.xen, false)?;
+    /// Returns the directories of the collections that were measured, and where the ticks went if that was asked for.
+    fn measure_in_the_lab(
+        &self,
+        lab: &Lab,
+        programs: &[Elsewhere],
+        parts: &Path,
+    ) -> Result<(Vec<PathBuf>, Option<Breakdown>)> {
+        let emulator = if self.ticks { Emulator::Counting } else { Emulator::Plain };
+        let prepared = lab.prepare_for(emulator, self.xen, false)?;
         let runner = lab.build(Program::Runner, Some(&prepared.sysroot))?;
         let machines = plan::machines(&self.selection(programs, Elsewhere::in_dom0));
         let mut jobs = Vec::new();
@@ -231,12 +251,17 @@ impl Bench {
         }
         let outcomes: Vec<Outcome> = prepared.run(&jobs, self.jobs.into())?;
         let mut collections = Vec::new();
+        let mut rows = Vec::new();
         for ((n, outcome), selections) in outcomes.iter().enumerate().zip(&machines) {
             let dir = parts.join(n.to_string());
             outcome.unpack(&dir)?;
-            collections.extend((0..selections.len()).map(|run| dir.join(run.to_string())));
+            let measured: Vec<_> = (0..selections.len()).map(|run| dir.join(run.to_string())).collect();
+            if self.ticks {
+                rows.extend(ticks::rows(&outcome.windows, &measured)?);
+            }
+            collections.extend(measured);
         }
-        Ok(collections)
+        Ok((collections, self.ticks.then(|| Breakdown::new(rows))))
     }
 
     fn measure_here(

@@ -20,6 +20,7 @@ mod recover;
 mod smartvmi;
 mod storm;
 mod test;
+mod ticks;
 mod tools;
 mod trace;
 mod waiting;

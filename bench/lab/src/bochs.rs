@@ -16,6 +16,21 @@ const PATCHES: &[(&str, &str)] = &[
     ("interrupt-mask.patch", include_str!("../patches/interrupt-mask.patch")),
 ];
 
+/// Our instrumentation, which counts where ticks go; see its first lines.
+const INSTRUMENT: &[(&str, &str)] = &[
+    ("instrument.h", include_str!("../instrument/instrument.h")),
+    ("instrument.cc", include_str!("../instrument/instrument.cc")),
+];
+
+/// What is built.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Emulator {
+    /// The emulator.
+    Plain,
+    /// The emulator, which does exactly the same, and counts where ticks go meanwhile. It takes twice the time.
+    Counting,
+}
+
 const CONFIGURE: &[&str] = &[
     "--enable-smp",
     "--enable-cpu-level=6",
@@ -36,19 +51,33 @@ const CONFIGURE: &[&str] = &[
     "--with-nogui",
 ];
 
+/// Where Bochs's source has instrumentation that does nothing.
+const STUBS: &str = "instrument/stubs";
+
 const CXXFLAGS: &str = "-O2 -pipe";
 
-/// Builds Bochs on `jobs` cores and returns the program.
+/// Builds the `emulator` on `jobs` cores and returns the program.
 ///
 /// # Errors
 /// [`Error::Download`], [`Error::WrongHash`]; [`Error::Build`] when a patch, configure or make fails.
-pub fn build(host: &Host, apt: &Apt, stages: &Stages, progress: &Progress, jobs: usize) -> Result<PathBuf> {
+pub fn build(
+    emulator: Emulator,
+    host: &Host,
+    apt: &Apt,
+    stages: &Stages,
+    progress: &Progress,
+    jobs: usize,
+) -> Result<PathBuf> {
+    let (stage, instrument) = match emulator {
+        Emulator::Plain => ("bochs", &[][..]),
+        Emulator::Counting => ("bochs-counting", INSTRUMENT),
+    };
     let mut inputs =
         Inputs::new().with("source", SHA256).with("configure", CONFIGURE.join(" ")).with("flags", CXXFLAGS);
-    for (name, patch) in PATCHES {
-        inputs = inputs.with(name, patch);
+    for (name, content) in PATCHES.iter().chain(instrument) {
+        inputs = inputs.with(name, content);
     }
-    let dir = stages.build("bochs", &inputs, progress, |dir, log, task| {
+    let dir = stages.build(stage, &inputs, progress, |dir, log, task| {
         task.doing("downloading the source");
         let archive = dir.join("bochs.tar.xz");
         apt.download_file(SOURCE, SHA256, &archive, log)?;
@@ -65,6 +94,14 @@ pub fn build(host: &Host, apt: &Apt, stages: &Stages, progress: &Progress, jobs:
         task.doing("configuring");
         let mut configure = host.command("sh");
         configure.current_dir(&source).arg("./configure").args(CONFIGURE);
+        if !instrument.is_empty() {
+            // In place of the one that comes with Bochs and does nothing: its makefile will do.
+            for (name, content) in instrument {
+                let file = source.join(STUBS).join(name);
+                fs::write(&file, content).map_err(Error::io("write", &file))?;
+            }
+            configure.arg(format!("--enable-instrumentation={STUBS}"));
+        }
         log.run(configure.env("CFLAGS", CXXFLAGS).env("CXXFLAGS", CXXFLAGS))?;
         task.doing("compiling, a minute or two");
         log.run(host.command("make").current_dir(&source).arg(format!("-j{jobs}")))?;

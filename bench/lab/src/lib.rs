@@ -39,6 +39,7 @@ mod stage;
 pub mod tools;
 pub mod vmi_rs;
 mod vmicore;
+pub mod windows;
 mod xen;
 
 pub use build::Program;
@@ -53,6 +54,7 @@ pub use stage::{Inputs, Stages};
 pub use vmicore::Introspection;
 pub use xen::{Group, RELEASE, Xen};
 
+use bochs::Emulator;
 use kernel::Kernel;
 
 /// Free space the lab asks for before it is built: at its largest, while Bochs is compiled, it takes about half.
@@ -125,11 +127,19 @@ impl Lab {
     /// # Errors
     /// Those of each stage.
     pub fn prepare(&self, xen: Xen, update: bool) -> Result<Bench<'_>> {
+        self.prepare_for(Emulator::Plain, xen, update)
+    }
+
+    /// [`prepare`](Self::prepare), with this `emulator`.
+    ///
+    /// # Errors
+    /// Those of each stage.
+    pub fn prepare_for(&self, emulator: Emulator, xen: Xen, update: bool) -> Result<Bench<'_>> {
         let (host, stages, progress) = (&self.host, &self.stages, &self.progress);
         let sysroot = self.sysroot(xen, update)?;
         let apt = packages::apt(host, &self.apts(), RELEASE)?;
         let jobs = thread::available_parallelism().map_or(1, usize::from);
-        let bochs = bochs::build(host, &apt, stages, progress, jobs)?;
+        let bochs = bochs::build(emulator, host, &apt, stages, progress, jobs)?;
         let kernel = kernel::extract(host, &sysroot, stages, progress)?;
         let e9 = self.build(Program::E9, None)?;
         let guest = self.build(Program::Guest, None)?;

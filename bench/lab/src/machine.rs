@@ -15,7 +15,7 @@ use crate::command::spawn_error;
 use crate::error::Tail;
 use crate::job::LATE_AT;
 use crate::protocol::{self, Message, Parser};
-use crate::{Error, Host, Job, Progress, Result};
+use crate::{Error, Host, Job, Progress, Result, windows};
 
 /// How often the console and the limits are looked at.
 const POLL: Duration = Duration::from_millis(250);
@@ -44,6 +44,8 @@ pub struct Outcome {
     pub log: PathBuf,
     /// What Xen, dom0's kernel and the guest printed on the serial console.
     pub console: PathBuf,
+    /// What a [counting emulator](crate::bochs::Emulator::Counting) has written: a line for each [`Window`](crate::windows::Window).
+    pub windows: PathBuf,
 }
 
 impl Machine {
@@ -243,7 +245,8 @@ impl<'a> Watch<'a> {
         let damaged = |problem: String| Error::Results { job: job.clone(), problem, log: self.log_path.clone() };
         match (self.exit, self.results.take()) {
             (Some(0), Some(Ok(results))) => {
-                Ok(Outcome { results, log: self.log_path.clone(), console: self.console.path.clone() })
+                let (log, console) = (self.log_path.clone(), self.console.path.clone());
+                Ok(Outcome { results, log, console, windows: self.dir.join(windows::FILE) })
             }
             (Some(0), Some(Err(problem))) => Err(damaged(problem)),
             (Some(0), None) => Err(damaged("there are none".to_owned())),

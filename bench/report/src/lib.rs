@@ -6,10 +6,12 @@
 //! - [`Pair`] is what was measured of two processes that share a page of code.
 //! - [`Trace`] is what was counted of the functions of a guest's kernel.
 //! - [`Waited`] is what it takes of the machine that a monitor waits.
+//! - [`Breakdown`] is where the ticks of a hit go.
 //! - [`table`] and [`svg`] show the summary in a terminal and on a page.
 //! - [`write_bpbench`] writes the samples as bpbench's measurement study keeps them, so that its scripts can plot them.
 
 mod bpbench;
+mod breakdown;
 mod collection;
 mod format;
 mod pair;
@@ -22,6 +24,7 @@ mod trace;
 mod waiting;
 
 pub use bpbench::write_bpbench;
+pub use breakdown::{Breakdown, BreakdownRow, Instructions};
 pub use collection::{Collection, Key};
 pub use pair::{Pair, Pass};
 pub use picture::svg;

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use hyperbp::Mechanism;
 use hyperbp_bench_abi as abi;
-use hyperbp_report::{Collection, Kind, Machine, Measurement, TicksAre, Workload};
+use hyperbp_report::{Collection, Key, Kind, Machine, Measurement, TicksAre, Workload};
 
 use crate::cli::{Backend, Host};
 use crate::elsewhere::Program;
@@ -145,7 +145,8 @@ pub(crate) struct Plan<'a> {
     pub(crate) kind: Kind,
 }
 
-/// Measures everything in the plan. `progress` is told how much is done, of how much, and what comes next.
+/// Measures everything in the plan, and says in which order it did. `progress` is told how much is done, of how much, and what
+/// comes next.
 ///
 /// # Errors
 /// If the guest or Xen does not play along, or if a count is wrong.
@@ -153,7 +154,7 @@ pub(crate) fn measure(
     domain: &mut Domain,
     plan: &Plan<'_>,
     progress: &mut dyn FnMut(u64, u64, &str),
-) -> Result<Collection> {
+) -> Result<(Collection, Vec<Key>)> {
     let guest = Guest::find(domain)?;
     let interrupted = interrupted()?;
     let mut collection = Collection::new(machine(domain, plan.kind)?);
@@ -166,6 +167,7 @@ pub(crate) fn measure(
     let samples = |workload| if workload == Workload::ReadPage { plan.page_samples } else { plan.samples };
     let total = cells.iter().map(|(_, workload)| u64::from(samples(*workload).div_ceil(batch(*workload)))).sum();
     let mut done = 0;
+    let mut order = Vec::with_capacity(cells.len());
     for (subject, workload) in cells {
         let text = format!("{subject} {}", workload.name());
         let (measurement, ticks) =
@@ -174,10 +176,16 @@ pub(crate) fn measure(
                 done += 1;
             })
             .with_context(|| format!("while measuring {text}"))?;
+        order.push(Key {
+            host: measurement.host.clone(),
+            backend: measurement.backend.clone(),
+            mechanism: measurement.mechanism.clone(),
+            workload,
+        });
         collection.push(measurement, ticks)?;
     }
     progress(total, total, "done");
-    Ok(collection)
+    Ok((collection, order))
 }
 
 /// Becomes true when this process is to stop: someone who wants that is to leave a guest without breakpoints.

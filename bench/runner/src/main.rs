@@ -88,9 +88,10 @@ fn measure(run: &Run) -> anyhow::Result<()> {
     let plan = plan(run)?;
     let mut domain = Domain::open(&run.domain)?;
     domain.wait_by(Ways { watch: Duration::from_micros(run.watch.into()), halt: !run.no_halt });
-    let collection =
+    let (collection, order) =
         bench::measure(&mut domain, &plan, &mut |done, total, text| run.progress.report(done, total, text))?;
     collection.write(&run.out)?;
+    hyperbp_report::Key::write_order(&run.out, &order)?;
     if run.progress == Progress::Text {
         println!("{}", hyperbp_report::table(collection.results()));
     }
