@@ -37,7 +37,9 @@ trait Halting {
 pub struct EventChannel {
     /// Masked since it signalled last.
     masked: Option<Port>,
-    waiting: Waiting,
+    ways: Ways,
+    /// There is one since the first wait.
+    waiting: Option<Waiting>,
     halt: Option<Halt>,
     /// There were events since, whose signals nobody has waited for.
     signalled: bool,
@@ -61,14 +63,13 @@ impl EventChannel {
                 None
             })
         };
-        let waiting = Waiting::new(ways.looks());
-        Self { masked: None, waiting, halt: ways.halt.then(halt).flatten(), signalled: false, unread: 0 }
+        Self { masked: None, ways, waiting: None, halt: ways.halt.then(halt).flatten(), signalled: false, unread: 0 }
     }
 
     /// How it has waited so far.
     #[must_use]
     pub fn waits(&self) -> Waits {
-        self.waiting.waits()
+        self.waiting.as_ref().map(Waiting::waits).unwrap_or_default()
     }
 
     /// Waits until the port signals, or for less: look whether there are events. `pending` says whether there are, of those
@@ -108,16 +109,18 @@ impl EventChannel {
         timeout: Option<Duration>,
         pending: impl Fn() -> bool,
     ) -> io::Result<bool> {
-        let mut how = self.waiting.choose(halting.is_some());
+        let ways = self.ways;
+        let waiting = self.waiting.get_or_insert_with(|| Waiting::new(ways.looks(&pending)));
+        let mut how = waiting.choose(halting.is_some());
         if let Wait::Watch(looks) = how {
             let event = watch(looks, &pending);
-            self.waiting.watched(event);
+            waiting.watched(event);
             if event {
                 // It has signalled, or is about to.
                 self.signalled = true;
                 return Ok(true);
             }
-            how = self.waiting.choose_again(halting.is_some());
+            how = waiting.choose_again(halting.is_some());
         }
         if how == Wait::Halt
             && let Some(port) = self.masked
@@ -136,7 +139,7 @@ impl EventChannel {
             // If it is pending the kernel sees that now, notes it, and masks it again. Else it stays unmasked.
             unmask(device, port)?;
             let event = pending();
-            self.waiting.halted(event);
+            waiting.halted(event);
             if let Err(error) = halted {
                 log::debug!("from here on waiting for events in dom0's kernel: Xen has refused to: {error}");
                 *halting = None;
@@ -147,9 +150,9 @@ impl EventChannel {
             }
             self.masked = None;
         }
+        waiting.slept();
         self.signalled = false;
         self.stop(device)?;
-        self.waiting.slept();
         if let Some(timeout) = timeout
             && !is_readable(device, timeout)?
         {
@@ -168,10 +171,13 @@ impl EventChannel {
 
 /// Looks whether there are events.
 fn watch(looks: u32, pending: impl Fn() -> bool) -> bool {
-    (0..looks).any(|_| {
-        std::hint::spin_loop();
-        pending()
-    })
+    (0..looks).any(|_| look(&pending))
+}
+
+/// Looks once, and lets whoever shares the core go first.
+fn look(pending: impl Fn() -> bool) -> bool {
+    std::hint::spin_loop();
+    pending()
 }
 
 /// Reads what has been noted, after waiting until there is something. All of it is the same port.
@@ -316,7 +322,7 @@ mod tests {
     }
 
     fn channel() -> EventChannel {
-        EventChannel { masked: None, waiting: Waiting::new(0), halt: None, signalled: false, unread: 0 }
+        EventChannel::new(Ways::SLEEP)
     }
 
     /// As if it had blocked until now: the kernel sees the write that came before the read.
@@ -386,7 +392,7 @@ mod tests {
         kernel.event();
         kernel.wait(&mut channel).unwrap();
         assert_eq!(kernel.serve(), 1);
-        channel.waiting = Waiting::new(8);
+        channel.waiting = Some(Waiting::new(8));
         for _ in 0..100 {
             kernel.event();
             kernel.wait(&mut channel).unwrap();

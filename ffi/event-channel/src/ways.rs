@@ -1,9 +1,8 @@
 //! What a monitor may do instead of sleeping.
 
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::watch;
+use crate::look;
 
 /// What a monitor may do instead of sleeping. Of that, it does what pays.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,17 +20,17 @@ impl Ways {
     /// Only sleep, as everyone does.
     pub const SLEEP: Self = Self { watch: Duration::ZERO, halt: false };
 
-    /// How often it can look in the time it may watch: on this machine, and only about.
-    pub(crate) fn looks(self) -> u32 {
-        const TRIES: u32 = 1_000;
+    /// How often it can look in the time it may watch: only about. What a look costs differs: it is tried out.
+    pub(crate) fn looks(self, pending: impl Fn() -> bool) -> u32 {
+        const TRIES: u32 = 256;
         if self.watch.is_zero() {
             return 0;
         }
-        let nothing = AtomicU32::new(0);
-        // As what it looks at is: in memory, and written by somebody else.
         let try_out = || {
             let start = Instant::now();
-            watch(TRIES, || nothing.load(Ordering::Acquire) != 0);
+            (0..TRIES).for_each(|_| {
+                look(&pending);
+            });
             start.elapsed()
         };
         // Whatever interrupts one of them makes it longer.
@@ -51,17 +50,22 @@ impl Default for Ways {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::watch;
 
     #[test]
     fn it_looks_for_about_as_long_as_it_may() {
         let ways = |watch| Ways { watch, halt: false };
-        assert_eq!(Ways::SLEEP.looks(), 0);
-        assert!(ways(Duration::from_nanos(1)).looks() >= 1);
-        let looks = ways(Ways::LONGEST).looks();
-        let start = Instant::now();
-        watch(looks, || false);
-        // The machine may be busy with something else.
-        assert!(start.elapsed() > Ways::LONGEST / 10, "{looks} looks took {:?}", start.elapsed());
-        assert!(ways(Duration::MAX).looks() < looks.saturating_mul(100));
+        assert_eq!(Ways::SLEEP.looks(|| false), 0);
+        assert!(ways(Duration::from_nanos(1)).looks(|| false) >= 1);
+        // Cheap looks and dear ones.
+        for work in [1, 1_000] {
+            let pending = || (0..work).map(std::hint::black_box).sum::<u64>() == u64::MAX;
+            let looks = ways(Ways::LONGEST).looks(pending);
+            let start = Instant::now();
+            assert!(!watch(looks, pending));
+            // The machine may be busy with something else.
+            assert!(start.elapsed() > Ways::LONGEST / 10, "{looks} looks took {:?}", start.elapsed());
+            assert!(ways(Duration::MAX).looks(pending) < looks.saturating_mul(100));
+        }
     }
 }
