@@ -9,7 +9,7 @@ use clap::Args;
 use clap::builder::PossibleValuesParser;
 use hyperbp_lab::plan::{self, Selection};
 use hyperbp_lab::protocol::{Message, Parser};
-use hyperbp_lab::{Elsewhere, Host, Lab, Outcome, Program, Progress};
+use hyperbp_lab::{Elsewhere, Host, Lab, Measure, Program, Progress};
 use hyperbp_report::Collection;
 
 use crate::elsewhere::{self, Skipped};
@@ -162,24 +162,9 @@ impl Bench {
     fn measure_in_the_lab(&self, lab: &Lab, programs: &[Elsewhere], parts: &Path) -> Result<Vec<PathBuf>> {
         let prepared = lab.prepare(self.update)?;
         let runner = lab.build(Program::Runner, Some(&prepared.sysroot))?;
-        let machines = plan::machines(&self.selection(programs, Elsewhere::in_dom0));
-        let mut jobs = Vec::new();
-        for (n, selections) in (1..).zip(&machines) {
-            let mut job = prepared.bench(&format!("bench-{n}"), &runner, selections, self.cpus);
-            for program in programs {
-                program.put_into(&mut job);
-            }
-            let image = prepared.image(&job)?;
-            jobs.push((job, image));
-        }
-        let outcomes: Vec<Outcome> = prepared.run(&jobs, self.jobs.into())?;
-        let mut collections = Vec::new();
-        for ((n, outcome), selections) in outcomes.iter().enumerate().zip(&machines) {
-            let dir = parts.join(n.to_string());
-            outcome.unpack(&dir)?;
-            collections.extend((0..selections.len()).map(|run| dir.join(run.to_string())));
-        }
-        Ok(collections)
+        let selection = self.selection(programs, Elsewhere::in_dom0);
+        let measure = Measure { selection: &selection, programs, cpus: self.cpus, parallel: self.jobs.into() };
+        Ok(prepared.measure(&runner, &measure, parts)?)
     }
 
     fn measure_here(&self, lab: &Lab, programs: &[Elsewhere], domain: &str, parts: &Path) -> Result<Vec<PathBuf>> {
@@ -213,11 +198,7 @@ impl Bench {
 
 /// Merges the collections into one in `out`, and prints it.
 fn present(dirs: Vec<PathBuf>, label: &str, out: &Path) -> Result<()> {
-    let mut collections = dirs.iter().map(|dir| Collection::read(dir));
-    let mut all = collections.next().context("nothing was selected")??;
-    for collection in collections {
-        all.merge(collection?)?;
-    }
+    let all = Collection::read_all(&dirs)?;
     ensure!(!all.results().runs.is_empty(), "no host has what was selected");
     all.write(out)?;
     let date = jiff::Timestamp::now().strftime("%Y-%m-%d").to_string();

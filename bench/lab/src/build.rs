@@ -13,6 +13,8 @@ pub enum Program {
     Guest,
     /// The way out of the machine.
     E9,
+    /// What the core's instructions are counted in. It runs here.
+    Hits,
 }
 
 impl Program {
@@ -23,6 +25,7 @@ impl Program {
             Self::Runner => "hyperbp-bench",
             Self::Guest => "hyperbp-bench-guest",
             Self::E9 => "e9",
+            Self::Hits => "hyperbp-hits",
         }
     }
 
@@ -32,6 +35,7 @@ impl Program {
             // A workspace of its own: it is freestanding.
             Self::Guest => &["--manifest-path", "bench/guest/Cargo.toml"],
             Self::E9 => &["--package", "hyperbp-e9", "--bin", "e9"],
+            Self::Hits => &["--package", "hyperbp-benches", "--bin", "hyperbp-hits"],
         }
     }
 }

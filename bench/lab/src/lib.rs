@@ -17,6 +17,7 @@ use std::time::Duration;
 pub mod apt;
 pub mod bochs;
 pub mod build;
+mod checkout;
 mod command;
 pub mod drakvuf;
 pub mod elf;
@@ -29,6 +30,7 @@ mod job;
 pub mod kaslr;
 pub mod kernel;
 pub mod machine;
+mod measure;
 pub mod packages;
 pub mod plan;
 pub mod profile;
@@ -39,12 +41,14 @@ mod stage;
 pub mod tools;
 
 pub use build::Program;
+pub use checkout::{repo, target};
 pub use command::Log;
 pub use elsewhere::Elsewhere;
 pub use error::{Error, Result, Tail};
 pub use host::Host;
 pub use job::Job;
 pub use machine::{Machine, Outcome};
+pub use measure::Measure;
 pub use progress::Progress;
 pub use stage::{Inputs, Stages};
 
@@ -317,6 +321,14 @@ impl Bench<'_> {
             limit,
             silence,
         }
+    }
+
+    /// Debian's packages that are in it, and their versions.
+    ///
+    /// # Errors
+    /// Those of [`packages::unpack`].
+    pub fn versions(&self) -> Result<Vec<apt::Package>> {
+        packages::versions(&self.lab.apt()?, &self.lab.stages, &self.lab.progress, false)
     }
 
     /// Builds the image of `job`, and returns it.

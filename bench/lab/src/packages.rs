@@ -59,7 +59,7 @@ pub fn unpack(host: &Host, apt: &Apt, stages: &Stages, progress: &Progress, upda
 }
 
 /// The versions to use.
-fn versions(apt: &Apt, stages: &Stages, progress: &Progress, update: bool) -> Result<Vec<Package>> {
+pub(crate) fn versions(apt: &Apt, stages: &Stages, progress: &Progress, update: bool) -> Result<Vec<Package>> {
     // Named after what was asked for, so that an answer to another question is not taken for this one's.
     let question = PACKAGES.iter().fold(Inputs::new().with("mirror", apt.mirror()), |i, name| i.with("name", name));
     let file = stages.path("versions", &question);

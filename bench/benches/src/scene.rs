@@ -1,0 +1,215 @@
+//! A guest with breakpoints, and the engine that serves them.
+
+use std::time::{Duration, Instant};
+
+use hyperbp::{
+    Access, BreakpointId, Engine, Error, Event, Gfn, Gpa, Int3, Mechanism, Placement, Reason, Registers, Step, VcpuId,
+    ViewId,
+};
+
+use crate::What;
+use crate::machine::{BASE, FRAMES, Machine, TABLES};
+
+/// The page that `rsp` is in.
+const STACK: Gfn = Gfn(0x20);
+/// The page with the instructions that read and write: `mov al, [rsi]` and `mov [rsi], al`.
+const ACCESSES: Gfn = Gfn(0x80);
+const READS_AT: u16 = 0x10;
+const WRITES_AT: u16 = 0x20;
+/// The first page of code, of [`PER_PAGE`] breakpoints each.
+const CODE: Gfn = Gfn(0x100);
+const PER_PAGE: u32 = 16;
+/// `push rbp`.
+const PUSH: u8 = 0x55;
+/// Bytes between a breakpoint and what is read or written beside it.
+const BESIDE: u64 = 0x40;
+/// Breakpoints that are set, and taken out again, together.
+const BATCH: u64 = 64;
+/// How often a thing has happened when it is measured.
+const WARM: u64 = 100;
+
+/// A guest with breakpoints, and the engine that serves them.
+#[derive(Debug)]
+pub struct Scene {
+    mechanism: Mechanism,
+    machine: Machine,
+    engine: Engine,
+    places: Vec<Gpa>,
+    /// The view that the guest runs in.
+    view: ViewId,
+    random: u64,
+    hits: u64,
+}
+
+impl Scene {
+    /// Sets so many breakpoints, on functions that begin with `push rbp`.
+    ///
+    /// # Errors
+    /// If the engine refuses one.
+    pub fn new(mechanism: Mechanism, breakpoints: u32) -> Result<Self, Error> {
+        let mut machine = Machine::new();
+        for (at, bytes) in [(READS_AT, [0x8a, 0x06]), (WRITES_AT, [0x88, 0x06])] {
+            machine.page(ACCESSES)[usize::from(at)..][..2].copy_from_slice(&bytes);
+        }
+        let place = |n: u32| Gfn(CODE.0 + u64::from(n / PER_PAGE)).at((n % PER_PAGE * 0x80 + 0x18) as u16);
+        let places: Vec<Gpa> = (0..breakpoints).map(place).collect();
+        let mut engine = Engine::new(&machine);
+        for place in &places {
+            machine.page(place.gfn())[usize::from(place.offset())] = PUSH;
+            engine.insert(&mut machine, *place, mechanism)?;
+        }
+        // The engine makes one with the breakpoints first.
+        let view = if mechanism.placement() == Placement::Shadow { ViewId(1) } else { ViewId::HOST };
+        Ok(Self { mechanism, machine, engine, places, view, random: 1, hits: 0 })
+    }
+
+    /// Lets something happen so often, and returns how long the engine took for that.
+    ///
+    /// # Errors
+    /// If the engine refuses to set a breakpoint or to take one out.
+    pub fn time(&mut self, what: What, times: u64) -> Result<Duration, Error> {
+        if what.is_an_event() {
+            let begun = Instant::now();
+            (0..times).for_each(|_| self.happen(what));
+            return Ok(begun.elapsed());
+        }
+        let mut spent = Duration::ZERO;
+        for done in (0..times).step_by(BATCH as usize) {
+            let begun = Instant::now();
+            let ids = self.insert(BATCH.min(times - done))?;
+            let inserted = Instant::now();
+            self.remove(&ids)?;
+            spent += if what == What::Insert { inserted - begun } else { inserted.elapsed() };
+        }
+        Ok(spent)
+    }
+
+    /// Lets something happen until what only its first times cost is paid.
+    ///
+    /// # Errors
+    /// Those of [`time`](Self::time).
+    pub fn warm_up(&mut self, what: What) -> Result<(), Error> {
+        self.time(what, WARM).map(drop)
+    }
+
+    /// What the engine is asked because of one thing that the guest does at, or beside, one of the breakpoints: the event
+    /// and, if the engine has the instruction stepped, the one after it.
+    fn happen(&mut self, what: What) {
+        let gpa = self.any();
+        let beside = Gpa(gpa.0 + BESIDE);
+        let access =
+            |write: bool| Reason::Access(Access { gpa: beside, read: !write, write, execute: false, page_walk: false });
+        let (at, length, reason) = match what {
+            What::Read => (ACCESSES.at(READS_AT), 2, access(false)),
+            What::Write => (ACCESSES.at(WRITES_AT), 2, access(true)),
+            _ => (gpa, 1, Reason::Int3(Int3 { gpa, length: 1 })),
+        };
+        let mut event = Event { vcpu: VcpuId(0), view: self.view, registers: registers(at, beside), reason };
+        let reply = measured::handle(&mut self.engine, &mut self.machine, &event, &mut self.hits);
+        if reply.step == Step::On {
+            event.reason = Reason::Step;
+            event.view = reply.view.unwrap_or(event.view);
+            event.registers.rip += length;
+            measured::handle(&mut self.engine, &mut self.machine, &event, &mut self.hits);
+        }
+    }
+
+    /// Sets so many more, each on a page that has none yet.
+    fn insert(&mut self, count: u64) -> Result<Vec<BreakpointId>, Error> {
+        let first = CODE.0 + self.places.len().div_ceil(PER_PAGE as usize) as u64;
+        debug_assert!(first + count < FRAMES / 2, "there is no room");
+        let place = |n| Gfn(first + n).at(0x18);
+        (0..count).map(|n| measured::insert(&mut self.engine, &mut self.machine, place(n), self.mechanism)).collect()
+    }
+
+    fn remove(&mut self, ids: &[BreakpointId]) -> Result<(), Error> {
+        ids.iter().try_for_each(|id| measured::remove(&mut self.engine, &mut self.machine, *id))
+    }
+
+    /// One of the breakpoints, at random, but the same ones in every run. (Knuth's MMIX generator.)
+    fn any(&mut self) -> Gpa {
+        self.random = self.random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        self.places[(self.random >> 33) as usize % self.places.len()]
+    }
+}
+
+/// What is measured. callgrind knows these functions by their names: see [`callgrind`](crate::callgrind).
+mod measured {
+    use std::hint::black_box;
+
+    use hyperbp::{BreakpointId, Engine, Error, Event, Gpa, Mechanism, Reply, Verdict};
+
+    use crate::machine::Machine;
+
+    #[inline(never)]
+    pub(super) fn handle(engine: &mut Engine, machine: &mut Machine, event: &Event, hits: &mut u64) -> Reply {
+        black_box(engine.handle(machine, event, &mut |_, _, _| {
+            *hits += 1;
+            Verdict::Keep
+        }))
+    }
+
+    #[inline(never)]
+    pub(super) fn insert(
+        engine: &mut Engine,
+        machine: &mut Machine,
+        place: Gpa,
+        mechanism: Mechanism,
+    ) -> Result<BreakpointId, Error> {
+        black_box(engine.insert(machine, place, mechanism))
+    }
+
+    #[inline(never)]
+    pub(super) fn remove(engine: &mut Engine, machine: &mut Machine, id: BreakpointId) -> Result<(), Error> {
+        black_box(engine.remove(machine, id))
+    }
+}
+
+/// 64-bit kernel code, at an instruction that reads or writes there.
+fn registers(at: Gpa, there: Gpa) -> Registers {
+    let mut registers = Registers {
+        rip: BASE + at.0,
+        rflags: 0x202,
+        // Paging, write protection and protection.
+        cr0: 1 << 31 | 1 << 16 | 1,
+        cr3: TABLES.at(0).0,
+        // Physical-address extension.
+        cr4: 1 << 5,
+        // No-execute, long mode, and SYSCALL.
+        efer: 0xd01,
+        ..Registers::default()
+    };
+    registers.gpr[4] = BASE + STACK.at(0xf00).0;
+    registers.gpr[6] = BASE + there.0;
+    registers
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::scenes;
+
+    #[test]
+    fn the_engine_serves_what_the_guest_does() {
+        for (name, mechanism, breakpoints) in scenes() {
+            let mut scene = Scene::new(mechanism, breakpoints).unwrap();
+            for what in [What::Hit, What::Read, What::Write] {
+                scene.time(what, 20).unwrap();
+            }
+            let counters = scene.engine.counters();
+            assert_eq!((scene.hits, counters.reads, counters.writes), (20, 20, 20), "{name}");
+        }
+    }
+
+    #[test]
+    fn breakpoints_come_and_go() {
+        for (name, mechanism, breakpoints) in scenes() {
+            let mut scene = Scene::new(mechanism, breakpoints).unwrap();
+            let ids = scene.insert(BATCH).unwrap();
+            assert_eq!(scene.engine.breakpoints().len() as u64, u64::from(breakpoints) + BATCH, "{name}");
+            scene.remove(&ids).unwrap();
+            scene.time(What::Remove, BATCH + 1).unwrap();
+            assert_eq!(scene.engine.breakpoints().len() as u32, breakpoints, "{name}");
+        }
+    }
+}

@@ -1,0 +1,47 @@
+//! A bench, from a selection to collections of samples.
+
+use std::path::{Path, PathBuf};
+
+use crate::plan::{self, Selection};
+use crate::{Bench, Elsewhere, Result};
+
+/// What to measure.
+#[derive(Clone, Copy, Debug)]
+pub struct Measure<'a> {
+    /// What, with the programs by their places in dom0: see [`Elsewhere::in_dom0`].
+    pub selection: &'a Selection,
+    /// These programs.
+    pub programs: &'a [Elsewhere],
+    /// CPUs of the emulated machine; with 2, dom0 and the guest have one each.
+    pub cpus: u32,
+    /// How many emulated machines run at the same time.
+    pub parallel: usize,
+}
+
+impl Bench<'_> {
+    /// Measures with the `runner`, in as many machines as it takes: [`plan`] says which. Returns the directories, below `out`,
+    /// of the collections that they leave.
+    ///
+    /// # Errors
+    /// Those of [`image`](Self::image), [`run`](Self::run) and [`Outcome::unpack`](crate::Outcome::unpack).
+    pub fn measure(&self, runner: &Path, measure: &Measure<'_>, out: &Path) -> Result<Vec<PathBuf>> {
+        let machines = plan::machines(measure.selection);
+        let mut jobs = Vec::new();
+        for (n, selections) in (1..).zip(&machines) {
+            let mut job = self.bench(&format!("bench-{n}"), runner, selections, measure.cpus);
+            for program in measure.programs {
+                program.put_into(&mut job);
+            }
+            let image = self.image(&job)?;
+            jobs.push((job, image));
+        }
+        let outcomes = self.run(&jobs, measure.parallel)?;
+        let mut collections = Vec::new();
+        for ((n, outcome), selections) in outcomes.iter().enumerate().zip(&machines) {
+            let dir = out.join(n.to_string());
+            outcome.unpack(&dir)?;
+            collections.extend((0..selections.len()).map(|run| dir.join(run.to_string())));
+        }
+        Ok(collections)
+    }
+}
