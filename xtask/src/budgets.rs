@@ -158,7 +158,8 @@ impl Table {
         let names: Vec<&String> = self.made_with.keys().chain(measured.made_with.keys()).filter(different).collect();
         let of_instructions = |name: &&String| OF_INSTRUCTIONS.contains(&name.as_str());
         let of_ticks = |name: &&String| !["valgrind", "memcpy"].contains(&name.as_str());
-        let version = |table: &Self, name| table.made_with.get(name).cloned().unwrap_or_else(|| "none".to_owned());
+        let version =
+            |table: &Self, name: &str| table.made_with.get(name).cloned().unwrap_or_else(|| "none".to_owned());
         compared.others =
             names.iter().map(|n| format!("{n}: {}, not {}", version(measured, n), version(self, n))).collect();
         compared.others.sort();

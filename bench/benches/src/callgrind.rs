@@ -1,9 +1,11 @@
 //! Instructions of the core, as valgrind's callgrind counts them: on any machine, and the same each time.
 //!
 //! callgrind collects in those functions that do one call of the engine, but not in what the engine calls of the hypervisor. It
-//! dumps at the beginning and at the end of each [`count`]: every second dump is one of what is to be counted.
+//! dumps at the end of [`begin`] and of [`count`], which take turns: every second dump is one of what is to be counted. (Of several
+//! options for the same function, it takes one.)
 
 use std::fs;
+use std::hint::black_box;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -21,7 +23,13 @@ const TOOLS: &[&str] = &["valgrind"];
 /// Functions, as callgrind knows them.
 const MEASURED: [&str; 3] = ["handle", "insert", "remove"];
 const HYPERVISOR: &str = "<hyperbp_benches::machine::Machine as *";
-const COUNT: &str = "hyperbp_benches::callgrind::count";
+const DUMPS: [&str; 2] = ["begin", "count"];
+
+/// What was done until now is not counted.
+#[inline(never)]
+pub fn begin() {
+    black_box(());
+}
 
 /// What is counted.
 ///
@@ -48,7 +56,7 @@ pub fn measure(program: &Path, target: &Path, progress: &Progress) -> Result<Vec
     command.args(["--tool=callgrind", "--quiet", "--collect-atstart=no"]);
     command.args(MEASURED.map(|name| format!("--toggle-collect=hyperbp_benches::scene::measured::{name}")));
     command.arg(format!("--toggle-collect={HYPERVISOR}"));
-    command.args([format!("--dump-before={COUNT}"), format!("--dump-after={COUNT}")]);
+    command.args(DUMPS.map(|name| format!("--dump-after=hyperbp_benches::callgrind::{name}")));
     command.arg(format!("--callgrind-out-file={}", out.display())).arg(program);
     let output = command.output().context("cannot run valgrind")?;
     let said = String::from_utf8_lossy(&output.stderr);

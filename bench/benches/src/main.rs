@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use hyperbp_benches::callgrind::count;
+use hyperbp_benches::callgrind::{begin, count};
 use hyperbp_benches::{Scene, What, scenes};
 
 fn main() -> ExitCode {
@@ -20,6 +20,7 @@ fn all() -> Result<(), hyperbp::Error> {
         let mut scene = Scene::new(mechanism, breakpoints)?;
         for what in What::ALL {
             scene.warm_up(what)?;
+            begin();
             count(&mut scene, what)?;
         }
     }
