@@ -42,10 +42,9 @@ fn allocations() -> Result<()> {
         let mut all = String::new();
         for what in What::ALL {
             scene.warm_up(what)?;
-            let mut done = Ok(Duration::ZERO);
-            let counted = allocation_counter::measure(|| done = scene.time(what, COUNTED));
-            done?;
-            let (count, what_is) = (counted.count_total, what.name());
+            let mut count = 0;
+            scene.within(what, COUNTED, &mut |work| count += allocation_counter::measure(work).count_total)?;
+            let what_is = what.name();
             let problem = format!(
                 "{count} allocations in {COUNTED} times {what_is}: while a virtual CPU waits, there must be none"
             );

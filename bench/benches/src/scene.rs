@@ -28,6 +28,10 @@ const BATCH: u64 = 64;
 /// How often a thing has happened when it is measured.
 const WARM: u64 = 100;
 
+/// The engine's functions, as what is measured, or only as what has to be done for that.
+type Insert = fn(&mut Engine, &mut Machine, Gpa, Mechanism) -> Result<BreakpointId, Error>;
+type Remove = fn(&mut Engine, &mut Machine, BreakpointId) -> Result<(), Error>;
+
 /// A guest with breakpoints, and the engine that serves them.
 #[derive(Debug)]
 pub struct Scene {
@@ -66,28 +70,49 @@ impl Scene {
     /// Lets something happen so often, and returns how long the engine took for that.
     ///
     /// # Errors
-    /// If the engine refuses to set a breakpoint or to take one out.
+    /// Those of [`within`](Self::within).
     pub fn time(&mut self, what: What, times: u64) -> Result<Duration, Error> {
-        if what.is_an_event() {
-            let begun = Instant::now();
-            (0..times).for_each(|_| self.happen(what));
-            return Ok(begun.elapsed());
-        }
         let mut spent = Duration::ZERO;
-        for done in (0..times).step_by(BATCH as usize) {
+        self.within(what, times, &mut |work| {
             let begun = Instant::now();
-            let ids = self.insert(BATCH.min(times - done))?;
-            let inserted = Instant::now();
-            self.remove(&ids)?;
-            spent += if what == What::Insert { inserted - begun } else { inserted.elapsed() };
-        }
+            work();
+            spent += begun.elapsed();
+        })?;
         Ok(spent)
+    }
+
+    /// Lets something happen so often, within calls of `meter`. What has to be done for it is done outside of them.
+    ///
+    /// # Errors
+    /// If the engine refuses to set a breakpoint or to take one out.
+    pub fn within(&mut self, what: What, times: u64, meter: &mut dyn FnMut(&mut dyn FnMut())) -> Result<(), Error> {
+        if what.is_an_event() {
+            meter(&mut || (0..times).for_each(|_| self.happen(what)));
+            return Ok(());
+        }
+        for done in (0..times).step_by(BATCH as usize) {
+            let count = BATCH.min(times - done);
+            let mut ids = Vec::with_capacity(count as usize);
+            if what == What::Insert {
+                let mut inserted = Ok(());
+                meter(&mut || inserted = self.insert(count, &mut ids, measured::insert));
+                inserted?;
+                self.remove(&ids, |engine, machine, id| engine.remove(machine, id))?;
+            } else {
+                let insert: Insert = |engine, machine, gpa, mechanism| engine.insert(machine, gpa, mechanism);
+                self.insert(count, &mut ids, insert)?;
+                let mut removed = Ok(());
+                meter(&mut || removed = self.remove(&ids, measured::remove));
+                removed?;
+            }
+        }
+        Ok(())
     }
 
     /// Lets something happen until what only its first times cost is paid.
     ///
     /// # Errors
-    /// Those of [`time`](Self::time).
+    /// Those of [`within`](Self::within).
     pub fn warm_up(&mut self, what: What) -> Result<(), Error> {
         self.time(what, WARM).map(drop)
     }
@@ -114,16 +139,18 @@ impl Scene {
         }
     }
 
-    /// Sets so many more, each on a page that has none yet.
-    fn insert(&mut self, count: u64) -> Result<Vec<BreakpointId>, Error> {
+    /// Sets so many more, each on a page that has none yet. There is room for their `ids`.
+    fn insert(&mut self, count: u64, ids: &mut Vec<BreakpointId>, insert: Insert) -> Result<(), Error> {
         let first = CODE.0 + self.places.len().div_ceil(PER_PAGE as usize) as u64;
         debug_assert!(first + count < FRAMES / 2, "there is no room");
-        let place = |n| Gfn(first + n).at(0x18);
-        (0..count).map(|n| measured::insert(&mut self.engine, &mut self.machine, place(n), self.mechanism)).collect()
+        for gfn in first..first + count {
+            ids.push(insert(&mut self.engine, &mut self.machine, Gfn(gfn).at(0x18), self.mechanism)?);
+        }
+        Ok(())
     }
 
-    fn remove(&mut self, ids: &[BreakpointId]) -> Result<(), Error> {
-        ids.iter().try_for_each(|id| measured::remove(&mut self.engine, &mut self.machine, *id))
+    fn remove(&mut self, ids: &[BreakpointId], remove: Remove) -> Result<(), Error> {
+        ids.iter().try_for_each(|id| remove(&mut self.engine, &mut self.machine, *id))
     }
 
     /// One of the breakpoints, at random, but the same ones in every run. (Knuth's MMIX generator.)
@@ -205,9 +232,10 @@ mod tests {
     fn breakpoints_come_and_go() {
         for (name, mechanism, breakpoints) in scenes() {
             let mut scene = Scene::new(mechanism, breakpoints).unwrap();
-            let ids = scene.insert(BATCH).unwrap();
+            let mut ids = Vec::new();
+            scene.insert(BATCH, &mut ids, measured::insert).unwrap();
             assert_eq!(scene.engine.breakpoints().len() as u64, u64::from(breakpoints) + BATCH, "{name}");
-            scene.remove(&ids).unwrap();
+            scene.remove(&ids, measured::remove).unwrap();
             scene.time(What::Remove, BATCH + 1).unwrap();
             assert_eq!(scene.engine.breakpoints().len() as u32, breakpoints, "{name}");
         }
