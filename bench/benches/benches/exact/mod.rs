@@ -12,7 +12,7 @@ pub(crate) const SAMPLES: usize = 10;
 /// warn that there is no time for one iteration.
 const A_SAMPLE: Duration = Duration::from_micros(4);
 /// What is added to every second sample when all are the same, and taken from the others.
-const DITHER: f64 = 1.0 / 64.0;
+const DITHER: f64 = 1.0 / 1024.0;
 
 /// Counts of something.
 pub(crate) struct Count(pub(crate) &'static str);
