@@ -17,6 +17,8 @@ const EXAMPLES: &str = "\
 Examples:
   cargo xtask budgets
       Measure, and say what costs more or less than bench/budgets.toml says. Exit code 1 if something costs more.
+  cargo xtask budgets --no-lab
+      The core's instructions alone: a minute.
   cargo xtask budgets --accept
       Measure, and write that file. The commit says why it changes.
 
@@ -29,6 +31,10 @@ pub(crate) struct Budgets {
     /// Make what is measured the budget
     #[arg(long)]
     accept: bool,
+
+    /// Only the core's instructions
+    #[arg(long)]
+    no_lab: bool,
 }
 
 /// What is put in front of the budgets.
@@ -85,14 +91,15 @@ impl Budgets {
     pub(crate) fn run(self) -> Result<()> {
         let lab = Lab::open(&crate::repo(), &crate::target(), Host::this(), Progress::new())?;
         let bench = lab.prepare(false)?;
-        let runner = lab.build(Program::Runner, Some(&bench.sysroot))?;
-        let job = bench.bench("budgets", &runner, slice::from_ref(&selection()), 1);
-        let image = bench.image(&job)?;
-        let outcome = bench.run(&[(job, image)], 1)?.remove(0);
-        let dir = crate::target().join("budgets");
-        outcome.unpack(&dir)?;
-        let measured = Table::measured(&lab, &bench, Collection::read(&dir.join("0"))?.results())?;
+        let mut measured = Table { made_with: made_with(&bench)?, ..Table::default() };
+        measured.count_instructions(&lab)?;
+        if !self.no_lab {
+            measured.add_ticks(measure(&lab, &bench)?.results());
+        }
         if self.accept {
+            if self.no_lab && file().exists() {
+                measured.take_ticks_of(Table::read()?);
+            }
             measured.write()?;
             println!("{} has what was measured. Say in the commit why it changes.", file().display());
             return Ok(());
@@ -104,6 +111,17 @@ impl Budgets {
         println!("All {} figures are within budget.", compared.figures);
         Ok(())
     }
+}
+
+/// Measures in the lab what has a budget there.
+fn measure(lab: &Lab, bench: &Bench<'_>) -> Result<Collection> {
+    let runner = lab.build(Program::Runner, Some(&bench.sysroot))?;
+    let job = bench.bench("budgets", &runner, slice::from_ref(&selection()), 1);
+    let image = bench.image(&job)?;
+    let outcome = bench.run(&[(job, image)], 1)?.remove(0);
+    let dir = crate::target().join("budgets");
+    outcome.unpack(&dir)?;
+    Collection::read(&dir.join("0"))
 }
 
 /// What is measured in the lab for it.
@@ -136,19 +154,35 @@ impl Table {
     /// Those of [`callgrind::measure`], or if a version cannot be told.
     pub(crate) fn measured(lab: &Lab, bench: &Bench<'_>, results: &Results) -> Result<Self> {
         let mut table = Self { made_with: made_with(bench)?, ..Self::default() };
+        table.count_instructions(lab)?;
+        table.add_ticks(results);
+        Ok(table)
+    }
+
+    fn count_instructions(&mut self, lab: &Lab) -> Result<()> {
         let program = lab.build(Program::Hits, None)?;
         for (case, count) in callgrind::measure(&program, &crate::target(), &lab.progress)? {
-            let of_mechanism = table.instructions.entry(case.mechanism.to_owned()).or_default();
+            let of_mechanism = self.instructions.entry(case.mechanism.to_owned()).or_default();
             let counts = of_mechanism.entry(case.what.name().to_owned()).or_default();
             let of_number = BREAKPOINTS.iter().zip(counts).find(|(breakpoints, _)| **breakpoints == case.breakpoints);
             of_number.into_iter().for_each(|(_, of_number)| *of_number = count);
         }
+        Ok(())
+    }
+
+    fn add_ticks(&mut self, results: &Results) {
         let ours = |run: &&hyperbp_report::Run| run.host == "runner" && run.mechanism != "none";
         for run in results.runs.iter().filter(ours) {
-            let of_mechanism = table.ticks.entry(run.mechanism.clone()).or_default();
+            let of_mechanism = self.ticks.entry(run.mechanism.clone()).or_default();
             of_mechanism.insert(run.workload.name().to_owned(), run.ticks.median);
         }
-        Ok(table)
+    }
+
+    /// Takes from another table the ticks, and the versions that only they depend on.
+    fn take_ticks_of(&mut self, other: Self) {
+        self.ticks = other.ticks;
+        let of_ticks = other.made_with.into_iter().filter(|(name, _)| !OF_INSTRUCTIONS.contains(&name.as_str()));
+        self.made_with.extend(of_ticks);
     }
 
     /// Compares what was measured with this, the budget.

@@ -10,7 +10,7 @@ use criterion::{BenchmarkGroup, BenchmarkId, SamplingMode, Throughput};
 pub(crate) const SAMPLES: usize = 10;
 /// How long criterion believes to measure for each sample. It is given them at once, in less than that: with less, it would
 /// warn that there is no time for one iteration.
-const A_SAMPLE: Duration = Duration::from_micros(4);
+const A_SAMPLE: Duration = Duration::from_micros(20);
 /// What is added to every second sample when all are the same, and taken from the others.
 const DITHER: f64 = 1.0 / 1024.0;
 
