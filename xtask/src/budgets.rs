@@ -293,8 +293,8 @@ mod tests {
         let made_with = BTreeMap::from([of("rustc", rustc), of("libc6", "2")]);
         let costs = |what: &str, cost| BTreeMap::from([("auto".to_owned(), BTreeMap::from([(what.to_owned(), cost)]))]);
         let instructions = costs("hit", 0)
-            .into_iter()
-            .map(|(m, _)| (m, BTreeMap::from([("hit".to_owned(), [instructions; BREAKPOINTS.len()])])));
+            .into_keys()
+            .map(|mechanism| (mechanism, BTreeMap::from([("hit".to_owned(), [instructions; BREAKPOINTS.len()])])));
         Table { made_with, instructions: instructions.collect(), ticks: costs("exec_bp", ticks) }
     }
 
