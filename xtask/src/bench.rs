@@ -10,7 +10,7 @@ use clap::builder::PossibleValuesParser;
 use hyperbp_lab::bochs::Emulator;
 use hyperbp_lab::plan::{self, Selection};
 use hyperbp_lab::protocol::{Message, Parser};
-use hyperbp_lab::{Elsewhere, Host, Lab, Options, Outcome, Program, Progress, Xen};
+use hyperbp_lab::{Elsewhere, Host, Lab, Measure, Options, Program, Progress, Xen};
 use hyperbp_report::{Breakdown, Collection};
 
 use crate::elsewhere::{self, Programs, Skipped};
@@ -128,20 +128,20 @@ pub(crate) struct Bench {
 struct Tuning {
     /// Another option for Xen, such as sched=null; may be repeated
     #[arg(long = "xen-option", value_name = "OPTION", conflicts_with = "domain")]
-    xen: Vec<String>,
+    xen_options: Vec<String>,
 
     /// Another option for dom0's kernel, such as preempt=none; may be repeated
     #[arg(long = "dom0-option", value_name = "OPTION", conflicts_with = "domain")]
-    dom0: Vec<String>,
+    dom0_options: Vec<String>,
 
     /// Another line for the guest's configuration, such as 'cpu_weight = 256'; may be repeated
     #[arg(long = "guest-option", value_name = "LINE", conflicts_with = "domain")]
-    guest: Vec<String>,
+    guest_options: Vec<String>,
 }
 
 impl Tuning {
     fn options(&self) -> Options {
-        let Self { xen, dom0, guest } = self;
+        let Self { xen_options: xen, dom0_options: dom0, guest_options: guest } = self;
         Options { xen: xen.clone(), dom0: dom0.clone(), guest: guest.clone() }
     }
 }
@@ -238,28 +238,15 @@ impl Bench {
         let emulator = if self.ticks { Emulator::Counting } else { Emulator::Plain };
         let prepared = lab.prepare_for(emulator, self.xen, false)?;
         let runner = lab.build(Program::Runner, Some(&prepared.sysroot))?;
-        let machines = plan::machines(&self.selection(programs, Elsewhere::in_dom0));
-        let mut jobs = Vec::new();
-        for (n, selections) in (1..).zip(&machines) {
-            let mut job = prepared.bench(&format!("bench-{n}"), &runner, selections, self.cpus);
-            job.options = self.tuning.options();
-            for program in programs {
-                program.put_into(&mut job);
-            }
-            let image = prepared.image(&job)?;
-            jobs.push((job, image));
-        }
-        let outcomes: Vec<Outcome> = prepared.run(&jobs, self.jobs.into())?;
-        let mut collections = Vec::new();
-        let mut rows = Vec::new();
-        for ((n, outcome), selections) in outcomes.iter().enumerate().zip(&machines) {
-            let dir = parts.join(n.to_string());
-            outcome.unpack(&dir)?;
-            let measured: Vec<_> = (0..selections.len()).map(|run| dir.join(run.to_string())).collect();
+        let selection = self.selection(programs, Elsewhere::in_dom0);
+        let (cpus, parallel) = (self.cpus, self.jobs.into());
+        let measure = Measure { selection: &selection, programs, cpus, options: self.tuning.options(), parallel };
+        let (mut collections, mut rows) = (Vec::new(), Vec::new());
+        for machine in prepared.measure(&runner, &measure, parts)? {
             if self.ticks {
-                rows.extend(ticks::rows(&outcome.windows, &measured)?);
+                rows.extend(ticks::rows(&machine.windows, &machine.collections)?);
             }
-            collections.extend(measured);
+            collections.extend(machine.collections);
         }
         Ok((collections, self.ticks.then(|| Breakdown::new(rows))))
     }
@@ -297,11 +284,7 @@ impl Bench {
 
 /// Merges the collections into one in `out`, and prints it.
 fn present(dirs: Vec<PathBuf>, label: &str, out: &Path) -> Result<()> {
-    let mut collections = dirs.iter().map(|dir| Collection::read(dir));
-    let mut all = collections.next().context("nothing was selected")??;
-    for collection in collections {
-        all.merge(collection?)?;
-    }
+    let all = Collection::read_all(&dirs)?;
     ensure!(!all.results().runs.is_empty(), "no host has what was selected");
     all.write(out)?;
     let date = jiff::Timestamp::now().strftime("%Y-%m-%d").to_string();

@@ -1,13 +1,14 @@
 //! The project's own commands. `cargo xtask --help` lists them.
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use hyperbp_lab::{repo, target};
 
 mod archive;
 mod bench;
 mod boot;
+mod budgets;
 mod cpp;
 mod deny;
 mod drakvuf;
@@ -37,6 +38,7 @@ struct Cli {
 enum Command {
     Bench(bench::Bench),
     Boot(boot::Boot),
+    Budgets(budgets::Budgets),
     Drakvuf(drakvuf::Drakvuf),
     Fuzz(fuzz::Fuzz),
     Install(install::Install),
@@ -52,6 +54,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Bench(bench) => bench.run(),
         Command::Boot(boot) => boot.run(),
+        Command::Budgets(budgets) => budgets.run(),
         Command::Drakvuf(drakvuf) => drakvuf.run(),
         Command::Fuzz(fuzz) => fuzz.run(),
         Command::Install(install) => install.run(),
@@ -69,19 +72,6 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
-}
-
-/// The repository.
-fn repo() -> PathBuf {
-    let xtask = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
-    xtask.parent().map(PathBuf::from).unwrap_or(xtask)
-}
-
-/// Where cargo, and we, put what is built.
-fn target() -> PathBuf {
-    let named = std::env::var_os("CARGO_TARGET_DIR").map(PathBuf::from);
-    // Absolute, for what is built is also used from other directories.
-    named.and_then(|dir| std::path::absolute(dir).ok()).unwrap_or_else(|| repo().join("target"))
 }
 
 #[cfg(test)]

@@ -9,10 +9,11 @@ use hyperbp_lab::plan::{self, Selection};
 use hyperbp_lab::{Bench, Elsewhere, Host, Lab, Outcome, Program, Progress, Xen};
 use hyperbp_report::{Collection, Results, Run, Workload};
 
+use crate::budgets::Table;
 use crate::elsewhere::Skipped;
 use crate::fuzz::Fuzz;
 use crate::trace::Trace;
-use crate::{cpp, deny, elsewhere, tools};
+use crate::{budgets, cpp, deny, elsewhere, tools};
 
 /// Run all tests: formatting, lints, unit and property tests, those of the C++ side, documentation, dependencies, a little
 /// fuzzing, and checks on a real Xen in the lab
@@ -186,11 +187,9 @@ impl Checks {
 fn in_the_lab(lab: &Lab, bench: &Bench<'_>, programs: &[Elsewhere], checks: &mut Checks) -> Result<()> {
     let runner = lab.build(Program::Runner, Some(&bench.sysroot))?;
     let quick = Selection {
-        samples: Some(100),
-        page_samples: Some(2),
         elsewhere: elsewhere::named(programs, Elsewhere::in_dom0),
         stock: elsewhere::stock(programs),
-        ..Selection::default()
+        ..budgets::selection()
     };
     // The same image twice, at the same time, and then the checks with one CPU and with two.
     let mut measure = bench.bench("test", &runner, std::slice::from_ref(&quick), 1);
@@ -237,6 +236,10 @@ fn in_the_lab(lab: &Lab, bench: &Bench<'_>, programs: &[Elsewhere], checks: &mut
     let second = Collection::read(&dirs[1].join("0"))?;
     checks.check("two runs of the same image give the same results and samples", first == second);
     results(first.results(), checks);
+    match programs.is_empty() {
+        true => within_budget(&Table::measured(lab, bench, first.results())?, checks)?,
+        false => println!("skipped: the budgets, which are for a guest that no other host has measured in"),
+    }
     for program in programs {
         match program.host {
             plan::SMARTVMI => in_smartvmi(first.results(), program, checks),
@@ -257,6 +260,16 @@ fn in_the_lab(lab: &Lab, bench: &Bench<'_>, programs: &[Elsewhere], checks: &mut
         println!("In SmartVMI:");
         storms(dir, checks)?;
     }
+    Ok(())
+}
+
+/// What costs more than it may is a failure; what costs less is told.
+fn within_budget(measured: &Table, checks: &mut Checks) -> Result<()> {
+    let compared = Table::read()?.compare(measured);
+    compared.print_notes();
+    let what = format!("{} figures are within the budgets of bench/budgets.toml", compared.figures);
+    checks.check(&what, compared.more.is_empty());
+    compared.more.iter().for_each(|more| checks.check(more, false));
     Ok(())
 }
 

@@ -17,6 +17,8 @@ pub enum Program {
     VmiRs,
     /// The two processes that share a page of code, for the Linux guest.
     Pair,
+    /// What the core's instructions are counted in. It runs here.
+    Hits,
 }
 
 impl Program {
@@ -29,6 +31,7 @@ impl Program {
             Self::E9 => "e9",
             Self::VmiRs => "vmi-rs-bench",
             Self::Pair => "pair",
+            Self::Hits => "hyperbp-hits",
         }
     }
 
@@ -42,6 +45,7 @@ impl Program {
             Self::VmiRs => &["--manifest-path", "bench/vmi-rs/Cargo.toml"],
             // Static, for where it runs there is no libc.
             Self::Pair => &["--package", "hyperbp-pair", "--bin", "pair", "--", "-Ctarget-feature=+crt-static"],
+            Self::Hits => &["--package", "hyperbp-benches", "--bin", "hyperbp-hits"],
         }
     }
 }

@@ -17,6 +17,7 @@ use std::time::Duration;
 pub mod apt;
 pub mod bochs;
 pub mod build;
+mod checkout;
 mod command;
 pub mod drakvuf;
 pub mod elf;
@@ -29,6 +30,7 @@ mod job;
 pub mod kaslr;
 pub mod kernel;
 pub mod machine;
+mod measure;
 pub mod packages;
 pub mod plan;
 pub mod profile;
@@ -43,12 +45,14 @@ pub mod windows;
 mod xen;
 
 pub use build::Program;
+pub use checkout::{repo, target};
 pub use command::Log;
 pub use elsewhere::Elsewhere;
 pub use error::{Error, Result, Tail};
 pub use host::Host;
 pub use job::{Job, Options};
 pub use machine::{Machine, Outcome};
+pub use measure::{Measure, Measured};
 pub use progress::Progress;
 pub use stage::{Inputs, Stages};
 pub use vmicore::Introspection;
@@ -362,6 +366,19 @@ impl Bench<'_> {
             limit,
             silence,
         }
+    }
+
+    /// Debian's packages that are in it, and their versions.
+    ///
+    /// # Errors
+    /// Those of [`packages::unpack`].
+    pub fn versions(&self) -> Result<Vec<apt::Package>> {
+        let Lab { host, stages, progress, .. } = self.lab;
+        let of = |group: &Group| {
+            let apt = packages::apt(host, &self.lab.apts(), group.release)?;
+            packages::versions(&apt, group, stages, progress, false)
+        };
+        Ok(self.xen.packages().iter().map(of).collect::<Result<Vec<_>>>()?.concat())
     }
 
     /// Builds the image of `job`, and returns it.

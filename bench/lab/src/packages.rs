@@ -61,7 +61,13 @@ pub fn apt(host: &Host, dir: &Path, release: &str) -> Result<Apt> {
 }
 
 /// The versions to use.
-fn versions(apt: &Apt, group: &Group, stages: &Stages, progress: &Progress, update: bool) -> Result<Vec<Package>> {
+pub(crate) fn versions(
+    apt: &Apt,
+    group: &Group,
+    stages: &Stages,
+    progress: &Progress,
+    update: bool,
+) -> Result<Vec<Package>> {
     // Named after what was asked for, so that an answer to another question is not taken for this one's.
     let question = Inputs::new().with("mirror", apt.mirror()).with("release", group.release);
     let question = group.names.iter().fold(question, |i, name| i.with("name", name));

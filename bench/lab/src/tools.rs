@@ -53,6 +53,18 @@ pub fn install(host: &Host, packages: &[&'static str], progress: &Progress, log:
     run(&install)
 }
 
+/// Which versions of `packages` are installed. Those that are not are left out.
+///
+/// # Errors
+/// [`Error::Spawn`].
+pub fn versions(host: &Host, packages: &[&str]) -> Result<Vec<(String, String)>> {
+    let mut query = host.command("dpkg-query");
+    query.args(["-W", "-f", "${Package} ${Version}\n"]).args(packages);
+    let output = query.output().map_err(|e| crate::command::spawn_error(&query, e))?;
+    let line = |line: &str| line.split_once(' ').map(|(name, version)| (name.to_owned(), version.to_owned()));
+    Ok(String::from_utf8_lossy(&output.stdout).lines().filter_map(line).collect())
+}
+
 fn may_sudo(host: &Host, log: &Log) -> bool {
     log.status(host.command("sudo").args(["-n", "true"])).is_ok_and(|status| status.success())
 }

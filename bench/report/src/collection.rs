@@ -194,6 +194,17 @@ impl Collection {
         }
         Ok(collection)
     }
+
+    /// Reads several, and [merges](Self::merge) them.
+    ///
+    /// # Errors
+    /// Those of [`read`](Self::read) and [`merge`](Self::merge), or if there is none.
+    pub fn read_all(directories: &[PathBuf]) -> Result<Self> {
+        let mut collections = directories.iter().map(|directory| Self::read(directory));
+        let mut all = collections.next().context("nothing was measured")??;
+        collections.try_for_each(|collection| all.merge(collection?))?;
+        Ok(all)
+    }
 }
 
 /// What the canonical order goes by. Backends come after mechanisms, so that those of one mechanism are neighbours.
