@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
-use clap::Args;
 use clap::builder::PossibleValuesParser;
+use clap::{Args, ValueEnum};
 use hyperbp_lab::plan::{self, Selection};
 use hyperbp_lab::protocol::{Message, Parser};
 use hyperbp_lab::{Elsewhere, Host, Lab, Outcome, Program, Progress};
@@ -30,14 +30,17 @@ Examples:
       Only these.
   cargo xtask bench --cpus 2
       dom0 and the guest have a CPU each.
+  cargo xtask bench --quick --guest linux
+      The breakpoint is in a program in a Linux guest.
   cargo xtask bench --drakvuf ../drakvuf/build
       Measure in DRAKVUF, too: this is Meson's build directory, with DRAKVUF built in it.
   cargo xtask bench --smartvmi ../smartvmi/build
       Measure in SmartVMI, too: this is CMake's build directory of its vmicore, with vmicore built in it.
   cargo xtask bench --domain bench
-      On this machine: run it in dom0 of a Xen with `altp2m=1`, with the benchmark guest running as the domain `bench`.
+      On this machine: run it in dom0 of a Xen with `altp2m=1`, with the benchmark guest running as the domain `bench`, or the
+      program hyperbp-guest in it. docs/real-machines.md tells how.
 
-Results are in target/bench: results.json, results.svg, samples/, and bpbench/ for the scripts of the bpbench study.
+Results are in target/bench (with --guest linux, target/bench-linux): results.json, results.svg, samples/, and bpbench/ for the scripts of the bpbench study.
 In the emulator a tick is an instruction; it knows no cost of a VM exit, a cache or a TLB miss.";
 
 /// Measure what a breakpoint hit costs with each mechanism, and print a table
@@ -78,6 +81,10 @@ pub(crate) struct Bench {
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=2))]
     cpus: u32,
 
+    /// What executes the breakpoint: a kernel of ours, or a program in Linux
+    #[arg(long, value_enum, default_value = "pvh", conflicts_with = "domain")]
+    guest: Guest,
+
     /// Emulated machines that run at the same time
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..))]
     jobs: u8,
@@ -94,6 +101,15 @@ pub(crate) struct Bench {
     update: bool,
 }
 
+/// The benchmark guest in the lab.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Guest {
+    /// `bench/guest`
+    Pvh,
+    /// `bench/guest/program`
+    Linux,
+}
+
 /// A name of a mechanism, checked.
 pub(crate) fn mechanism(name: &str) -> Result<String, hyperbp::Error> {
     if !OTHERS.contains(&name) {
@@ -105,7 +121,10 @@ pub(crate) fn mechanism(name: &str) -> Result<String, hyperbp::Error> {
 impl Bench {
     pub(crate) fn run(self) -> Result<()> {
         let lab = Lab::open(&crate::repo(), &crate::target(), Host::this(), Progress::new())?;
-        let out = crate::target().join("bench");
+        let out = crate::target().join(match self.guest {
+            Guest::Pvh => "bench",
+            Guest::Linux => "bench-linux",
+        });
         let parts = out.join("parts");
         // Parts of an earlier run must not be taken for this one's.
         if parts.exists() {
@@ -162,10 +181,17 @@ impl Bench {
     fn measure_in_the_lab(&self, lab: &Lab, programs: &[Elsewhere], parts: &Path) -> Result<Vec<PathBuf>> {
         let prepared = lab.prepare(self.update)?;
         let runner = lab.build(Program::Runner, Some(&prepared.sysroot))?;
+        let program = if self.guest == Guest::Linux { Some(lab.program()?) } else { None };
         let machines = plan::machines(&self.selection(programs, Elsewhere::in_dom0));
         let mut jobs = Vec::new();
         for (n, selections) in (1..).zip(&machines) {
-            let mut job = prepared.bench(&format!("bench-{n}"), &runner, selections, self.cpus);
+            let name = format!("bench-{n}");
+            let mut job = match &program {
+                None => prepared.bench(&name, &runner, selections, self.cpus),
+                Some(program) => {
+                    prepared.bench_in_linux(&format!("{name}-linux"), &runner, program, selections, self.cpus)
+                }
+            };
             for program in programs {
                 program.put_into(&mut job);
             }

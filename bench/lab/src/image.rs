@@ -16,6 +16,7 @@ const GUEST_CFG: &str = include_str!("../dom0/guest.cfg");
 const LINUX_CFG: &str = include_str!("../dom0/linux.cfg");
 const LINUX_INIT: &str = include_str!("../linux/init");
 const LINUX_ROUNDS: &str = include_str!("../linux/rounds");
+const LINUX_PROGRAM: &str = include_str!("../linux/program");
 
 /// Xen's programs, in `usr/lib/xen-4.17/bin` of the sysroot and of dom0.
 const XEN_BIN: &str = "usr/lib/xen-4.17/bin";
@@ -145,7 +146,7 @@ fn initramfs(host: &Host, sysroot: &Path, kernel: &Kernel, e9: &Path, job: &Job)
     if job.linux {
         fs.file("guest/linux.cfg", 0o644, pinned(LINUX_CFG, job.cpus));
         fs.file("guest/vmlinux", 0o644, kernel.moved(job.moved)?);
-        fs.file("guest/linux.cpio", 0o644, linux(&busybox)?);
+        fs.file("guest/linux.cpio", 0o644, linux(&busybox, job.program.as_deref())?);
     }
 
     for (path, file) in &job.files {
@@ -192,7 +193,7 @@ fn initramfs(host: &Host, sysroot: &Path, kernel: &Kernel, e9: &Path, job: &Job)
 }
 
 /// The Linux guest's file system.
-fn linux(busybox: &Path) -> Result<Vec<u8>> {
+fn linux(busybox: &Path, program: Option<&Path>) -> Result<Vec<u8>> {
     let mut fs = Initramfs::new();
     for directory in ["dev", "proc", "tmp", "tracing"] {
         fs.directory(directory);
@@ -203,6 +204,10 @@ fn linux(busybox: &Path) -> Result<Vec<u8>> {
     fs.file("init", 0o755, LINUX_INIT);
     fs.file("rounds", 0o755, LINUX_ROUNDS);
     fs.copy("bin/busybox", 0o755, busybox)?;
+    if let Some(program) = program {
+        fs.file("program", 0o755, LINUX_PROGRAM);
+        fs.copy("bin/hyperbp-guest", 0o755, program)?;
+    }
     fs.archive().map_err(Error::io("archive", Path::new("the Linux guest's file system")))
 }
 

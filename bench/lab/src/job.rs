@@ -32,6 +32,8 @@ pub struct Job {
     pub guest: PathBuf,
     /// Whether there is a Linux guest, too: `/guest/linux.cfg` in dom0.
     pub linux: bool,
+    /// The program that guest can run instead of its load, with `rdinit=/program`.
+    pub program: Option<PathBuf>,
     /// How far that guest's kernel is moved in memory, in bytes: a multiple of 2 MiB.
     pub moved: u32,
     /// dom0's memory in MiB. What is in its file system is in there, too.
@@ -92,6 +94,7 @@ pub(crate) mod tests {
             files: vec![],
             guest: PathBuf::new(),
             linux: false,
+            program: None,
             moved: 0,
             memory: 0,
             cpus: 1,

@@ -32,6 +32,7 @@ pub mod machine;
 pub mod packages;
 pub mod plan;
 pub mod profile;
+pub mod program;
 pub mod progress;
 pub mod protocol;
 pub mod smartvmi;
@@ -53,6 +54,9 @@ use kernel::Kernel;
 
 /// Free space the lab asks for before it is built: at its largest, while Bochs is compiled, it takes about half.
 const SPACE: u64 = 1536 << 20;
+
+/// dom0's memory in MiB if there is a Linux guest: that one's kernel is in it too, in its file system.
+const WITH_LINUX: u32 = 448;
 
 /// The job scripts that come with the lab.
 const BENCH: &str = include_str!("../dom0/bench.sh");
@@ -143,6 +147,14 @@ impl Lab {
         build::build(program, &self.host, &self.repo, sysroot, &self.stages, &self.progress)
     }
 
+    /// Builds the benchmark's program for a Linux guest.
+    ///
+    /// # Errors
+    /// Those of [`program::build`].
+    pub fn program(&self) -> Result<PathBuf> {
+        program::build(&self.host, &self.repo, &self.stages, &self.progress)
+    }
+
     /// Builds the program that serves breakpoints from inside DRAKVUF, against the one that is built in `tree`.
     ///
     /// # Errors
@@ -230,6 +242,24 @@ impl Bench<'_> {
         job
     }
 
+    /// The same in the Linux guest, where `program`, [`Lab::program`], is what executes the breakpoint.
+    #[must_use]
+    pub fn bench_in_linux(
+        &self,
+        name: &str,
+        runner: &Path,
+        program: &Path,
+        selections: &[plan::Selection],
+        cpus: u32,
+    ) -> Job {
+        let mut job = self.bench(name, runner, selections, cpus);
+        job.linux = true;
+        job.program = Some(program.to_owned());
+        job.memory = WITH_LINUX;
+        job.variables.push(("GUEST".to_owned(), "linux".to_owned()));
+        job
+    }
+
     /// A job with storms of `calls` calls for each virtual CPU, in a guest with each of these numbers of virtual CPUs, under
     /// `mechanisms`, or all there are if there are none. Each leaves `storm.json` in a directory named after the number.
     #[must_use]
@@ -261,8 +291,7 @@ impl Bench<'_> {
     pub fn trace(&self, runner: &Path, cpus: u32, vcpus: u32, trace: &Trace<'_>) -> Job {
         let mut job = self.job(format!("trace-{cpus}-{vcpus}"), TRACE, cpus, Duration::from_secs(3600));
         job.linux = true;
-        // A guest's kernel is in dom0's memory too: in its file system.
-        job.memory = 448;
+        job.memory = WITH_LINUX;
         let Trace { functions, between, mechanism, seconds } = trace;
         let functions: String = functions.iter().map(|function| format!(" --function {function}")).collect();
         let arguments = format!("--mechanism {mechanism} --between {between}{functions}");
@@ -290,7 +319,7 @@ impl Bench<'_> {
         job.linux = true;
         job.moved = MOVED;
         // As json-c has it in memory, a profile takes so many times its size.
-        job.memory = 448 + 14 * u32::try_from(size >> 20).unwrap_or(u32::MAX / 64);
+        job.memory = WITH_LINUX + 14 * u32::try_from(size >> 20).unwrap_or(u32::MAX / 64);
         job.files.push(("profile.json".to_owned(), profile.to_path_buf()));
         job.libraries.extend(elsewhere::LOADS.map(str::to_owned));
         job.programs.push(program);
@@ -311,6 +340,7 @@ impl Bench<'_> {
             files: Vec::new(),
             guest: self.guest.clone(),
             linux: false,
+            program: None,
             moved: 0,
             memory: 256,
             cpus,
