@@ -100,6 +100,7 @@ fn job() -> Job {
         files: vec![],
         guest: PathBuf::new(),
         linux: false,
+        program: None,
         moved: 0,
         memory: 256,
         cpus: 1,
