@@ -14,6 +14,7 @@ mod drakvuf;
 mod elsewhere;
 mod events;
 mod fuzz;
+mod guest;
 mod install;
 mod recover;
 mod storm;

@@ -12,7 +12,7 @@ use hyperbp_report::{Collection, Results, Run, Workload};
 use crate::elsewhere::Skipped;
 use crate::fuzz::Fuzz;
 use crate::trace::Trace;
-use crate::{cpp, deny, elsewhere, tools};
+use crate::{cpp, deny, elsewhere, guest, tools};
 
 /// Run all tests: formatting, lints, unit and property tests, those of the C++ side, documentation, dependencies, a little
 /// fuzzing, and checks on a real Xen in the lab
@@ -29,6 +29,10 @@ pub(crate) struct Test {
     /// Only what runs in the emulator
     #[arg(long)]
     only_lab: bool,
+
+    /// Install what the benchmark's program for Windows needs (mingw-w64 and Wine, a gigabyte), and test that, too
+    #[arg(long, conflicts_with_all = ["only_cpp", "only_lab"])]
+    windows: bool,
 
     #[command(flatten)]
     elsewhere: elsewhere::Trees,
@@ -111,6 +115,7 @@ impl Test {
         if !self.only_lab {
             steps(ANYWHERE, None)?;
             cpp::run()?;
+            guest::run(self.windows)?;
             deny::run()?;
             Fuzz::all(FUZZ_SECONDS).run()?;
         }
