@@ -1,6 +1,6 @@
 /*
- * What this program and the runner in dom0 agree on: bench/abi in C. That one is the original, with the reasons; a test there has
- * the same offsets.
+ * What this program and the runner in dom0 agree on: bench/abi in C. That one is the original, with the reasons; a test
+ * there has the same offsets.
  */
 #ifndef HYPERBP_ABI_H
 #define HYPERBP_ABI_H
@@ -30,7 +30,8 @@ enum workload {
     LABEL = 12,
 };
 
-struct control {
+struct control
+{
     uint64_t magic;
     uint32_t version;
     uint32_t vcpus;
@@ -51,7 +52,8 @@ struct control {
     uint64_t tag;
 };
 
-struct label {
+struct label
+{
     uint64_t magic;
     uint64_t tag;
     uint64_t index;

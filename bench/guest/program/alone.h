@@ -7,14 +7,15 @@
 
 #include "workload.h"
 
-struct plan {
+struct plan
+{
     bool wanted[MEASURED];
     uint32_t samples;
     uint32_t page_samples; /* of read_page */
-    const char *out;       /* a directory, or NULL */
+    const char* out;       /* a directory, or NULL */
 };
 
 /* Measures, prints a table, and writes the samples and summary.csv. Whether the page always read as it should. */
-bool alone_measure(const struct plan *plan);
+bool alone_measure(const struct plan* plan);
 
 #endif

@@ -12,19 +12,19 @@
 
 #include "platform.h"
 
-static void fail(const char *what, const char *help)
+static void fail(const char* what, const char* help)
 {
     fprintf(stderr, "error: %s: %s%s\n", what, strerror(errno), help);
     exit(1);
 }
 
-void platform_executable(void *pages, size_t length)
+void platform_executable(void* pages, size_t length)
 {
     if (mprotect(pages, length, PROT_READ | PROT_WRITE | PROT_EXEC))
         fail("mprotect", ": a security module may forbid memory that is both writable and executable");
 }
 
-void platform_lock(void *pages, size_t length)
+void platform_lock(void* pages, size_t length)
 {
     if (mlock(pages, length))
         fail("mlock", ": run this as root, or raise the limit (ulimit -l)");
@@ -79,7 +79,7 @@ void platform_sleep(unsigned milliseconds)
     nanosleep(&time, NULL);
 }
 
-void platform_directory(const char *path)
+void platform_directory(const char* path)
 {
     if (mkdir(path, 0777) && errno != EEXIST)
         fail(path, "");

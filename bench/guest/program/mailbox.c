@@ -15,7 +15,7 @@ _Static_assert(sizeof(samples) == SAMPLE_PAGES * PAGE_SIZE, "nothing else is on 
 /* Between two looks, in milliseconds: until there is something to do, others have the CPU. */
 enum { PAUSE = 1 };
 
-static void put_label(void *page, uint64_t tag, uint64_t index)
+static void put_label(void* page, uint64_t tag, uint64_t index)
 {
     const struct label label = {LABEL_MAGIC, tag, index};
     memcpy(page, &label, sizeof(label));

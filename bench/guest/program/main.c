@@ -1,6 +1,6 @@
 /*
- * The benchmark guest as a program for Linux and Windows: bpbench's workloads on a page for a breakpoint that is set from outside.
- * `hyperbp-guest --help` tells how it is used, docs/real-machines.md where.
+ * The benchmark guest as a program for Linux and Windows: bpbench's workloads on a page for a breakpoint that is set
+ * from outside. `hyperbp-guest --help` tells how it is used, docs/real-machines.md where.
  */
 #include <errno.h>
 #include <inttypes.h>
@@ -32,7 +32,8 @@ static const char help[] =
     "      --workload W       Measure only this: timer, exec_bp, exec_page, read_bp, read_page; may be repeated\n"
     "      --samples N        Samples of each [default: 100000]\n"
     "      --page-samples N   Samples of read_page, which takes 512 hits a sample [default: 1000]\n"
-    "      --out DIR          Directory for summary.csv, in ticks of the time-stamp counter, and a file with the samples of\n"
+    "      --out DIR          Directory for summary.csv, in ticks of the time-stamp counter, and a file with the "
+    "samples of\n"
     "                         each workload as the study's scripts read them: a number of nanoseconds a line\n"
     "\n"
     "Examples:\n"
@@ -43,22 +44,23 @@ static const char help[] =
     "\n"
     "Exit codes: 0 fine, 2 bad arguments, 3 the breakpoint was not hidden from this program, 1 anything else.\n";
 
-struct options {
+struct options
+{
     struct plan plan;
     unsigned cpu;
     enum { MAILBOX, WAIT, ENTER, BASELINE } when;
     uint32_t seconds;
 };
 
-static void usage(const char *problem, const char *argument)
+static void usage(const char* problem, const char* argument)
 {
     fprintf(stderr, "error: %s `%s`; --help tells what there is\n", problem, argument);
     exit(2);
 }
 
-static uint32_t number(const char *text, uint32_t least, uint32_t most)
+static uint32_t number(const char* text, uint32_t least, uint32_t most)
 {
-    char *end;
+    char* end;
     errno = 0;
     const unsigned long long value = strtoull(text, &end, 10);
     if (errno || end == text || *end || *text == '-' || value < least || value > most)
@@ -66,7 +68,7 @@ static uint32_t number(const char *text, uint32_t least, uint32_t most)
     return (uint32_t)value;
 }
 
-static void want(struct plan *plan, const char *name)
+static void want(struct plan* plan, const char* name)
 {
     for (int n = 0; n < MEASURED; n++) {
         if (!strcmp(measured[n].name, name)) {
@@ -77,10 +79,10 @@ static void want(struct plan *plan, const char *name)
     usage("there is no workload", name);
 }
 
-static struct options parse(int argc, char **argv)
+static struct options parse(int argc, char** argv)
 {
     struct options options = {.plan = {.samples = 100000, .page_samples = 1000}};
-    const char *alone = NULL;
+    const char* alone = NULL;
     bool some = false;
     for (int n = 1; n < argc; n++) {
         const char *name = argv[n], *value = n + 1 < argc ? argv[n + 1] : NULL;
@@ -92,7 +94,8 @@ static struct options parse(int argc, char **argv)
             options.when = name[2] == 'e' ? ENTER : BASELINE;
             continue;
         }
-        static const char *const with_value[] = {"--wait", "--cpu", "--workload", "--samples", "--page-samples", "--out"};
+        static const char* const with_value[] = {"--wait",    "--cpu",          "--workload",
+                                                 "--samples", "--page-samples", "--out"};
         const int known = sizeof(with_value) / sizeof(*with_value);
         int which = 0;
         while (which < known && strcmp(name, with_value[which]))
@@ -142,7 +145,7 @@ static void on_int3(void)
     _Exit(3);
 }
 
-int main(int argc, char **argv)
+int main(int argc, char** argv)
 {
     const struct options options = parse(argc, argv);
     if (options.cpu >= platform_cpus())
@@ -150,9 +153,12 @@ int main(int argc, char **argv)
     workload_prepare();
     platform_on_int3(on_int3);
     if (!platform_own_cpu(options.cpu))
-        fprintf(stderr, "warning: without the highest priority, others disturb the figures: run this as root or administrator\n");
-    printf("Process %" PRIu64 ", on virtual CPU %u. The page is at %p, the breakpoint goes to %p (hyperbp_breakpoint).\n",
-           platform_process(), options.cpu, (void *)hyperbp_page, (void *)hyperbp_breakpoint);
+        fprintf(
+            stderr,
+            "warning: without the highest priority, others disturb the figures: run this as root or administrator\n");
+    printf("Process %" PRIu64
+           ", on virtual CPU %u. The page is at %p, the breakpoint goes to %p (hyperbp_breakpoint).\n",
+           platform_process(), options.cpu, (void*)hyperbp_page, (void*)hyperbp_breakpoint);
     switch (options.when) {
     case MAILBOX:
         printf("ready: in dom0, run hyperbp-bench run --domain NAME --out DIR; Ctrl-C ends this.\n");

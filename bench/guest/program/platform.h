@@ -7,12 +7,13 @@
 #include <stdint.h>
 
 /* Makes pages of this program readable, writable and executable. */
-void platform_executable(void *pages, size_t length);
+void platform_executable(void* pages, size_t length);
 
 /* Keeps pages where they are in memory, as far as the system lets it. They are there already, or come now. */
-void platform_lock(void *pages, size_t length);
+void platform_lock(void* pages, size_t length);
 
-/* Keeps this thread on one CPU, and other threads off it as far as this user may. Whether its priority is as high as it can be. */
+/* Keeps this thread on one CPU, and other threads off it as far as this user may. Whether its priority is as high as it
+ * can be. */
 bool platform_own_cpu(unsigned cpu);
 
 /* CPUs this system has. */
@@ -30,6 +31,6 @@ uint64_t platform_nanoseconds(void);
 void platform_sleep(unsigned milliseconds);
 
 /* Makes a directory, if it is not there. */
-void platform_directory(const char *path);
+void platform_directory(const char* path);
 
 #endif

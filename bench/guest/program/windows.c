@@ -8,20 +8,20 @@
 /* More than all our pages, in bytes: what a process may lock is a little less than its least working set. */
 #define WORKING_SET (16 << 20)
 
-static void fail(const char *what, const char *help)
+static void fail(const char* what, const char* help)
 {
     fprintf(stderr, "error: %s: code %lu%s\n", what, GetLastError(), help);
     exit(1);
 }
 
-void platform_executable(void *pages, size_t length)
+void platform_executable(void* pages, size_t length)
 {
     DWORD before;
     if (!VirtualProtect(pages, length, PAGE_EXECUTE_READWRITE, &before))
         fail("VirtualProtect", ": Arbitrary Code Guard may forbid memory that is both writable and executable");
 }
 
-void platform_lock(void *pages, size_t length)
+void platform_lock(void* pages, size_t length)
 {
     if (!SetProcessWorkingSetSize(GetCurrentProcess(), WORKING_SET, 2 * WORKING_SET))
         fail("SetProcessWorkingSetSize", ": run this as an administrator");
@@ -48,7 +48,7 @@ unsigned platform_cpus(void)
 
 static void (*on_int3)(void);
 
-static LONG CALLBACK on_exception(EXCEPTION_POINTERS *what)
+static LONG CALLBACK on_exception(EXCEPTION_POINTERS* what)
 {
     if (what->ExceptionRecord->ExceptionCode == EXCEPTION_BREAKPOINT)
         on_int3();
@@ -80,7 +80,7 @@ void platform_sleep(unsigned milliseconds)
     Sleep(milliseconds);
 }
 
-void platform_directory(const char *path)
+void platform_directory(const char* path)
 {
     if (!CreateDirectoryA(path, NULL) && GetLastError() != ERROR_ALREADY_EXISTS)
         fail(path, "");
