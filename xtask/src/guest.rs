@@ -5,8 +5,10 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 use anyhow::{Context, Result, ensure};
-use hyperbp_lab::{Host, Log, Progress, program, tools};
-use hyperbp_report::Workload;
+use hyperbp::Mechanism;
+use hyperbp_lab::plan::Selection;
+use hyperbp_lab::{Bench, Host, Lab, Log, Program, Progress, program, tools};
+use hyperbp_report::{Collection, Workload};
 
 /// Debian's compiler for Windows, and what it is called.
 const MINGW: (&str, &str) = ("gcc-mingw-w64-x86-64-win32", "x86_64-w64-mingw32-gcc");
@@ -98,6 +100,34 @@ fn baseline(name: &str, dir: &Path, program: impl Fn(&str) -> Command) -> Result
         ensure!(helps, "{name} {}: {} and\n{}", arguments.join(" "), output.status, said(&output));
     }
     Ok(())
+}
+
+/// Measures each mechanism in the program in the lab's Linux guest, and returns what was checked, and whether it holds.
+///
+/// # Errors
+/// If there are no results.
+pub(crate) fn in_linux(lab: &Lab, bench: &Bench<'_>) -> Result<Vec<(String, bool)>> {
+    let runner = lab.build(Program::Runner, Some(&bench.sysroot))?;
+    let few = Selection {
+        hosts: vec!["runner".to_owned()],
+        samples: Some(20),
+        page_samples: Some(1),
+        ..Selection::default()
+    };
+    let job = bench.bench_in_linux("test-linux", &runner, &lab.program()?, &[few], 1);
+    let image = bench.image(&job)?;
+    let dir = crate::target().join("test-linux");
+    bench.run(&[(job, image)], 1)?.remove(0).unpack(&dir)?;
+    let collection = Collection::read(&dir.join("0"))?;
+    let runs = &collection.results().runs;
+    let mut checks = Vec::new();
+    for (mechanism, _) in Mechanism::NAMED {
+        let of_it: Vec<_> = runs.iter().filter(|run| run.mechanism == mechanism).collect();
+        let exact = of_it.iter().all(|run| run.guest_hits == run.monitor_hits && !run.guest_saw_breakpoint);
+        let what = format!("{mechanism} counts every execution in a process of Linux, and hides");
+        checks.push((what, exact && of_it.len() == Workload::ALL.len()));
+    }
+    Ok(checks)
 }
 
 fn said(output: &Output) -> String {

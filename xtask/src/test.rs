@@ -34,6 +34,10 @@ pub(crate) struct Test {
     #[arg(long, conflicts_with_all = ["only_cpp", "only_lab"])]
     windows: bool,
 
+    /// Measure in a program in a Linux guest, too: one more machine, for some minutes
+    #[arg(long, conflicts_with_all = ["no_lab", "only_cpp"])]
+    linux_guest: bool,
+
     #[command(flatten)]
     elsewhere: elsewhere::Trees,
 }
@@ -131,6 +135,14 @@ impl Test {
         let programs = self.elsewhere.build(&lab)?;
         let mut checks = Checks::default();
         in_the_lab(&lab, &bench, &programs, &mut checks)?;
+        if self.linux_guest {
+            println!("A program in a Linux guest:");
+            for (what, holds) in guest::in_linux(&lab, &bench)? {
+                checks.check(&what, holds);
+            }
+        } else {
+            println!("skipped: a program in a Linux guest (to measure in it, `--linux-guest`)");
+        }
         for skipped in plan::ELSEWHERE.iter().filter_map(|host| elsewhere::skipped(host, &programs)) {
             let (Skipped::Host(what) | Skipped::Hyperbp(what)) = skipped;
             println!("skipped: {what}");
