@@ -256,6 +256,8 @@ impl Bench<'_> {
         job.linux = true;
         job.program = Some(program.to_owned());
         job.memory = WITH_LINUX;
+        // It boots as long as Xen and dom0 together, and its memory is looked through.
+        job.limit += Duration::from_secs(1800);
         job.variables.push(("GUEST".to_owned(), "linux".to_owned()));
         job
     }
