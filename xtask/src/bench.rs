@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
-use clap::Args;
 use clap::builder::PossibleValuesParser;
+use clap::{Args, ValueEnum};
 use hyperbp_lab::bochs::Emulator;
 use hyperbp_lab::plan::{self, Selection};
 use hyperbp_lab::protocol::{Message, Parser};
@@ -36,6 +36,8 @@ Examples:
       With a newer Xen, and in vmi-rs, too: that needs it.
   cargo xtask bench --quick --ticks
       And say of each hit which of its ticks are the guest's, Xen's, dom0's kernel's and the monitor's.
+  cargo xtask bench --quick --guest linux
+      The breakpoint is in a program in a Linux guest.
   cargo xtask bench --drakvuf ../drakvuf/build
       Measure in DRAKVUF, too: this is Meson's build directory, with DRAKVUF built in it.
   cargo xtask bench --smartvmi ../smartvmi/build
@@ -43,9 +45,10 @@ Examples:
   cargo xtask bench --quick --host runner --watch 0 --no-halt --xen-option sched=credit2
       hyperbp asleep between hits, and another scheduler in Xen.
   cargo xtask bench --domain bench
-      On this machine: run it in dom0 of a Xen with `altp2m=1`, with the benchmark guest running as the domain `bench`.
+      On this machine: run it in dom0 of a Xen with `altp2m=1`, with the benchmark guest running as the domain `bench`, or the
+      program hyperbp-guest in it. docs/real-machines.md tells how.
 
-Results are in target/bench: results.json, results.svg, samples/, and bpbench/ for the scripts of the bpbench study.
+Results are in target/bench (with --guest linux, target/bench-linux): results.json, results.svg, samples/, and bpbench/ for the scripts of the bpbench study.
 In the emulator a tick is an instruction; it knows no cost of a VM exit, a cache or a TLB miss.";
 
 /// Measure what a breakpoint hit costs with each mechanism, and print a table
@@ -89,6 +92,10 @@ pub(crate) struct Bench {
     /// Xen's version in the emulated machine: 4.17, or 4.20, with which vmi-rs is measured, too
     #[arg(long, value_name = "VERSION", default_value_t)]
     xen: Xen,
+
+    /// What executes the breakpoint: a kernel of ours, or a program in Linux
+    #[arg(long, value_enum, default_value = "pvh", conflicts_with = "domain")]
+    guest: Guest,
 
     /// Emulated machines that run at the same time
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..))]
@@ -146,6 +153,15 @@ impl Tuning {
     }
 }
 
+/// The benchmark guest in the lab.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Guest {
+    /// `bench/guest`
+    Pvh,
+    /// `bench/guest/program`
+    Linux,
+}
+
 /// A name of a mechanism, checked.
 pub(crate) fn mechanism(name: &str) -> Result<String, hyperbp::Error> {
     if !OTHERS.contains(&name) {
@@ -162,7 +178,10 @@ fn wants(names: &[String], name: &str) -> bool {
 impl Bench {
     pub(crate) fn run(self) -> Result<()> {
         let lab = Lab::open(&crate::repo(), &crate::target(), Host::this(), Progress::new())?;
-        let out = crate::target().join("bench");
+        let out = crate::target().join(match self.guest {
+            Guest::Pvh => "bench",
+            Guest::Linux => "bench-linux",
+        });
         let parts = out.join("parts");
         // Parts of an earlier run must not be taken for this one's.
         if parts.exists() {
@@ -239,8 +258,10 @@ impl Bench {
         let prepared = lab.prepare_for(emulator, self.xen, false)?;
         let runner = lab.build(Program::Runner, Some(&prepared.sysroot))?;
         let selection = self.selection(programs, Elsewhere::in_dom0);
+        let program = if self.guest == Guest::Linux { Some(lab.program()?) } else { None };
+        let (program, options) = (program.as_deref(), self.tuning.options());
         let (cpus, parallel) = (self.cpus, self.jobs.into());
-        let measure = Measure { selection: &selection, programs, cpus, options: self.tuning.options(), parallel };
+        let measure = Measure { selection: &selection, programs, program, cpus, options, parallel };
         let (mut collections, mut rows) = (Vec::new(), Vec::new());
         for machine in prepared.measure(&runner, &measure, parts)? {
             if self.ticks {

@@ -71,7 +71,7 @@ fn packages(features: &str) -> Result<()> {
 fn format() -> Result<()> {
     let repo = crate::repo();
     let mut files = Vec::new();
-    for dir in ["cpp-shim", "bench/smartvmi"] {
+    for dir in ["cpp-shim", "bench/smartvmi", "bench/guest/program"] {
         sources(&repo.join(dir), &mut files)?;
     }
     files.sort();

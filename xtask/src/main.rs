@@ -15,6 +15,7 @@ mod drakvuf;
 mod elsewhere;
 mod events;
 mod fuzz;
+mod guest;
 mod install;
 mod pair;
 mod recover;

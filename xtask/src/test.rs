@@ -13,7 +13,7 @@ use crate::budgets::Table;
 use crate::elsewhere::Skipped;
 use crate::fuzz::Fuzz;
 use crate::trace::Trace;
-use crate::{budgets, cpp, deny, elsewhere, tools};
+use crate::{budgets, cpp, deny, elsewhere, guest, tools};
 
 /// Run all tests: formatting, lints, unit and property tests, those of the C++ side, documentation, dependencies, a little
 /// fuzzing, and checks on a real Xen in the lab
@@ -34,6 +34,14 @@ pub(crate) struct Test {
     /// Xen's version in the emulator: 4.17, or 4.20. (Its libraries may be too new for what runs outside.)
     #[arg(long, value_name = "VERSION", default_value_t, requires = "only_lab")]
     xen: Xen,
+
+    /// Install what the benchmark's program for Windows needs (mingw-w64 and Wine, a gigabyte), and test that, too
+    #[arg(long, conflicts_with_all = ["only_cpp", "only_lab"])]
+    windows: bool,
+
+    /// Measure in a program in a Linux guest, too: one more machine, for some minutes
+    #[arg(long, conflicts_with_all = ["no_lab", "only_cpp"])]
+    linux_guest: bool,
 
     #[command(flatten)]
     elsewhere: elsewhere::Trees,
@@ -117,6 +125,7 @@ impl Test {
         if !self.only_lab {
             steps(ANYWHERE, None)?;
             cpp::run()?;
+            guest::run(self.windows)?;
             deny::run()?;
             Fuzz::all(FUZZ_SECONDS).run()?;
         }
@@ -133,6 +142,14 @@ impl Test {
         programs.add_vmi_rs(&lab, Some(&bench.sysroot));
         let mut checks = Checks::default();
         in_the_lab(&lab, &bench, &programs.all, &mut checks)?;
+        if self.linux_guest {
+            println!("A program in a Linux guest:");
+            for (what, holds) in guest::in_linux(&lab, &bench)? {
+                checks.check(&what, holds);
+            }
+        } else {
+            println!("skipped: a program in a Linux guest (to measure in it, `--linux-guest`)");
+        }
         for skipped in plan::ELSEWHERE.iter().filter_map(|host| programs.skipped(host)) {
             let (Skipped::Host(what) | Skipped::Hyperbp(what)) = skipped;
             println!("skipped: {what}");

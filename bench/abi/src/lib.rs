@@ -1,9 +1,16 @@
 //! What the benchmark guest and the runner in dom0 agree on.
 //!
-//! The guest has one **control page** at a fixed guest-physical address. The runner maps it, writes a
+//! The guest is one of two: a kernel of ours (`bench/guest`), or a program in a Linux or Windows guest
+//! (`bench/guest/program`, whose `abi.h` is this in C).
+//!
+//! The guest has one **control page**: the kernel's is at a fixed guest-physical address, and the program's is looked for. The runner maps it, writes a
 //! [`Control::workload`] and a [`Control::count`], and then a new [`Control::request`]; the guest does the work, puts one
 //! time-stamp-counter difference per sample into the **sample pages** and sets [`Control::completed`] to the request.
 //! Nothing else passes between the two while a workload runs, so nothing but the breakpoint disturbs it.
+//!
+//! A program knows the virtual addresses of its pages and nothing else. So its control page has a magic number of its own, and
+//! [`Control::alive`], which counts: there may be copies of such a page in memory that nobody uses any more. Asked for
+//! [`Workload::Label`], it puts a [`Label`] on each of its other pages, for the runner to find them, and later takes it away.
 //!
 //! The page under test has the layout of [`TARGET`]: bpbench's page of NOPs (with a few other instructions near its end, for
 //! the workload that has breakpoints on them) that ends in RET, with the breakpoint
@@ -24,11 +31,20 @@ pub const CONTROL_GPA: u64 = 0x20_0000;
 /// [`Control::magic`] of a guest that is up: `HBPGUEST`, as a little-endian number.
 pub const MAGIC: u64 = u64::from_le_bytes(*b"HBPGUEST");
 
+/// [`Control::magic`] of a program that is up: `HBPPROCS`, as a little-endian number.
+pub const PROGRAM_MAGIC: u64 = u64::from_le_bytes(*b"HBPPROCS");
+
+/// [`Label::magic`]: `HBPLABEL`, as a little-endian number.
+pub const LABEL_MAGIC: u64 = u64::from_le_bytes(*b"HBPLABEL");
+
 /// [`Control::version`] of this layout. A runner refuses any other.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 
 /// Samples that fit in the sample pages, and so the most a request may ask for.
 pub const SAMPLES_MAX: u32 = 4096;
+
+/// Sample pages.
+pub const SAMPLE_PAGES: usize = SAMPLES_MAX as usize * size_of::<u64>() / PAGE_SIZE;
 
 /// Bytes in one digest of [`Workload::Scan`]. All that lies beyond the last sample is in that one.
 pub const SCAN_CHUNK: usize = 4 * PAGE_SIZE;
@@ -108,11 +124,13 @@ pub enum Workload {
     /// not all ones. The others are digests of [`SCAN_CHUNK`] bytes of memory each, without what the guest changes itself: the
     /// control page, the samples, and its stack.
     Scan = 11,
+    /// A program puts a [`Label`] with the tag [`Control::tag`] on its other pages. With the tag 0, the pages become what they were.
+    Label = 12,
 }
 
 impl Workload {
     /// Every workload, in wire order.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Timer,
         Self::ExecBp,
         Self::ExecPage,
@@ -124,6 +142,7 @@ impl Workload {
         Self::Storm,
         Self::Snippets,
         Self::Scan,
+        Self::Label,
     ];
 
     /// The workload with this number, if there is one.
@@ -144,9 +163,10 @@ pub struct Control {
     pub version: u32,
     /// Virtual CPUs the guest has started.
     pub vcpus: u32,
-    /// Guest-physical address of the page under test; mapped at the same virtual address.
+    /// Guest-physical address of the page under test; mapped at the same virtual address. A program, which does not know the one,
+    /// has the other here.
     pub target_gpa: u64,
-    /// Guest-physical address of the first sample page: [`SAMPLES_MAX`] numbers of 64 bits.
+    /// Guest-physical address of the first sample page: [`SAMPLES_MAX`] numbers of 64 bits. A program has 0 here.
     pub samples_gpa: u64,
 
     /// Runner: number of the request, one more than the last. Written last.
@@ -174,6 +194,24 @@ pub struct Control {
     pub snippets_gpa: u64,
     /// Runner: where [`Workload::Scan`] looks besides in memory, from 3 to 4 GiB.
     pub scan_gpa: u64,
+    /// Program: changes all the time while it waits for a request.
+    pub alive: u64,
+    /// Program: its number in the guest's operating system.
+    pub process: u64,
+    /// Runner: what [`Workload::Label`] writes.
+    pub tag: u64,
+}
+
+/// What is at the start of a program's page while the runner looks for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Label {
+    /// [`LABEL_MAGIC`].
+    pub magic: u64,
+    /// [`Control::tag`]: a new one each time, so that no page that once was the program's is taken for one that is.
+    pub tag: u64,
+    /// 0 for the page under test, and from 1 on for the sample pages.
+    pub index: u64,
 }
 
 /// What the virtual CPUs have counted in [`Workload::Storm`], since the guest started: a page of its own.
@@ -212,6 +250,10 @@ mod tests {
         assert_eq!(offset_of!(Control, request), 0x20);
         assert_eq!(offset_of!(Control, executions), 0x30);
         assert_eq!(offset_of!(Control, mismatch_seen), 0x50);
+        assert_eq!(offset_of!(Control, alive), 0x70);
+        assert_eq!(size_of::<Control>(), 0x88);
+        assert_eq!(size_of::<Label>(), 24);
+        assert_eq!(SAMPLE_PAGES, 8);
         assert!(size_of::<Storm>() <= PAGE_SIZE);
         assert!(SNIPPETS.len() <= SAMPLES_MAX as usize);
     }
@@ -230,6 +272,6 @@ mod tests {
             assert_eq!(Workload::from_wire(workload as u32), Some(workload));
         }
         assert_eq!(Workload::from_wire(0), None);
-        assert_eq!(Workload::from_wire(12), None);
+        assert_eq!(Workload::from_wire(13), None);
     }
 }

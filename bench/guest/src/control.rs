@@ -36,6 +36,9 @@ pub(crate) static CONTROL: ControlPage = ControlPage(UnsafeCell::new(Control {
     storm_gpa: 0,
     snippets_gpa: 0,
     scan_gpa: 0,
+    alive: 0,
+    process: 0,
+    tag: 0,
 }));
 
 /// A field of the control page as an atomic: the runner accesses it at the same time.

@@ -23,8 +23,8 @@ pub(crate) fn run(request: Request) {
         Workload::ReadPage => read_page,
         Workload::OwnInt3 => own_int3,
         Workload::WriteByte => write_byte,
-        // Nothing to measure: `main` deals with them.
-        Workload::Shutdown | Workload::Storm | Workload::Snippets | Workload::Scan => return,
+        // Nothing to measure: `main` deals with them, and labels are for programs.
+        Workload::Shutdown | Workload::Storm | Workload::Snippets | Workload::Scan | Workload::Label => return,
     };
     for slot in &SAMPLES.0[..request.count] {
         slot.store(sample(page), Relaxed);

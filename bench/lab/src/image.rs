@@ -17,6 +17,7 @@ const LINUX_CFG: &str = include_str!("../dom0/linux.cfg");
 const LINUX_INIT: &str = include_str!("../linux/init");
 const LINUX_ROUNDS: &str = include_str!("../linux/rounds");
 const LINUX_PAIR: &str = include_str!("../linux/pair");
+const LINUX_PROGRAM: &str = include_str!("../linux/program");
 
 /// Xen's programs, in the same directory of the sysroot and of dom0.
 const XEN_PROGRAMS: &[&str] = &["libxl-save-helper", "xen-init-dom0", "xenconsoled", "xenstored", "xl"];
@@ -227,6 +228,7 @@ fn linux(busybox: &Path, programs: &[PathBuf]) -> Result<Vec<u8>> {
     fs.file("init", 0o755, LINUX_INIT);
     fs.file("rounds", 0o755, LINUX_ROUNDS);
     fs.file("pair", 0o755, LINUX_PAIR);
+    fs.file("program", 0o755, LINUX_PROGRAM);
     fs.copy("bin/busybox", 0o755, busybox)?;
     for program in programs {
         fs.copy(&format!("bin/{}", program.file_name().unwrap_or_default().to_string_lossy()), 0o755, program)?;

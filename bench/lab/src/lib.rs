@@ -34,6 +34,7 @@ mod measure;
 pub mod packages;
 pub mod plan;
 pub mod profile;
+pub mod program;
 pub mod progress;
 pub mod protocol;
 pub mod smartvmi;
@@ -63,6 +64,9 @@ use kernel::Kernel;
 
 /// Free space the lab asks for before it is built: at its largest, while Bochs is compiled, it takes about half.
 const SPACE: u64 = 1536 << 20;
+
+/// dom0's memory in MiB if there is a Linux guest: that one's kernel is in it too, in its file system.
+const WITH_LINUX: u32 = 448;
 
 /// The job scripts that come with the lab.
 const BENCH: &str = include_str!("../dom0/bench.sh");
@@ -166,6 +170,14 @@ impl Lab {
         build::build(program, &self.host, &self.repo, sysroot, &self.stages, &self.progress)
     }
 
+    /// Builds the benchmark's program for a Linux guest.
+    ///
+    /// # Errors
+    /// Those of [`program::build`].
+    pub fn program(&self) -> Result<PathBuf> {
+        program::build(&self.host, &self.repo, &self.stages, &self.progress)
+    }
+
     /// Builds the program that serves breakpoints from inside DRAKVUF, against the one that is built in `tree`.
     ///
     /// # Errors
@@ -222,7 +234,7 @@ const MOVED: u32 = 16 << 20;
 
 /// The memory, in MiB, of a dom0 where a monitor reads a profile of so many bytes: as json-c has it, it takes 14 times its size.
 fn memory_for_profile(size: u64) -> u32 {
-    448 + 14 * u32::try_from(size >> 20).unwrap_or(u32::MAX / 64)
+    WITH_LINUX + 14 * u32::try_from(size >> 20).unwrap_or(u32::MAX / 64)
 }
 
 /// A lab with everything built that jobs have in common.
@@ -268,6 +280,26 @@ impl Bench<'_> {
         job
     }
 
+    /// The same in the Linux guest, where `program`, [`Lab::program`], is what executes the breakpoint.
+    #[must_use]
+    pub fn bench_in_linux(
+        &self,
+        name: &str,
+        runner: &Path,
+        program: &Path,
+        selections: &[plan::Selection],
+        cpus: u32,
+    ) -> Job {
+        let mut job = self.bench(name, runner, selections, cpus);
+        job.linux = true;
+        job.guest_programs.push(program.to_owned());
+        job.memory = WITH_LINUX;
+        // It boots as long as Xen and dom0 together, and its memory is looked through.
+        job.limit += Duration::from_secs(1800);
+        job.variables.push(("GUEST".to_owned(), "linux".to_owned()));
+        job
+    }
+
     /// A job with storms of `calls` calls for each virtual CPU, in a guest with each of these numbers of virtual CPUs, under
     /// `mechanisms`, or all there are if there are none. Each leaves `storm.json` in a directory named after the number.
     #[must_use]
@@ -309,8 +341,7 @@ impl Bench<'_> {
     pub fn trace(&self, runner: &Path, cpus: u32, vcpus: u32, trace: &Trace<'_>) -> Job {
         let mut job = self.job(format!("trace-{cpus}-{vcpus}"), TRACE, cpus, Duration::from_secs(3600));
         job.linux = true;
-        // A guest's kernel is in dom0's memory too: in its file system.
-        job.memory = 448;
+        job.memory = WITH_LINUX;
         let Trace { functions, between, mechanism, seconds } = trace;
         let functions: String = functions.iter().map(|function| format!(" --function {function}")).collect();
         let arguments = format!("--mechanism {mechanism} --between {between}{functions}");

@@ -12,6 +12,8 @@ pub struct Measure<'a> {
     pub selection: &'a Selection,
     /// These programs.
     pub programs: &'a [Elsewhere],
+    /// The program that executes the breakpoint in a Linux guest, if it is not to be the benchmark guest.
+    pub program: Option<&'a Path>,
     /// CPUs of the emulated machine; with 2, dom0 and the guest have one each.
     pub cpus: u32,
     /// What is not as usual in these machines.
@@ -39,7 +41,13 @@ impl Bench<'_> {
         let machines = plan::machines(measure.selection);
         let mut jobs = Vec::new();
         for (n, selections) in (1..).zip(&machines) {
-            let mut job = self.bench(&format!("bench-{n}"), runner, selections, measure.cpus);
+            let name = format!("bench-{n}");
+            let mut job = match measure.program {
+                None => self.bench(&name, runner, selections, measure.cpus),
+                Some(program) => {
+                    self.bench_in_linux(&format!("{name}-linux"), runner, program, selections, measure.cpus)
+                }
+            };
             job.options = measure.options.clone();
             for program in measure.programs {
                 program.put_into(&mut job);

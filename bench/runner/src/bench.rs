@@ -17,7 +17,7 @@ use crate::floor::{self, FloorMechanism};
 use crate::guest::Guest;
 use crate::ring::{Monitor, PATIENCE};
 use crate::xen::Domain;
-use crate::{core, elsewhere};
+use crate::{core, elsewhere, program};
 
 /// No workload's batch takes this long, even in the emulator.
 const STUCK: Duration = Duration::from_secs(300);
@@ -155,7 +155,11 @@ pub(crate) fn measure(
     plan: &Plan<'_>,
     progress: &mut dyn FnMut(u64, u64, &str),
 ) -> Result<(Collection, Vec<Key>)> {
-    let guest = Guest::find(domain)?;
+    let guest = match Guest::kernel(domain)? {
+        Some(guest) => guest,
+        None => program::find(domain, &mut |text| progress(0, 0, text))?,
+    };
+    guest.check(domain)?;
     let interrupted = interrupted()?;
     let mut collection = Collection::new(machine(domain, plan.kind)?);
     let cells: Vec<_> = plan
@@ -235,6 +239,9 @@ fn cell(
     if batches.stuck {
         if domain.has_crashed()? {
             bail!("the domain has crashed: `xl dmesg` shows what its last words were");
+        }
+        if guest.is_program() {
+            bail!("the program does not come back: has it ended, or has the guest moved its pages? Start it again");
         }
         bail!("the guest does not come back: is the domain paused?");
     }

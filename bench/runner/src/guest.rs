@@ -1,4 +1,5 @@
-//! The benchmark guest, through its control page.
+//! The benchmark guest, through its control page. This one is the kernel (`bench/guest`); [`program`](crate::program) finds the
+//! other.
 
 use std::mem::offset_of;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -7,8 +8,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use hyperbp::{Gfn, Gpa, PAGE_SIZE};
 use hyperbp_bench_abi::{
-    BREAKPOINT_OFFSET, CONTROL_GPA, Control, MAGIC, REWRITTEN_OFFSET, SAMPLES_MAX, SITES, SNIPPET_PAGES, Storm,
-    StormCounts, TARGET, VCPUS_MAX, VERSION, Workload,
+    BREAKPOINT_OFFSET, CONTROL_GPA, Control, MAGIC, REWRITTEN_OFFSET, SAMPLE_PAGES, SAMPLES_MAX, SITES, SNIPPET_PAGES,
+    Storm, StormCounts, TARGET, VCPUS_MAX, VERSION, Workload,
 };
 
 use crate::xen::{Domain, Page};
@@ -29,11 +30,19 @@ pub(crate) struct Counts {
 pub(crate) struct Guest {
     control: Page,
     samples: Vec<Page>,
-    storm: Page,
     target: Gfn,
-    snippets: Gfn,
     vcpus: u32,
+    /// What only the kernel has.
+    kernel: Option<Kernel>,
 }
+
+#[derive(Debug)]
+struct Kernel {
+    storm: Page,
+    snippets: Gfn,
+}
+
+const WHAT: &str = "start the benchmark guest in it (bench/guest, with bench/lab/dom0/guest.cfg)";
 
 impl Guest {
     /// Finds the guest in a domain.
@@ -51,35 +60,80 @@ impl Guest {
     /// # Errors
     /// If the domain runs something else.
     pub(crate) fn find_busy(domain: &Domain) -> Result<Self> {
-        let what = "start the benchmark guest in it (bench/guest, with bench/lab/dom0/guest.cfg)";
-        let control = domain.map_page(Gpa(CONTROL_GPA).gfn()).with_context(|| format!("no benchmark guest: {what}"))?;
-        let storm = domain.map_page(Gpa(CONTROL_GPA).gfn())?;
-        let mut guest = Self { control, samples: Vec::new(), storm, target: Gfn(0), snippets: Gfn(0), vcpus: 0 };
+        let guest = Self::kernel(domain)?;
+        guest.with_context(|| format!("the domain does not run the benchmark guest: {WHAT}"))
+    }
+
+    /// The kernel, if the domain runs it; whatever is in its page under test.
+    ///
+    /// # Errors
+    /// If it is of another version, or its pages are not in its memory.
+    pub(crate) fn kernel(domain: &Domain) -> Result<Option<Self>> {
+        let control = domain.map_page(Gpa(CONTROL_GPA).gfn()).with_context(|| format!("no benchmark guest: {WHAT}"))?;
+        let mut guest = Self::at(control);
         // The domain may have been created only just now.
         for _ in 0..100 {
-            if guest.number(offset_of!(Control, magic)) == MAGIC {
+            if guest.magic() == MAGIC {
                 break;
             }
             std::thread::sleep(Duration::from_millis(10));
         }
-        ensure!(
-            guest.number(offset_of!(Control, magic)) == MAGIC,
-            "the domain does not run the benchmark guest: {what}"
-        );
-        let version = guest.word(offset_of!(Control, version)).load(Ordering::Relaxed);
-        ensure!(version == VERSION, "the benchmark guest has version {version} of the control page, not {VERSION}");
-        guest.vcpus = guest.word(offset_of!(Control, vcpus)).load(Ordering::Relaxed);
+        if guest.magic() != MAGIC {
+            return Ok(None);
+        }
+        guest.check_version()?;
         guest.target = Gpa(guest.number(offset_of!(Control, target_gpa))).gfn();
-        guest.snippets = Gpa(guest.number(offset_of!(Control, snippets_gpa))).gfn();
+        let snippets = Gpa(guest.number(offset_of!(Control, snippets_gpa))).gfn();
         let first = Gpa(guest.number(offset_of!(Control, samples_gpa))).gfn();
-        let pages = (SAMPLES_MAX as usize * size_of::<u64>()).div_ceil(PAGE_SIZE) as u64;
-        guest.samples = (0..pages)
+        guest.samples = (0..SAMPLE_PAGES as u64)
             .map(|n| domain.map_page(Gfn(first.0.wrapping_add(n))))
             .collect::<Result<_, _>>()
             .context("the guest's sample pages are not in its memory")?;
         let storm = Gpa(guest.number(offset_of!(Control, storm_gpa))).gfn();
-        guest.storm = domain.map_page(storm).context("the guest's page of counts is not in its memory")?;
-        Ok(guest)
+        let storm = domain.map_page(storm).context("the guest's page of counts is not in its memory")?;
+        guest.kernel = Some(Kernel { storm, snippets });
+        Ok(Some(guest))
+    }
+
+    /// What may be a guest, by its control page.
+    pub(crate) fn at(control: Page) -> Self {
+        Self { control, samples: Vec::new(), target: Gfn(0), vcpus: 0, kernel: None }
+    }
+
+    /// The program whose control page this is, when its other pages are known, too.
+    pub(crate) fn with_pages(self, target: Gfn, samples: Vec<Page>) -> Self {
+        Self { target, samples, ..self }
+    }
+
+    /// See [`Control::magic`].
+    pub(crate) fn magic(&self) -> u64 {
+        self.number(offset_of!(Control, magic))
+    }
+
+    /// See [`Control::alive`].
+    pub(crate) fn alive(&self) -> u64 {
+        self.number(offset_of!(Control, alive))
+    }
+
+    /// See [`Control::process`].
+    pub(crate) fn process(&self) -> u64 {
+        self.number(offset_of!(Control, process))
+    }
+
+    /// Whether this is a program in a guest's operating system.
+    pub(crate) fn is_program(&self) -> bool {
+        self.kernel.is_none()
+    }
+
+    /// Looks whether it has the control page we know, and how many virtual CPUs.
+    ///
+    /// # Errors
+    /// If it has another one.
+    pub(crate) fn check_version(&mut self) -> Result<()> {
+        let version = self.word(offset_of!(Control, version)).load(Ordering::Relaxed);
+        ensure!(version == VERSION, "the benchmark guest has version {version} of the control page, not {VERSION}");
+        self.vcpus = self.word(offset_of!(Control, vcpus)).load(Ordering::Relaxed);
+        Ok(())
     }
 
     fn word(&self, offset: usize) -> &AtomicU32 {
@@ -98,6 +152,16 @@ impl Guest {
         unsafe { AtomicU64::from_ptr(field.cast()) }.load(Ordering::Acquire)
     }
 
+    fn set(&self, offset: usize, number: u64) {
+        self.word(offset).store(number as u32, Ordering::Relaxed);
+        self.word(offset + 4).store((number >> 32) as u32, Ordering::Relaxed);
+    }
+
+    /// Has [`Workload::Label`] write this tag.
+    pub(crate) fn set_tag(&self, tag: u64) {
+        self.set(offset_of!(Control, tag), tag);
+    }
+
     /// Where the breakpoint goes.
     #[must_use]
     pub(crate) fn breakpoint(&self) -> Gpa {
@@ -113,7 +177,8 @@ impl Guest {
     /// Where a byte of the snippet pages is.
     #[must_use]
     pub(crate) fn snippet_byte(&self, offset: usize) -> Gpa {
-        Gfn(self.snippets.0 + (offset / PAGE_SIZE) as u64).at((offset % PAGE_SIZE) as u16)
+        let first = self.kernel.as_ref().map_or(0, |kernel| kernel.snippets.0);
+        Gfn(first.wrapping_add((offset / PAGE_SIZE) as u64)).at((offset % PAGE_SIZE) as u16)
     }
 
     /// The snippet pages, as they are in guest memory.
@@ -130,20 +195,19 @@ impl Guest {
 
     /// Has [`Workload::Scan`] look from this frame on.
     pub(crate) fn set_scan(&self, from: Gfn) {
-        let gpa = from.at(0).0;
-        self.word(offset_of!(Control, scan_gpa)).store(gpa as u32, Ordering::Relaxed);
-        self.word(offset_of!(Control, scan_gpa) + 4).store((gpa >> 32) as u32, Ordering::Relaxed);
+        self.set(offset_of!(Control, scan_gpa), from.at(0).0);
     }
 
     /// What the storm has counted so far, over all virtual CPUs.
     #[must_use]
     pub(crate) fn storm(&self) -> StormCounts {
+        let mut sum = StormCounts::default();
+        let Some(kernel) = &self.kernel else { return sum };
         let number = |offset: usize| {
             let mut bytes = [0; size_of::<u64>()];
-            self.storm.read(offset, &mut bytes);
+            kernel.storm.read(offset, &mut bytes);
             u64::from_le_bytes(bytes)
         };
-        let mut sum = StormCounts::default();
         for vcpu in 0..VCPUS_MAX {
             let base = offset_of!(Storm, vcpus) + vcpu * size_of::<StormCounts>();
             for (site, executions) in sum.executions.iter_mut().enumerate() {
@@ -188,6 +252,11 @@ impl Guest {
         self.word(offset_of!(Control, completed)).load(Ordering::Acquire) == request
     }
 
+    /// How to get another one.
+    pub(crate) fn again(&self) -> &'static str {
+        if self.is_program() { "end the program, and start it again" } else { "destroy the domain and create it again" }
+    }
+
     /// Waits for a request that somebody else has left behind.
     ///
     /// # Errors
@@ -195,7 +264,7 @@ impl Guest {
     pub(crate) fn wait_until_done(&self, limit: Duration) -> Result<()> {
         let start = Instant::now();
         while !self.is_done() {
-            ensure!(start.elapsed() < limit, "the guest does not finish an earlier request: create the domain again");
+            ensure!(start.elapsed() < limit, "the guest does not finish an earlier request: {}", self.again());
             std::thread::sleep(Duration::from_millis(10));
         }
         Ok(())
@@ -241,7 +310,8 @@ impl Guest {
             let (is, was) = (bytes[offset], TARGET[offset]);
             anyhow::bail!(
                 "byte {offset:#x} of the page under test is {is:#04x}, not {was:#04x}: a monitor left it there; \
-                 destroy the domain and create it again"
+                 {}",
+                self.again()
             );
         }
         Ok(())

@@ -7,6 +7,7 @@ mod core;
 mod elsewhere;
 mod floor;
 mod guest;
+mod program;
 mod recover;
 mod ring;
 mod snippets;

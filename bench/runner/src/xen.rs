@@ -1,5 +1,7 @@
 //! One Xen domain, through libxenctrl: memory, views and rights, everything undone when it is dropped.
 
+mod frames;
+
 use std::ffi::{CStr, CString, c_int, c_void};
 use std::fs::OpenOptions;
 use std::io::{self, ErrorKind};
@@ -154,10 +156,11 @@ impl Drop for ForeignMemory {
 /// A page of a guest.
 pub(crate) type Page = GuestPage<Mapping>;
 
-/// Unmaps a page when it is dropped.
+/// Unmaps pages when it is dropped.
 #[derive(Debug)]
 pub(crate) struct Mapping {
     address: NonNull<c_void>,
+    pages: usize,
     memory: Rc<ForeignMemory>,
 }
 
@@ -167,7 +170,7 @@ fn map(memory: &Rc<ForeignMemory>, domain: u32, gfn: Gfn) -> Result<Page, Error>
     // SAFETY: both arrays have the one element the call is told of; the handle is open.
     let address = unsafe { sys::xenforeignmemory_map(memory.0.as_ptr(), domain, protection, 1, &gfn.0, &mut error) };
     let address = NonNull::new(address).ok_or_else(|| Error::last("xenforeignmemory_map"))?;
-    let mapping = Mapping { address, memory: Rc::clone(memory) };
+    let mapping = Mapping { address, pages: 1, memory: Rc::clone(memory) };
     if error != 0 {
         return Err(Error { call: "xenforeignmemory_map", source: io::Error::from_raw_os_error(error.abs()) });
     }
@@ -178,8 +181,8 @@ fn map(memory: &Rc<ForeignMemory>, domain: u32, gfn: Gfn) -> Result<Page, Error>
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: mapped in `map` with this handle and length, and unmapped nowhere else.
-        unsafe { sys::xenforeignmemory_unmap(self.memory.0.as_ptr(), self.address.as_ptr(), 1) };
+        // SAFETY: mapped with this handle and length, and unmapped nowhere else.
+        unsafe { sys::xenforeignmemory_unmap(self.memory.0.as_ptr(), self.address.as_ptr(), self.pages) };
     }
 }
 
@@ -478,9 +481,7 @@ impl Domain {
         if let Some(base) = self.shadow_base {
             return Ok(base);
         }
-        let mut last = 0;
-        // SAFETY: the handle is open and `last` outlives the call.
-        check("xc_domain_maximum_gpfn", unsafe { sys::xc_domain_maximum_gpfn(self.xc.raw(), self.id, &mut last) })?;
+        let last = self.last_gfn()?;
         if let Some(ledger) = &self.ledger {
             ledger.note_memory_limit(Some(self.memory_limit));
         }
