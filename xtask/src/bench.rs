@@ -128,20 +128,20 @@ pub(crate) struct Bench {
 struct Tuning {
     /// Another option for Xen, such as sched=null; may be repeated
     #[arg(long = "xen-option", value_name = "OPTION", conflicts_with = "domain")]
-    xen: Vec<String>,
+    xen_options: Vec<String>,
 
     /// Another option for dom0's kernel, such as preempt=none; may be repeated
     #[arg(long = "dom0-option", value_name = "OPTION", conflicts_with = "domain")]
-    dom0: Vec<String>,
+    dom0_options: Vec<String>,
 
     /// Another line for the guest's configuration, such as 'cpu_weight = 256'; may be repeated
     #[arg(long = "guest-option", value_name = "LINE", conflicts_with = "domain")]
-    guest: Vec<String>,
+    guest_options: Vec<String>,
 }
 
 impl Tuning {
     fn options(&self) -> Options {
-        let Self { xen, dom0, guest } = self;
+        let Self { xen_options: xen, dom0_options: dom0, guest_options: guest } = self;
         Options { xen: xen.clone(), dom0: dom0.clone(), guest: guest.clone() }
     }
 }
