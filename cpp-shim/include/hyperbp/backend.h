@@ -213,7 +213,8 @@ typedef enum hyperbp_waited {
 } hyperbp_waited_t;
 
 /* How it may be waited. */
-typedef struct hyperbp_ways {
+typedef struct hyperbp_ways
+{
     /* Looking at the ring, for about so many microseconds before it sleeps, HYPERBP_WATCH_LONGEST at most: that takes a
      * CPU meanwhile. With 0, never. */
     uint32_t watch_us;
@@ -225,7 +226,8 @@ typedef struct hyperbp_ways {
 #define HYPERBP_WATCH_LONGEST 10000
 
 /* How often it was waited in which way, and whether that has paid. */
-typedef struct hyperbp_waits {
+typedef struct hyperbp_waits
+{
     /* It has looked at the ring, and there was an event; or not, and it went on in another way. */
     uint64_t watched;
     uint64_t watched_in_vain;
