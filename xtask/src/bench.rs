@@ -10,9 +10,10 @@ use clap::builder::PossibleValuesParser;
 use hyperbp_lab::plan::{self, Selection};
 use hyperbp_lab::protocol::{Message, Parser};
 use hyperbp_lab::{Elsewhere, Host, Lab, Outcome, Program, Progress};
-use hyperbp_report::Collection;
+use hyperbp_report::{About, Collection};
 
 use crate::elsewhere::{self, Skipped};
+use crate::report;
 
 /// What the runner measures besides the core's mechanisms.
 const OTHERS: &[&str] = &["none", "skip"];
@@ -37,7 +38,7 @@ Examples:
   cargo xtask bench --domain bench
       On this machine: run it in dom0 of a Xen with `altp2m=1`, with the benchmark guest running as the domain `bench`.
 
-Results are in target/bench: results.json, results.svg, samples/, and bpbench/ for the scripts of the bpbench study.
+Results are in target/bench: report.html, results.json, pictures, samples/, and bpbench/ for the scripts of the bpbench study.
 In the emulator a tick is an instruction; it knows no cost of a VM exit, a cache or a TLB miss.";
 
 /// Measure what a breakpoint hit costs with each mechanism, and print a table
@@ -114,31 +115,42 @@ impl Bench {
         let programs = self.elsewhere.build(&lab)?;
         let skipped = self.skipped(&programs);
         if plan::machines(&self.selection(&programs, Elsewhere::in_dom0)).is_empty() {
-            let skipped = if skipped.is_empty() { String::new() } else { format!("; skipped: {}", skipped.join("; ")) };
+            let skipped =
+                if skipped.is_empty() { String::new() } else { format!("; skipped: {}", whys(&skipped).join("; ")) };
             bail!("no host has what was selected{skipped}");
         }
         let (collections, label) = match &self.domain {
             Some(domain) => (self.measure_here(&lab, &programs, domain, &parts)?, "xen"),
             None => (self.measure_in_the_lab(&lab, &programs, &parts)?, "bochs"),
         };
-        present(collections, label, &out)?;
-        for skipped in skipped {
+        present(collections, label, &self.about(&skipped), &out)?;
+        for (_, skipped) in skipped {
             println!("Skipped:  {skipped}");
         }
         Ok(())
     }
 
-    /// What of the selection cannot be measured, and why.
-    fn skipped(&self, programs: &[Elsewhere]) -> Vec<String> {
+    /// Of which hosts the selection cannot be measured, and why.
+    fn skipped(&self, programs: &[Elsewhere]) -> Vec<(&'static str, String)> {
         let wants = |names: &[String], name: &str| names.is_empty() || names.iter().any(|wanted| wanted == name);
         let (original, hyperbp) = (wants(&self.backends, plan::ORIGINAL), wants(&self.backends, plan::HYPERBP));
-        let skipped = |host: &&str| match elsewhere::skipped(host, programs) {
+        let skipped = |host: &&'static str| match elsewhere::skipped(host, programs) {
             _ if !wants(&self.hosts, host) => None,
-            Some(Skipped::Host(what)) if original || hyperbp => Some(what),
-            Some(Skipped::Hyperbp(what)) if hyperbp => Some(what),
+            Some(Skipped::Host(what)) if original || hyperbp => Some((*host, what)),
+            Some(Skipped::Hyperbp(what)) if hyperbp => Some((*host, what)),
             _ => None,
         };
         plan::ELSEWHERE.iter().filter_map(skipped).collect()
+    }
+
+    /// How these results come about.
+    fn about(&self, skipped: &[(&str, String)]) -> About {
+        About {
+            date: jiff::Timestamp::now().strftime("%Y-%m-%d").to_string(),
+            command: report::command(),
+            versions: report::versions(&self.elsewhere.named()),
+            missing: skipped.iter().map(|(host, why)| ((*host).to_owned(), why.clone())).collect(),
+        }
     }
 
     /// `place` says where the runner finds a program.
@@ -211,8 +223,13 @@ impl Bench {
     }
 }
 
+/// The reasons alone.
+fn whys(skipped: &[(&str, String)]) -> Vec<String> {
+    skipped.iter().map(|(_, why)| why.clone()).collect()
+}
+
 /// Merges the collections into one in `out`, and prints it.
-fn present(dirs: Vec<PathBuf>, label: &str, out: &Path) -> Result<()> {
+fn present(dirs: Vec<PathBuf>, label: &str, about: &About, out: &Path) -> Result<()> {
     let mut collections = dirs.iter().map(|dir| Collection::read(dir));
     let mut all = collections.next().context("nothing was selected")??;
     for collection in collections {
@@ -220,15 +237,14 @@ fn present(dirs: Vec<PathBuf>, label: &str, out: &Path) -> Result<()> {
     }
     ensure!(!all.results().runs.is_empty(), "no host has what was selected");
     all.write(out)?;
-    let date = jiff::Timestamp::now().strftime("%Y-%m-%d").to_string();
     let bpbench = out.join("bpbench");
-    hyperbp_report::write_bpbench(&bpbench, label, &date, &all)?;
-    let picture = out.join("results.svg");
-    std::fs::write(&picture, hyperbp_report::svg(all.results()))
-        .with_context(|| format!("cannot write {}", picture.display()))?;
+    hyperbp_report::write_bpbench(&bpbench, label, &about.date, &all)?;
+    about.write(out)?;
+    let report = report::write(out)?;
     println!("{}", hyperbp_report::table(all.results()));
     println!("Results:  {}", out.join("results.json").display());
-    println!("Picture:  {}", picture.display());
+    println!("Report:   {}", report.display());
+    println!("Picture:  {}", out.join("results.svg").display());
     println!("Samples:  {}", out.join("samples").display());
     println!("bpbench:  {}", bpbench.display());
     Ok(())

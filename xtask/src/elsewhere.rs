@@ -1,6 +1,6 @@
 //! Other hosts than the runner: DRAKVUF and SmartVMI, as the user has built them.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use hyperbp_lab::{Elsewhere, Lab, plan};
@@ -26,6 +26,12 @@ impl Trees {
         let drakvuf = self.drakvuf.as_deref().map(|tree| lab.drakvuf(tree));
         let smartvmi = self.smartvmi.as_deref().map(|tree| lab.smartvmi(tree));
         drakvuf.into_iter().chain(smartvmi).collect()
+    }
+
+    /// Those that were named, by their names for people.
+    pub(crate) fn named(&self) -> Vec<(&'static str, &Path)> {
+        let trees = [("DRAKVUF", &self.drakvuf), ("SmartVMI", &self.smartvmi)];
+        trees.into_iter().filter_map(|(name, tree)| Some((name, tree.as_deref()?))).collect()
     }
 }
 

@@ -16,6 +16,7 @@ mod events;
 mod fuzz;
 mod install;
 mod recover;
+mod report;
 mod storm;
 mod test;
 mod tools;
@@ -38,6 +39,7 @@ enum Command {
     Install(install::Install),
     Storm(storm::Storm),
     Recover(recover::Recover),
+    Report(report::Report),
     Test(test::Test),
     Trace(trace::Trace),
 }
@@ -51,6 +53,7 @@ fn main() -> ExitCode {
         Command::Install(install) => install.run(),
         Command::Storm(storm) => storm.run(),
         Command::Recover(recover) => recover.run(),
+        Command::Report(report) => report.run(),
         Command::Test(test) => test.run(),
         Command::Trace(trace) => trace.run(),
     };

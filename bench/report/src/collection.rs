@@ -3,20 +3,25 @@
 //! ```text
 //! DIR/results.json
 //! DIR/samples/<host>_<backend>_<mechanism>/<bpbench's name of the workload>.csv
+//! DIR/order.json
 //! ```
-//! A CSV file holds one number per line, in the order of measurement.
+//! A CSV file holds one number per line, in the order of measurement. Whoever measures leaves in `order.json` in which order he
+//! measured the runs.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
+use serde::{Deserialize, Serialize};
 
 use crate::schema::{host_rank, mechanism_rank};
 use crate::{Machine, Measurement, Results, Run, Workload};
 
+const ORDER: &str = "order.json";
+
 /// What tells the runs of a collection apart.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Key {
     /// See [`Run::host`].
     pub host: String,
@@ -38,6 +43,23 @@ impl Key {
             mechanism: run.mechanism.clone(),
             workload: run.workload,
         }
+    }
+
+    /// Writes the order of measurement into a collection's directory.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
+    pub fn write_order(directory: &Path, order: &[Self]) -> Result<()> {
+        write_file(&directory.join(ORDER), &(serde_json::to_string(order)? + "\n"))
+    }
+
+    /// Reads what [`Self::write_order`] wrote.
+    ///
+    /// # Errors
+    /// If the file cannot be read or makes no sense.
+    pub fn read_order(directory: &Path) -> Result<Vec<Self>> {
+        let path = directory.join(ORDER);
+        serde_json::from_str(&read_file(&path)?).with_context(|| format!("{} is no order of runs", path.display()))
     }
 
     /// Where in a collection's directory the samples are.
@@ -94,6 +116,12 @@ impl Collection {
         self.results.runs.iter().map(|run| (run, &*self.samples[&Key::of(run)]))
     }
 
+    /// The samples of a run, if it is there.
+    #[must_use]
+    pub fn samples(&self, key: &Key) -> Option<&[u64]> {
+        self.samples.get(key).map(Vec::as_slice)
+    }
+
     /// Adds a measurement, its samples in the order they were taken.
     ///
     /// # Errors
@@ -109,7 +137,7 @@ impl Collection {
         let key = Key::of(&run);
         key.check()?;
         ensure!(!self.samples.contains_key(&key), "{key} was measured twice: leave one of the two out");
-        let at = self.results.runs.partition_point(|other| order(other) < order(&run));
+        let at = self.results.runs.partition_point(|other| order_of(other) < order_of(&run));
         self.results.runs.insert(at, run);
         self.samples.insert(key, samples);
         Ok(())
@@ -169,9 +197,17 @@ impl Collection {
 }
 
 /// What the canonical order goes by. Backends come after mechanisms, so that those of one mechanism are neighbours.
-fn order(run: &Run) -> (usize, &str, usize, &str, &str, Workload) {
-    let (host, mechanism) = (host_rank(&run.host), mechanism_rank(&run.mechanism));
-    (host, &run.host, mechanism, &run.mechanism, &run.backend, run.workload)
+pub(crate) fn order<'a>(
+    host: &'a str,
+    mechanism: &'a str,
+    backend: &'a str,
+    workload: Workload,
+) -> (usize, &'a str, usize, &'a str, &'a str, Workload) {
+    (host_rank(host), host, mechanism_rank(mechanism), mechanism, backend, workload)
+}
+
+fn order_of(run: &Run) -> (usize, &str, usize, &str, &str, Workload) {
+    order(&run.host, &run.mechanism, &run.backend, run.workload)
 }
 
 /// Numbers only, one a line.
@@ -215,6 +251,19 @@ mod tests {
         let csv = directory.path().join("samples/runner_hyperbp_emulate/exec_bp.csv");
         assert_eq!(fs::read_to_string(csv).unwrap(), "30000\n30002\n30001\n");
         assert!(directory.path().join("samples/runner_none_none/timing_overhead.csv").exists());
+    }
+
+    #[test]
+    fn the_order_of_measurement_reads_as_it_was_written() {
+        let directory = tempfile::tempdir().unwrap();
+        let collection = collection();
+        let mut order: Vec<_> = collection.runs().map(|(run, _)| Key::of(run)).collect();
+        order.reverse();
+        Key::write_order(directory.path(), &order).unwrap();
+        assert_eq!(Key::read_order(directory.path()).unwrap(), order);
+        assert_eq!(collection.samples(&order[0]), collection.runs().last().map(|(_, samples)| samples));
+        fs::write(directory.path().join(ORDER), "[1]").unwrap();
+        assert!(message(Key::read_order(directory.path())).contains("no order"));
     }
 
     #[test]

@@ -4,12 +4,17 @@
 //! - [`Collection`] is the summary with every sample behind it, as a directory.
 //! - [`Storm`] is what was counted while several virtual CPUs were in the page at once.
 //! - [`Trace`] is what was counted of the functions of a guest's kernel.
+//! - [`Breakdown`] is where the ticks of a hit go.
 //! - [`table`] and [`svg`] show the summary in a terminal and on a page.
+//! - [`Report`] is all of it as one page, with its pictures; [`About`] is what it says of how the results were made.
 //! - [`write_bpbench`] writes the samples as bpbench's measurement study keeps them, so that its scripts can plot them.
 
+mod about;
 mod bpbench;
+mod breakdown;
 mod collection;
 mod format;
+mod page;
 mod picture;
 mod schema;
 mod storm;
@@ -17,8 +22,11 @@ mod table;
 mod ticks;
 mod trace;
 
+pub use about::About;
 pub use bpbench::write_bpbench;
+pub use breakdown::{Breakdown, BreakdownRow, Instructions};
 pub use collection::{Collection, Key};
+pub use page::Report;
 pub use picture::svg;
 pub use schema::{Kind, Machine, Measurement, Results, Run, SCHEMA, TicksAre, Workload};
 pub use storm::{Handling, Served, Storm, storm_table, storms_from_json, storms_to_json};
