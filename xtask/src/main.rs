@@ -8,6 +8,7 @@ use clap::{Parser, Subcommand};
 mod archive;
 mod bench;
 mod boot;
+mod browser;
 mod cpp;
 mod deny;
 mod drakvuf;

@@ -25,12 +25,21 @@ pub(crate) struct Report {
     /// Directory with results.json and samples/; run.json and ticks.json are used if they are there
     #[arg(value_name = "DIR")]
     directory: Option<PathBuf>,
+
+    /// Look at it in Chromium, too, which is installed if need be: in light and dark, on a desk and on a phone, and printed.
+    /// The pictures are in DIR/browser
+    #[arg(long)]
+    check: bool,
 }
 
 impl Report {
     pub(crate) fn run(self) -> Result<()> {
         let directory = self.directory.unwrap_or_else(|| crate::target().join("bench"));
         println!("Report:   {}", write(&directory)?.display());
+        if self.check {
+            crate::browser::check(&directory)?;
+            println!("Pictures: {}", directory.join("browser").display());
+        }
         Ok(())
     }
 }

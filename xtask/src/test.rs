@@ -230,6 +230,7 @@ fn in_the_lab(lab: &Lab, bench: &Bench<'_>, programs: &[Elsewhere], checks: &mut
     let second = Collection::read(&dirs[1].join("0"))?;
     checks.check("two runs of the same image give the same results and samples", first == second);
     results(first.results(), checks);
+    report(&dirs[0].join("0"), checks)?;
     for program in programs {
         match program.host {
             plan::SMARTVMI => in_smartvmi(first.results(), program, checks),
@@ -249,6 +250,20 @@ fn in_the_lab(lab: &Lab, bench: &Bench<'_>, programs: &[Elsewhere], checks: &mut
         println!("In SmartVMI:");
         storms(dir, checks)?;
     }
+    Ok(())
+}
+
+/// The report of what was measured, in a browser.
+fn report(dir: &Path, checks: &mut Checks) -> Result<()> {
+    crate::report::write(dir)?;
+    let looked = crate::browser::check(dir);
+    if let Err(why) = &looked {
+        println!("{why:#}");
+    }
+    checks.check(
+        "the report is right in a browser, in light and dark, on a desk, on a phone and printed",
+        looked.is_ok(),
+    );
     Ok(())
 }
 

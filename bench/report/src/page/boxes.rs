@@ -9,7 +9,7 @@ use crate::schema::mechanism_rank;
 use crate::{Collection, Key, Workload};
 
 /// Where the plot begins, right of the monitors' names, and where it ends: the medians are on its right.
-const LEFT: f64 = 150.0;
+const LEFT: f64 = 172.0;
 const RIGHT: f64 = 690.0;
 const PITCH: f64 = 19.0;
 /// A box is at least so wide: in the emulator most samples are the same.

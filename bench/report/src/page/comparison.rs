@@ -28,7 +28,7 @@ pub(super) fn section(results: &Results) -> Markup {
         p { "Measured on 20 Intel CPUs, in microseconds: L. Beierlieb et al., "
             cite { "Electronics" } " 14(3) 534 and " cite { "Eng" } " 6(10) 278, 2025. Repair and emulate are SmartVMI's there, view-step and \
             view-fast-step DRAKVUF's; six CPUs have no usable samples of SmartVMI's, as in the study's own scripts. Ratios are to "
-            (BASE) ": on each CPU to its own, and of these the median. Differences over 25 % are bold, with the number of their explanation below." }
+            (BASE) ": on each CPU to its own, and of these the median. Differences over 25\u{a0}% are bold, with the number of their explanation below." }
         (scroll("published figures and ours", html! { table {
             caption { "Ratios to " (BASE) ", published and here. Below a ratio of ours: its difference from the published one, and our median." }
             thead {
@@ -48,7 +48,7 @@ pub(super) fn section(results: &Results) -> Markup {
                             Some(number) => sup { a href={ "#why-" (mark(number)) } { (mark(number)) } },
                             None => sup.bad { "?" },
                         } }
-                        small { @if published.mechanism != BASE { (format!("{:+.0} %", compared.difference * 100.0)) ", " } (grouped(compared.median)) }
+                        small { @if published.mechanism != BASE { (format!("{:+.0}\u{a0}%", compared.difference * 100.0)) ", " } (grouped(compared.median)) }
                     }
                 } }
             } } }

@@ -94,7 +94,7 @@ impl Report<'_> {
                 body { main {
                     h1 { "What a breakpoint hit costs" }
                     p { "Breakpoints set from outside a virtual machine, invisible to it: hyperbp beside the monitors it is \
-                         compared with, in one boot of one machine. " (self.where_measured()) }
+                         compared with, all measured in one run. " (self.where_measured()) }
                     nav aria-label="Sections" { ul { @for (id, title, _) in &sections {
                         li { a href={ "#" (id) } { (title) } }
                     } } }
@@ -117,7 +117,7 @@ impl Report<'_> {
         }
     }
 
-    /// What `auto` costs beside what a host has itself, for each host that has both.
+    /// What `auto` costs beside what others have themselves; of the floor's, beside the cheapest.
     fn glance(&self) -> Markup {
         let rows = Row::all(&self.results().runs);
         let find = |host: &str, backend: &str, mechanism: &str, workload| {
@@ -125,7 +125,9 @@ impl Report<'_> {
             rows.iter().find(is).and_then(|row| row.median(workload))
         };
         let mut tiles = Vec::new();
-        for row in rows.iter().filter(|row| !row.is_bare() && row.backend != "hyperbp" && row.mechanism != "skip") {
+        for row in rows.iter().filter(|row| {
+            !row.is_bare() && row.backend != "hyperbp" && (row.host != "floor" || row.mechanism == "emulate")
+        }) {
             // In the same host where hyperbp runs there, else in its own runner.
             let host = if find(row.host, "hyperbp", "auto", Workload::ExecBp).is_some() { row.host } else { "runner" };
             for workload in [Workload::ExecBp, Workload::ReadBp] {
@@ -135,8 +137,8 @@ impl Report<'_> {
                 let inside = if host == "runner" { String::new() } else { format!(" in {}", host_title(host)) };
                 tiles.push(html! { li {
                     b { (format!("{:.2}×", own as f64 / auto.max(1) as f64)) }
-                    (Monitor::of(row).title()) ", " (row.mechanism) ": " (does) " a breakpoint takes " (grouped(own))
-                    " ticks, with hyperbp's auto" (inside) " " (grouped(auto)) "."
+                    (Monitor::of(row).title()) ", " (row.mechanism) ": " (does) " a breakpoint takes " span { (grouped(own)) }
+                    " ticks, with hyperbp's auto" (inside) " " span { (grouped(auto)) } "."
                 } });
             }
         }
@@ -153,7 +155,7 @@ impl Report<'_> {
         let rows = Row::all(&self.results().runs);
         let measured = |workload: &Workload| rows.iter().any(|row| !row.is_bare() && row.run(*workload).is_some());
         html! {
-            p { "An empty-handed cell says why. Rows of one event apart by less than 1 500 ticks are as good as equal: where in \
+            p { "A cell without a number says why. Rows of one event apart by less than 1 500 ticks are as good as equal: where in \
                  Xen's scheduler's period a row falls makes such differences." }
             @for workload in Workload::ALL.into_iter().filter(measured) {
                 h3 { (workload.name()) }
