@@ -90,6 +90,10 @@ pub(crate) struct Bench {
     #[command(flatten)]
     elsewhere: elsewhere::Trees,
 
+    /// Where results go [default: target/bench]
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+
     /// Ask Debian's mirror for newer packages
     #[arg(long)]
     update: bool,
@@ -106,8 +110,8 @@ pub(crate) fn mechanism(name: &str) -> Result<String, hyperbp::Error> {
 impl Bench {
     pub(crate) fn run(self) -> Result<()> {
         let lab = Lab::open(&crate::repo(), &crate::target(), Host::this(), Progress::new())?;
-        let out = crate::target().join("bench");
-        let parts = out.join("parts");
+        let parts = crate::target().join("bench/parts");
+        let out = self.out.clone().unwrap_or_else(|| crate::target().join("bench"));
         // Parts of an earlier run must not be taken for this one's.
         if parts.exists() {
             std::fs::remove_dir_all(&parts).with_context(|| format!("cannot remove {}", parts.display()))?;
