@@ -11,10 +11,10 @@ use hyperbp_lab::bochs::Emulator;
 use hyperbp_lab::plan::{self, Selection};
 use hyperbp_lab::protocol::{Message, Parser};
 use hyperbp_lab::{Elsewhere, Host, Lab, Measure, Options, Program, Progress, Xen};
-use hyperbp_report::{Breakdown, Collection};
+use hyperbp_report::{About, Breakdown, Collection};
 
 use crate::elsewhere::{self, Programs, Skipped};
-use crate::ticks;
+use crate::{report, ticks};
 
 /// What the runner measures besides the core's mechanisms.
 const OTHERS: &[&str] = &["none", "skip"];
@@ -48,7 +48,7 @@ Examples:
       On this machine: run it in dom0 of a Xen with `altp2m=1`, with the benchmark guest running as the domain `bench`, or the
       program hyperbp-guest in it. docs/real-machines.md tells how.
 
-Results are in target/bench (with --guest linux, target/bench-linux): results.json, results.svg, samples/, and bpbench/ for the scripts of the bpbench study.
+Results are in target/bench (with --guest linux, target/bench-linux): report.html, results.json, pictures, samples/, and bpbench/ for the scripts of the bpbench study.
 In the emulator a tick is an instruction; it knows no cost of a VM exit, a cache or a TLB miss.";
 
 /// Measure what a breakpoint hit costs with each mechanism, and print a table
@@ -124,6 +124,10 @@ pub(crate) struct Bench {
     #[arg(long, conflicts_with = "domain")]
     ticks: bool,
 
+    /// Where results go [default: target/bench]
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+
     /// Ask Debian's mirror for newer packages
     #[arg(long)]
     update: bool,
@@ -178,11 +182,12 @@ fn wants(names: &[String], name: &str) -> bool {
 impl Bench {
     pub(crate) fn run(self) -> Result<()> {
         let lab = Lab::open(&crate::repo(), &crate::target(), Host::this(), Progress::new())?;
-        let out = crate::target().join(match self.guest {
+        let default = match self.guest {
             Guest::Pvh => "bench",
             Guest::Linux => "bench-linux",
-        });
-        let parts = out.join("parts");
+        };
+        let parts = crate::target().join(default).join("parts");
+        let out = self.out.clone().unwrap_or_else(|| crate::target().join(default));
         // Parts of an earlier run must not be taken for this one's.
         if parts.exists() {
             std::fs::remove_dir_all(&parts).with_context(|| format!("cannot remove {}", parts.display()))?;
@@ -196,7 +201,8 @@ impl Bench {
         }
         let (skipped, programs) = (self.skipped(&programs), programs.all);
         if plan::machines(&self.selection(&programs, Elsewhere::in_dom0)).is_empty() {
-            let skipped = if skipped.is_empty() { String::new() } else { format!("; skipped: {}", skipped.join("; ")) };
+            let skipped =
+                if skipped.is_empty() { String::new() } else { format!("; skipped: {}", whys(&skipped).join("; ")) };
             bail!("no host has what was selected{skipped}");
         }
         ensure!(!self.ticks || self.cpus == 1, "--ticks is for one CPU: with more, several instructions share a tick");
@@ -207,24 +213,35 @@ impl Bench {
                 (collections, "bochs", ticks)
             }
         };
-        present(collections, label, &out)?;
+        // The report shows where the ticks went, too.
         ticks::present(ticks, &out)?;
-        for skipped in skipped {
+        present(collections, label, &self.about(&skipped), &out)?;
+        for (_, skipped) in skipped {
             println!("Skipped:  {skipped}");
         }
         Ok(())
     }
 
-    /// What of the selection cannot be measured, and why.
-    fn skipped(&self, programs: &Programs) -> Vec<String> {
+    /// Of which hosts the selection cannot be measured, and why.
+    fn skipped(&self, programs: &Programs) -> Vec<(&'static str, String)> {
         let (original, hyperbp) = (wants(&self.backends, plan::ORIGINAL), wants(&self.backends, plan::HYPERBP));
-        let skipped = |host: &&str| match programs.skipped(host) {
+        let skipped = |host: &&'static str| match programs.skipped(host) {
             _ if !wants(&self.hosts, host) => None,
-            Some(Skipped::Host(what)) if original || hyperbp => Some(what),
-            Some(Skipped::Hyperbp(what)) if hyperbp => Some(what),
+            Some(Skipped::Host(what)) if original || hyperbp => Some((*host, what)),
+            Some(Skipped::Hyperbp(what)) if hyperbp => Some((*host, what)),
             _ => None,
         };
         plan::ELSEWHERE.iter().filter_map(skipped).collect()
+    }
+
+    /// How these results come about.
+    fn about(&self, skipped: &[(&str, String)]) -> About {
+        About {
+            date: jiff::Timestamp::now().strftime("%Y-%m-%d").to_string(),
+            command: report::command(),
+            versions: report::versions(&self.elsewhere.named()),
+            missing: skipped.iter().map(|(host, why)| ((*host).to_owned(), why.clone())).collect(),
+        }
     }
 
     /// `place` says where the runner finds a program.
@@ -303,20 +320,24 @@ impl Bench {
     }
 }
 
+/// The reasons alone.
+fn whys(skipped: &[(&str, String)]) -> Vec<String> {
+    skipped.iter().map(|(_, why)| why.clone()).collect()
+}
+
 /// Merges the collections into one in `out`, and prints it.
-fn present(dirs: Vec<PathBuf>, label: &str, out: &Path) -> Result<()> {
+fn present(dirs: Vec<PathBuf>, label: &str, about: &About, out: &Path) -> Result<()> {
     let all = Collection::read_all(&dirs)?;
     ensure!(!all.results().runs.is_empty(), "no host has what was selected");
     all.write(out)?;
-    let date = jiff::Timestamp::now().strftime("%Y-%m-%d").to_string();
     let bpbench = out.join("bpbench");
-    hyperbp_report::write_bpbench(&bpbench, label, &date, &all)?;
-    let picture = out.join("results.svg");
-    std::fs::write(&picture, hyperbp_report::svg(all.results()))
-        .with_context(|| format!("cannot write {}", picture.display()))?;
+    hyperbp_report::write_bpbench(&bpbench, label, &about.date, &all)?;
+    about.write(out)?;
+    let report = report::write(out)?;
     println!("{}", hyperbp_report::table(all.results()));
     println!("Results:  {}", out.join("results.json").display());
-    println!("Picture:  {}", picture.display());
+    println!("Report:   {}", report.display());
+    println!("Picture:  {}", out.join("results.svg").display());
     println!("Samples:  {}", out.join("samples").display());
     println!("bpbench:  {}", bpbench.display());
     Ok(())

@@ -27,6 +27,12 @@ impl Trees {
         let smartvmi = self.smartvmi.as_deref().map(|tree| lab.smartvmi(tree));
         Ok(Programs { all: drakvuf.into_iter().chain(smartvmi).collect::<Result<_, _>>()?, without_vmi_rs: None })
     }
+
+    /// Those that were named, by their names for people.
+    pub(crate) fn named(&self) -> Vec<(&'static str, &Path)> {
+        let trees = [("DRAKVUF", &self.drakvuf), ("SmartVMI", &self.smartvmi)];
+        trees.into_iter().filter_map(|(name, tree)| Some((name, tree.as_deref()?))).collect()
+    }
 }
 
 /// The programs there are.

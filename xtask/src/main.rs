@@ -8,6 +8,7 @@ use hyperbp_lab::{repo, target};
 mod archive;
 mod bench;
 mod boot;
+mod browser;
 mod budgets;
 mod cpp;
 mod deny;
@@ -19,6 +20,7 @@ mod guest;
 mod install;
 mod pair;
 mod recover;
+mod report;
 mod smartvmi;
 mod storm;
 mod test;
@@ -46,6 +48,7 @@ enum Command {
     Smartvmi(smartvmi::Smartvmi),
     Storm(storm::Storm),
     Recover(recover::Recover),
+    Report(report::Report),
     Test(test::Test),
     Trace(trace::Trace),
     Waiting(waiting::Waiting),
@@ -62,6 +65,7 @@ fn main() -> ExitCode {
         Command::Smartvmi(smartvmi) => smartvmi.run(),
         Command::Storm(storm) => storm.run(),
         Command::Recover(recover) => recover.run(),
+        Command::Report(report) => report.run(),
         Command::Test(test) => test.run(),
         Command::Trace(trace) => trace.run(),
         Command::Waiting(waiting) => waiting.run(),

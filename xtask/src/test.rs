@@ -257,6 +257,7 @@ fn in_the_lab(lab: &Lab, bench: &Bench<'_>, programs: &[Elsewhere], checks: &mut
         true => within_budget(&Table::measured(lab, bench, first.results())?, checks)?,
         false => println!("skipped: the budgets, which are for a guest that no other host has measured in"),
     }
+    report(&dirs[0].join("0"), checks)?;
     for program in programs {
         match program.host {
             plan::SMARTVMI => in_smartvmi(first.results(), program, checks),
@@ -287,6 +288,20 @@ fn within_budget(measured: &Table, checks: &mut Checks) -> Result<()> {
     let what = format!("{} figures are within the budgets of bench/budgets.toml", compared.figures);
     checks.check(&what, compared.more.is_empty());
     compared.more.iter().for_each(|more| checks.check(more, false));
+    Ok(())
+}
+
+/// The report of what was measured, in a browser.
+fn report(dir: &Path, checks: &mut Checks) -> Result<()> {
+    crate::report::write(dir)?;
+    let looked = crate::browser::check(dir);
+    if let Err(why) = &looked {
+        println!("{why:#}");
+    }
+    checks.check(
+        "the report is right in a browser, in light and dark, on a desk, on a phone and printed",
+        looked.is_ok(),
+    );
     Ok(())
 }
 

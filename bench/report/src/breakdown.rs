@@ -138,7 +138,7 @@ impl Breakdown {
 }
 
 /// Those that most hits have, in one line: the rest is timers.
-fn counts(counts: &BTreeMap<String, f64>) -> String {
+pub(crate) fn counts(counts: &BTreeMap<String, f64>) -> String {
     let mut counts: Vec<_> = counts.iter().filter(|(_, count)| **count >= 0.1).collect();
     counts.sort_by(|a, b| b.1.total_cmp(a.1));
     let text = |(name, count): (&String, &f64)| {

@@ -8,12 +8,15 @@
 //! - [`Waited`] is what it takes of the machine that a monitor waits.
 //! - [`Breakdown`] is where the ticks of a hit go.
 //! - [`table`] and [`svg`] show the summary in a terminal and on a page.
+//! - [`Report`] is all of it as one page, with its pictures; [`About`] is what it says of how the results were made.
 //! - [`write_bpbench`] writes the samples as bpbench's measurement study keeps them, so that its scripts can plot them.
 
+mod about;
 mod bpbench;
 mod breakdown;
 mod collection;
 mod format;
+mod page;
 mod pair;
 mod picture;
 mod schema;
@@ -23,9 +26,11 @@ mod ticks;
 mod trace;
 mod waiting;
 
+pub use about::About;
 pub use bpbench::write_bpbench;
 pub use breakdown::{Breakdown, BreakdownRow, Instructions};
 pub use collection::{Collection, Key};
+pub use page::Report;
 pub use pair::{Pair, Pass};
 pub use picture::svg;
 pub use schema::{Kind, Machine, Measurement, Results, Run, SCHEMA, TicksAre, Workload};

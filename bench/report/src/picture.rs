@@ -1,6 +1,7 @@
 //! The summary as a picture.
 //!
-//! Written by hand, because colours must follow the reader's light or dark theme, which takes a style sheet.
+//! Written by hand, because colours must follow the reader's light or dark theme, which takes a style sheet. They are those of the
+//! report, which the colour-blind can tell apart.
 
 use std::fmt::Write;
 
@@ -23,7 +24,7 @@ const HEADING: u32 = 30;
 /// The colour of what the others are measured against, whether there are many of them or few.
 const FLOOR_COLOUR: usize = 1;
 /// The colours of the others; more of them share the last one.
-const COLOURS: [usize; 5] = [0, 2, 3, 4, 5];
+const COLOURS: [usize; 6] = [0, 2, 3, 4, 5, 6];
 
 const STYLE: &str = "\
 text{font:13px system-ui,sans-serif;fill:#1f2328}\
@@ -31,10 +32,10 @@ text{font:13px system-ui,sans-serif;fill:#1f2328}\
 .heading{font-weight:600}\
 .faint{fill:#59636e}\
 .number{font-size:12px;font-variant-numeric:tabular-nums}\
-.s0{fill:#0969da}.s1{fill:#afb8c1}.s2{fill:#bf8700}.s3{fill:#8250df}.s4{fill:#1a7f37}.s5{fill:#cf222e}\
+.s0{fill:#0072b2}.s1{fill:#7a828b}.s2{fill:#2a9fd6}.s3{fill:#d55e00}.s4{fill:#009e73}.s5{fill:#a2458a}.s6{fill:#9a6b00}\
 @media(prefers-color-scheme:dark){\
 text{fill:#e6edf3}.faint{fill:#9198a1}\
-.s0{fill:#4493f8}.s1{fill:#656c76}.s2{fill:#d29922}.s3{fill:#ab7df8}.s4{fill:#3fb950}.s5{fill:#f85149}}";
+.s0{fill:#4aa3ff}.s1{fill:#8b949e}.s2{fill:#8fd3ff}.s3{fill:#ff8a3d}.s4{fill:#2fc49a}.s5{fill:#e08bc6}.s6{fill:#e6b84a}}";
 
 /// Median ticks of `exec_bp` and `read_bp` as horizontal bars, on one scale: a group for each mechanism, in it a bar
 /// for each monitor, so that hyperbp and the floor stand side by side. An SVG image without a background, for light and
