@@ -39,7 +39,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    Bench(bench::Bench),
+    Bench(Box<bench::Bench>),
     Boot(boot::Boot),
     Budgets(budgets::Budgets),
     Drakvuf(drakvuf::Drakvuf),
