@@ -135,7 +135,7 @@ pub(crate) struct Bench {
 
 /// How the emulated machine is set up.
 #[derive(Debug, Args)]
-#[command(next_help_heading = "Tuning the emulated machine (docs/tuning.md)")]
+#[command(next_help_heading = "Tuning the emulated machine")]
 struct Tuning {
     /// Another option for Xen, such as sched=null; may be repeated
     #[arg(long = "xen-option", value_name = "OPTION", conflicts_with = "domain")]
