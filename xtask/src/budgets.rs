@@ -57,9 +57,9 @@ const OF_TICKS: [&str; 2] = ["libc6", "grub-pc-bin"];
 /// What may be more than the budget, in thousandths, with the same versions and with others.
 ///
 /// Instructions are exactly the same then. Ticks are so only in the same image; in another, where in the period of Xen's
-/// scheduler a row falls is another, too.
+/// scheduler a row falls is another, too: 750 ticks, which is 3 % of the cheapest row.
 const INSTRUCTIONS_MORE: (u64, u64) = (0, 20);
-const TICKS_MORE: (u64, u64) = (10, 30);
+const TICKS_MORE: (u64, u64) = (40, 50);
 
 /// Names, and what they cost.
 type Costs<T> = BTreeMap<String, BTreeMap<String, T>>;
@@ -312,16 +312,16 @@ mod tests {
     #[test]
     fn ticks_have_a_little_room() {
         let budget = table("1", 500, 25_000);
-        assert!(budget.compare(&table("1", 500, 25_250)).more.is_empty());
-        assert_eq!(budget.compare(&table("1", 500, 25_251)).more.len(), 1);
+        assert!(budget.compare(&table("1", 500, 26_000)).more.is_empty());
+        assert_eq!(budget.compare(&table("1", 500, 26_001)).more.len(), 1);
     }
 
     #[test]
     fn other_versions_are_named_and_have_more_room() {
         let budget = table("1", 500, 25_000);
-        let other = budget.compare(&table("2", 510, 25_750));
+        let other = budget.compare(&table("2", 510, 26_250));
         assert_eq!((other.more.len(), other.others), (0, vec!["rustc: 2, not 1".to_owned()]));
-        assert_eq!(budget.compare(&table("2", 511, 25_751)).more.len(), 4);
+        assert_eq!(budget.compare(&table("2", 511, 26_251)).more.len(), 4);
     }
 
     #[test]
