@@ -259,8 +259,8 @@ impl Bench {
             page_samples,
             watch: self.watch,
             no_halt: self.no_halt,
-            elsewhere: elsewhere::named(programs, place),
-            stock: elsewhere::stock(programs),
+            elsewhere: Elsewhere::named(programs, place),
+            stock: Elsewhere::stock(programs),
         }
     }
 

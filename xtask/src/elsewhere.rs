@@ -101,16 +101,6 @@ pub(crate) fn title(host: &str) -> &str {
     }
 }
 
-/// The programs for a selection; `place` says where the runner finds one.
-pub(crate) fn named(programs: &[Elsewhere], place: impl Fn(&Elsewhere) -> String) -> Vec<(String, String)> {
-    programs.iter().map(|program| (program.host.to_owned(), place(program))).collect()
-}
-
-/// The hosts of those programs that are without hyperbp.
-pub(crate) fn stock(programs: &[Elsewhere]) -> Vec<String> {
-    programs.iter().filter(|program| !program.has_hyperbp).map(|program| program.host.to_owned()).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

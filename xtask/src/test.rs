@@ -204,8 +204,8 @@ impl Checks {
 fn in_the_lab(lab: &Lab, bench: &Bench<'_>, programs: &[Elsewhere], checks: &mut Checks) -> Result<()> {
     let runner = lab.build(Program::Runner, Some(&bench.sysroot))?;
     let quick = Selection {
-        elsewhere: elsewhere::named(programs, Elsewhere::in_dom0),
-        stock: elsewhere::stock(programs),
+        elsewhere: Elsewhere::named(programs, Elsewhere::in_dom0),
+        stock: Elsewhere::stock(programs),
         ..budgets::selection()
     };
     // The same image twice, at the same time, and then the checks with one CPU and with two.

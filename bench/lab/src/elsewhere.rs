@@ -42,6 +42,18 @@ impl Elsewhere {
         }
     }
 
+    /// These programs for [`Selection::elsewhere`](crate::plan::Selection::elsewhere): `place` says where the runner finds one.
+    #[must_use]
+    pub fn named(programs: &[Self], place: impl Fn(&Self) -> String) -> Vec<(String, String)> {
+        programs.iter().map(|program| (program.host.to_owned(), place(program))).collect()
+    }
+
+    /// Those of them for [`Selection::stock`](crate::plan::Selection::stock): the ones without hyperbp.
+    #[must_use]
+    pub fn stock(programs: &[Self]) -> Vec<String> {
+        programs.iter().filter(|program| !program.has_hyperbp).map(|program| program.host.to_owned()).collect()
+    }
+
     /// Where it is then.
     #[must_use]
     pub fn in_dom0(&self) -> String {

@@ -1,6 +1,24 @@
 //! How names and numbers are written for people, and how runs are grouped.
 
+use comfy_table::{CellAlignment, ContentArrangement, Table, TableComponent, presets};
+
 use crate::{Run, TicksAre, Workload};
+
+/// What stands where nothing was measured, or nothing is to be told.
+pub(crate) const NOTHING: &str = "–";
+
+/// A table for a terminal, without rows yet: with this head, and numbers in all columns but the first `texts`. There are lines
+/// around it and below its head, and none between rows.
+pub(crate) fn table<'a>(head: impl IntoIterator<Item = &'a str>, texts: usize) -> Table {
+    let mut table = Table::new();
+    table.load_preset(presets::UTF8_HORIZONTAL_ONLY).set_content_arrangement(ContentArrangement::Disabled);
+    table.remove_style(TableComponent::HorizontalLines).remove_style(TableComponent::MiddleIntersections);
+    table.set_header(head);
+    for column in table.column_iter_mut().skip(texts) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table
+}
 
 /// The runs of one host, backend and mechanism.
 #[derive(Debug)]

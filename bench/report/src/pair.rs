@@ -1,14 +1,10 @@
 //! What came of two processes that share a page of code and are at work in turns, with a breakpoint in one of them.
 
 use anyhow::{Context, Result};
-use comfy_table::{CellAlignment, ContentArrangement, Table, TableComponent, presets};
 use serde::{Deserialize, Serialize};
 
 use crate::Ticks;
-use crate::format::{grouped, monitor};
-
-/// What stands where nothing is to be told.
-const NOTHING: &str = "–";
+use crate::format::{self, NOTHING, grouped, monitor};
 
 /// All that was measured in one boot of one guest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -79,10 +75,7 @@ impl Pair {
     /// A table, a row for each pass.
     #[must_use]
     pub fn table(&self) -> String {
-        let mut table = Table::new();
-        table.load_preset(presets::UTF8_HORIZONTAL_ONLY).set_content_arrangement(ContentArrangement::Disabled);
-        table.remove_style(TableComponent::HorizontalLines).remove_style(TableComponent::MiddleIntersections);
-        table.set_header([
+        let head = [
             "monitor",
             "mechanism",
             "switches",
@@ -93,10 +86,8 @@ impl Pair {
             "ticks a call",
             "other's calls",
             "ticks a call",
-        ]);
-        for column in table.column_iter_mut().skip(2) {
-            column.set_cell_alignment(CellAlignment::Right);
-        }
+        ];
+        let mut table = format::table(head, 2);
         for pass in &self.passes {
             let host = pass.host.as_deref();
             let or_nothing = |number: Option<u64>| number.map_or_else(|| NOTHING.to_owned(), grouped);

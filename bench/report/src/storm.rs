@@ -1,15 +1,12 @@
 //! What came of a storm: every virtual CPU in the same page at once, executing, hashing and writing it.
 
 use anyhow::{Context, Result};
-use comfy_table::{CellAlignment, ContentArrangement, Table, TableComponent, presets};
 use serde::{Deserialize, Serialize};
 
-use crate::format::{grouped, monitor};
+use crate::format::{self, NOTHING, grouped, monitor};
 
 /// The backend that is not ours.
 const ORIGINAL: &str = "original";
-/// What stands where nothing is known.
-const NOTHING: &str = "–";
 
 /// One storm under one mechanism.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -129,10 +126,7 @@ pub fn storms_from_json(json: &str) -> Result<Vec<Storm>> {
 pub fn storm_table(storms: &[Storm]) -> String {
     let elsewhere = storms.iter().any(Storm::is_elsewhere);
     let texts: &[&str] = if elsewhere { &["monitor", "mechanism"] } else { &["mechanism"] };
-    let mut table = Table::new();
-    table.load_preset(presets::UTF8_HORIZONTAL_ONLY).set_content_arrangement(ContentArrangement::Disabled);
-    table.remove_style(TableComponent::HorizontalLines).remove_style(TableComponent::MiddleIntersections);
-    table.set_header(texts.iter().chain(&[
+    let head = [
         "vCPUs",
         "executions",
         "hits",
@@ -147,10 +141,8 @@ pub fn storm_table(storms: &[Storm]) -> String {
         "ticks p50",
         "p99",
         "",
-    ]));
-    for column in table.column_iter_mut().skip(texts.len()) {
-        column.set_cell_alignment(CellAlignment::Right);
-    }
+    ];
+    let mut table = format::table(texts.iter().chain(&head).copied(), texts.len());
     for storm in storms {
         let counts = [
             storm.hits,

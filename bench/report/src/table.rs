@@ -2,13 +2,8 @@
 
 use std::fmt::Write;
 
-use comfy_table::{CellAlignment, ContentArrangement, Table, TableComponent, presets};
-
-use crate::format::{Row, grouped, unit};
+use crate::format::{self, NOTHING, Row, grouped, unit};
 use crate::{Kind, Results, Workload};
-
-/// What stands where nothing was measured.
-const NOTHING: &str = "–";
 
 /// Columns of the longest bar.
 const BAR_WIDTH: u64 = 40;
@@ -49,15 +44,9 @@ fn medians(rows: &[Row<'_>]) -> String {
     // The runner is what is usual: that it is the host need not be said of every row.
     let hosts = rows.iter().any(Row::is_elsewhere);
     let names: &[&str] = if hosts { &["host", "backend", "mechanism"] } else { &["monitor", "mechanism"] };
-    let mut table = Table::new();
-    table.load_preset(presets::UTF8_HORIZONTAL_ONLY).set_content_arrangement(ContentArrangement::Disabled);
-    // No lines between rows: only around the table and below its head.
-    table.remove_style(TableComponent::HorizontalLines).remove_style(TableComponent::MiddleIntersections);
     let workloads = Workload::ALL.map(Workload::name);
-    table.set_header(names.iter().chain(&workloads).chain(&["vs best", "hits reported", "page read as"]));
-    for column in table.column_iter_mut().skip(names.len()) {
-        column.set_cell_alignment(CellAlignment::Right);
-    }
+    let head = names.iter().chain(&workloads).chain(&["vs best", "hits reported", "page read as"]);
+    let mut table = format::table(head.copied(), names.len());
 
     let cheapest = cheapest(rows);
     let mut host = "";

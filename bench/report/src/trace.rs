@@ -1,10 +1,9 @@
 //! What came of tracing functions of a guest's kernel.
 
 use anyhow::{Context, Result};
-use comfy_table::{CellAlignment, ContentArrangement, Table, TableComponent, presets};
 use serde::{Deserialize, Serialize};
 
-use crate::format::grouped;
+use crate::format::{self, grouped};
 use crate::{Handling, Served};
 
 /// A trace of one domain.
@@ -73,15 +72,9 @@ impl Trace {
     /// A table, a row for each function, and a line below it.
     #[must_use]
     pub fn table(&self) -> String {
-        let mut table = Table::new();
-        table.load_preset(presets::UTF8_HORIZONTAL_ONLY).set_content_arrangement(ContentArrangement::Disabled);
-        table.remove_style(TableComponent::HorizontalLines).remove_style(TableComponent::MiddleIntersections);
         // Repair serves only breakpoints in place, which serve in no other way than these, too.
         let steps = ["interpret", "emulate", "view-fast-step", "view-step", "repair"];
-        table.set_header([&["function", "hits"], &steps[..], &["fallbacks", "rewritten"]].concat());
-        for column in table.column_iter_mut().skip(1) {
-            column.set_cell_alignment(CellAlignment::Right);
-        }
+        let mut table = format::table([&["function", "hits"], &steps[..], &["fallbacks", "rewritten"]].concat(), 1);
         for function in &self.functions {
             let Served { repair, view_step, view_fast_step, emulate, interpret } = function.served;
             let numbers = [function.hits, interpret, emulate, view_fast_step, view_step, repair];

@@ -1,10 +1,9 @@
 //! What it costs a machine that a monitor waits, with more hits and with fewer.
 
 use anyhow::{Context, Result};
-use comfy_table::{CellAlignment, ContentArrangement, Table, TableComponent, presets};
 use serde::{Deserialize, Serialize};
 
-use crate::format::grouped;
+use crate::format::{self, grouped};
 
 /// How often the breakpoint is hit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -101,10 +100,7 @@ pub fn waiting_problems(rows: &[Waited]) -> Vec<String> {
 /// A row for each.
 #[must_use]
 pub fn waiting_table(rows: &[Waited]) -> String {
-    let mut table = Table::new();
-    table.load_preset(presets::UTF8_HORIZONTAL_ONLY).set_content_arrangement(ContentArrangement::Disabled);
-    table.remove_style(TableComponent::HorizontalLines).remove_style(TableComponent::MiddleIntersections);
-    table.set_header([
+    let head = [
         "hits",
         "monitor",
         "seconds",
@@ -116,10 +112,8 @@ pub fn waiting_table(rows: &[Waited]) -> String {
         "halted",
         "in vain",
         "slept",
-    ]);
-    for column in table.column_iter_mut().skip(2) {
-        column.set_cell_alignment(CellAlignment::Right);
-    }
+    ];
+    let mut table = format::table(head, 2);
     for row in rows {
         let load = match row.load {
             Load::Idle => "none",

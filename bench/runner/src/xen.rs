@@ -750,6 +750,11 @@ impl Info {
         self.has(sys::XEN_DOMINF_shutdown) && reason == sys::SHUTDOWN_crash
     }
 
+    /// How long all its virtual CPUs have been running.
+    fn cpu_time(&self) -> Duration {
+        Duration::from_nanos(self.0.cpu_time)
+    }
+
     /// How much memory it may have, in KiB.
     fn memory_limit(&self) -> u64 {
         self.0.max_pages.saturating_mul(PAGE_SIZE as u64 / 1024)
@@ -777,8 +782,8 @@ impl CpuTime {
     /// # Errors
     /// If there is no such domain, or Xen does not answer.
     pub(crate) fn get(&self) -> Result<Duration, Error> {
-        let gone = || Error::invalid("xc_domain_getinfo", format!("there is no domain {}", self.id));
-        info(&self.xc, self.id)?.map(|info| Duration::from_nanos(info.0.cpu_time)).ok_or_else(gone)
+        let gone = || Error::invalid(GETINFO, format!("there is no domain {}", self.id));
+        info(&self.xc, self.id)?.map(|info| info.cpu_time()).ok_or_else(gone)
     }
 }
 
