@@ -90,6 +90,19 @@ public:
         return static_cast<std::uint8_t*>(page);
     }
 
+    bool creates_views() const noexcept override
+    {
+        return memory_.create_view != nullptr;
+    }
+
+    std::uint16_t create_view() override
+    {
+        std::uint16_t view = 0;
+        if (!memory_.create_view(memory_.data, &view))
+            throw std::runtime_error("the host program could not make a view of the domain's memory");
+        return view;
+    }
+
 private:
     hyperbp_memory_t memory_;
 };

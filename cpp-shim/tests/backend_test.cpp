@@ -89,6 +89,13 @@ protected:
         return mapped ? page : nullptr;
     }
 
+    static bool create_view(void* data, std::uint16_t* view)
+    {
+        auto* self = static_cast<Backend*>(data);
+        ++self->created_by_host;
+        return !self->out_of_memory && attempt([&] { *view = self->machine.create_view(); });
+    }
+
     static event_response_t on_event(vmi_instance_t /*vmi*/, vmi_event_t* event)
     {
         auto* self = static_cast<Backend*>(event->data);
@@ -152,6 +159,7 @@ protected:
     bool out_of_memory = false;
     bool keeps_pages = false;
     unsigned mapped_by_host = 0;
+    unsigned created_by_host = 0;
 };
 
 class BackendMechanism : public Backend, public testing::WithParamInterface<std::string>
@@ -413,6 +421,23 @@ TEST_F(Backend, TheHostMayMapPagesItself)
     out_of_memory = false;
     EXPECT_TRUE(hyperbp_insert(session, AT));
     close();
+}
+
+TEST_F(Backend, TheHostMayMakeViewsItself)
+{
+    host_memory.create_view = create_view;
+    open("view-step");
+    EXPECT_GT(created_by_host, 0U);
+    EXPECT_EQ(created_by_host, machine.traces().views) << "and LibVMI makes none";
+    ASSERT_TRUE(hyperbp_insert(session, AT));
+    run_to(AFTER);
+    EXPECT_EQ(told.size(), 1U);
+    close();
+
+    out_of_memory = true;
+    EXPECT_EQ(hyperbp_open(&vmi, nullptr, &host_memory), nullptr);
+    EXPECT_NE(std::string(hyperbp_error()).find("could not make a view"), std::string::npos) << hyperbp_error();
+    expect_restored();
 }
 
 TEST_F(Backend, WhatIsRefusedWhenItIsClosedIsSaid)

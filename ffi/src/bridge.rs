@@ -291,6 +291,8 @@ pub(crate) mod ffi {
         fn drop_page(self: Pin<&mut Memory>, gfn: u64) -> Result<()>;
         fn maps_pages(self: &Memory) -> bool;
         fn map_page(self: Pin<&mut Memory>, gfn: u64) -> Result<*mut u8>;
+        fn creates_views(self: &Memory) -> bool;
+        fn create_view(self: Pin<&mut Memory>) -> Result<u16>;
     }
 
     #[namespace = ""]

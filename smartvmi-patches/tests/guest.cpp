@@ -105,6 +105,11 @@ void* Guest::map_page(std::uint64_t gfn)
     return page;
 }
 
+std::uint16_t Guest::create_view()
+{
+    return parts_->machine.create_view();
+}
+
 void Guest::pause()
 {
     parts_->machine.pause();

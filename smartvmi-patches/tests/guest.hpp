@@ -41,6 +41,7 @@ public:
     std::uint64_t add_page();
     void drop_page(std::uint64_t gfn);
     void* map_page(std::uint64_t gfn);
+    std::uint16_t create_view();
     void pause();
     void resume();
 

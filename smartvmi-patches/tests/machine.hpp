@@ -51,6 +51,10 @@ public:
     {
         return guest_.map_page(gfn);
     }
+    uint16_t createView() override
+    {
+        return guest_.create_view();
+    }
 
     static inline int enabled = 0;
 

@@ -41,8 +41,8 @@ extern "C" {
 /* The breakpoints and watches of one domain. */
 typedef struct hyperbp_session hyperbp_session_t;
 
-/* What LibVMI cannot do for us: pages of memory for shadows. All are called with `data`, and may be called from within
- * any function here. Those that return a bool say whether they have succeeded. */
+/* What LibVMI cannot do for us, or some of its forks not rightly. All are called with `data`, and may be called from
+ * within any function here. Those that return a bool say whether they have succeeded. */
 typedef struct hyperbp_memory
 {
     void* data;
@@ -53,6 +53,10 @@ typedef struct hyperbp_memory
     /* Maps a page of the domain's memory for reading and writing, until munmap() of that one page; NULL if it fails.
      * Only a LibVMI without vmi_mmap_guest_pa needs it, such as GDATA's fork: leave it NULL with others. */
     void* (*map_page)(void* data, uint64_t gfn);
+    /* Makes a view (altp2m) in which the guest may do everything, and says which. Only a LibVMI whose vmi_slat_create
+     * has Xen make views whose pages may only be read needs it, such as GDATA's fork: Xen 4.17 does not do what it is
+     * asked there, 4.20 does. Leave it NULL with others. LibVMI destroys the view. */
+    bool (*create_view)(void* data, uint16_t* view);
 } hyperbp_memory_t;
 
 /* What an event is. */

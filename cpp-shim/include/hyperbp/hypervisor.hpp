@@ -72,7 +72,7 @@ public:
     virtual void resume() = 0;
 };
 
-/// What LibVMI cannot do: pages of memory for shadows, for `hyperbp::ffi::open_libvmi`.
+/// What LibVMI cannot do, or some of its forks not rightly, for `hyperbp::ffi::open_libvmi`.
 class Memory
 {
 public:
@@ -95,6 +95,18 @@ public:
     {
         (void)gfn;
         throw std::logic_error("there is no map_page");
+    }
+
+    /// Whether `create_view` makes views. If not, LibVMI does, with vmi_slat_create.
+    virtual bool creates_views() const noexcept
+    {
+        return false;
+    }
+
+    /// Makes a view in which the guest may do everything, and returns its number.
+    virtual std::uint16_t create_view()
+    {
+        throw std::logic_error("there is no create_view");
     }
 };
 

@@ -117,6 +117,9 @@ impl Hypervisor for Domain {
     }
 
     fn create_view(&mut self) -> Result<ViewId, Error> {
+        if self.memory.creates_views() {
+            return Ok(ViewId(self.memory().create_view()?));
+        }
         let mut view = 0;
         // SAFETY: the instance lives, and `view` outlives the call.
         check("vmi_slat_create", unsafe { sys::vmi_slat_create(self.vmi, &mut view) })?;
