@@ -8,10 +8,14 @@
 #include <config.h>
 
 #include <assert.h>
+#include <errno.h>
+
+#include <sys/mman.h>
 
 #include <libdrakvuf/hyperbp.h>
 #include <libdrakvuf/private.h>
 #include <libdrakvuf/vmi.h>
+#include <xenforeignmemory.h>
 
 /* -------- what the others note */
 
@@ -268,6 +272,28 @@ bool xen_decrease_reservation(xen_interface_t* xen, domid_t domain, xen_pfn_t* g
     return true;
 }
 
+xenforeignmemory_handle* xenforeignmemory_open(struct xentoollog_logger* logger, unsigned flags)
+{
+    NOTE("memory;");
+    return (xenforeignmemory_handle*)&session;
+}
+
+int xenforeignmemory_close(xenforeignmemory_handle* unused)
+{
+    NOTE("no memory;");
+    return 0;
+}
+
+void* xenforeignmemory_map(xenforeignmemory_handle* unused, uint32_t domain, int protection, size_t number,
+                           const xen_pfn_t gfns[], int errors[])
+{
+    assert(number == 1 && protection == (PROT_READ | PROT_WRITE));
+    NOTE("map %lx;", gfns[0]);
+    void* page = mmap(NULL, XC_PAGE_SIZE, protection, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    errors[0] = is_full ? -ENOENT : 0;
+    return page;
+}
+
 xc_evtchn* xen_get_evtchn(xen_interface_t* xen)
 {
     return NULL;
@@ -448,7 +474,7 @@ static void opens(void)
     assert(init_vmi(&drakvuf, true));
     assert(drakvuf_get_hyperbp(&drakvuf) == &session && drakvuf.altp2m_idx == VIEW);
     assert(int3 && memory && steps[0] && steps[1]);
-    expect("no view and no sink page of DRAKVUF's is made", "altp2m 1;open auto;");
+    expect("no view and no sink page of DRAKVUF's is made", "altp2m 1;memory;open auto;");
 }
 
 static void breakpoints(void)
@@ -548,8 +574,12 @@ static void refusals(void)
     assert(pages.add_page(pages.data, &gfn) && gfn == 0x101);
     is_full = true;
     assert(!pages.add_page(pages.data, &gfn));
+    assert(!pages.map_page(pages.data, 0x101));
+    is_full = false;
+    void* page = pages.map_page(pages.data, 0x101);
+    assert(page && !munmap(page, XC_PAGE_SIZE));
     assert(pages.drop_page(pages.data, 0x101));
-    expect("pages of memory", "populate 101;populate 102;decrease 101;");
+    expect("pages of memory", "populate 101;populate 102;map 101;map 101;decrease 101;");
     assert(inject_trap_pa(&drakvuf, &a, 0x5004));
     refuses = true;
     assert(!inject_trap_pa(&drakvuf, &b, 0x6000) && !inject_trap_mem(&drakvuf, &r, false));
@@ -620,13 +650,13 @@ static void failures(void)
     expect("a failure ends every loop, and nothing more is asked", "insert 5004;stop waiting;stop waiting;begin;");
     close_vmi(&drakvuf);
     assert(!drakvuf_get_hyperbp(&drakvuf) && !drakvuf_hyperbp_failed(&drakvuf));
-    expect("it is closed while its views are there", "listen;close;no waiter;view 0;altp2m 0;");
+    expect("it is closed while its views are there", "listen;close;no waiter;no memory;view 0;altp2m 0;");
 
     drakvuf = (struct drakvuf) {0};
     refuses = true;
     assert(!init_vmi(&drakvuf, false));
     close_vmi(&drakvuf);
-    expect("it could not be opened", "altp2m 1;open auto;listen;view 0;altp2m 0;");
+    expect("it could not be opened", "altp2m 1;memory;open auto;listen;no memory;view 0;altp2m 0;");
 }
 
 int main(void)

@@ -17,7 +17,7 @@ const SOURCE: &str = include_str!("../../drakvuf/drakvuf-bench.c");
 /// DRAKVUF's static libraries, as Meson calls their targets.
 const LIBRARIES: [&str; 2] = ["drakvuf", "xen_helper"];
 /// What these need, as Meson calls the dependencies. The last is there only when DRAKVUF was built with it.
-const DEPENDENCIES: [&str; 4] = ["glib-2.0", "libvmi", "json-c", HYPERBP];
+const DEPENDENCIES: [&str; 5] = ["glib-2.0", "libvmi", "json-c", "xenforeignmemory", HYPERBP];
 const HYPERBP: &str = "hyperbp";
 
 /// Where its own programs find its headers.

@@ -51,7 +51,7 @@ typedef struct hyperbp_memory
     /* Takes such a page away again. */
     bool (*drop_page)(void* data, uint64_t gfn);
     /* Maps a page of the domain's memory for reading and writing, until munmap() of that one page; NULL if it fails.
-     * Only a LibVMI without vmi_mmap_guest_pa needs it, such as GDATA's fork: leave it NULL with others. */
+     * Only a LibVMI without vmi_mmap_guest_pa needs it: GDATA's fork, or one from before September 2024. */
     void* (*map_page)(void* data, uint64_t gfn);
     /* Makes a view (altp2m) in which the guest may do everything, and says which. Only a LibVMI whose vmi_slat_create
      * has Xen make views whose pages may only be read needs it, such as GDATA's fork: Xen 4.17 does not do what it is
