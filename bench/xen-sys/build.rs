@@ -10,7 +10,7 @@ const LIBRARIES: [&str; 4] = ["xenctrl", "xenevtchn", "xenforeignmemory", "xenst
 
 const FUNCTIONS: &[&str] = &[
     "xc_interface_(open|close)",
-    "xc_domain_(getinfolist|pause|unpause|maximum_gpfn|setmaxmem|debug_control)",
+    "xc_domain_(getinfolist|pause|unpause|maximum_gpfn|setmaxmem|debug_control|get_tsc_info)",
     "xc_domain_(populate_physmap|decrease_reservation)_exact",
     "xc_hvm_(param_get|inject_trap)",
     "xc_physinfo",

@@ -116,7 +116,8 @@ mod tests {
     fn rows_of(measured: &[(Workload, &[u64])], lines: &str) -> Result<Vec<BreakdownRow>> {
         let dir = tempfile::tempdir()?;
         let (cpu, xen) = ("Haswell".to_owned(), "4.17.5".to_owned());
-        let machine = Machine { kind: Kind::Bochs, cpu, xen, cpus: 1, ticks_are: TicksAre::Instructions };
+        let machine =
+            Machine { kind: Kind::Bochs, cpu, xen, cpus: 1, ticks_are: TicksAre::Instructions, tsc_khz: None };
         let mut collection = Collection::new(machine);
         let mut order = Vec::new();
         for (workload, samples) in measured {

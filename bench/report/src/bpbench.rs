@@ -18,6 +18,8 @@ use crate::format::{monitor, unit};
 /// `readme.txt` for each machine. `repair`, `view-step`, `view-fast-step` and `emulate` get the study's names `repair`,
 /// `ept`, `ept-fast` and `emul`, other mechanisms keep theirs.
 ///
+/// The study's numbers are nanoseconds. So are these, where ticks are a time; else they are ticks, as `readme.txt` says.
+///
 /// Earlier results of the same variants are replaced: the study's scripts want exactly one folder for each.
 ///
 /// # Errors
@@ -49,7 +51,10 @@ pub fn write_bpbench(directory: &Path, machine_label: &str, date: &str, collecti
             remove_earlier(&machine, variant)?;
         }
         let folder = machine.join(format!("result_{date}_{variant}"));
-        write_file(&folder.join(run.workload.file_name()).with_extension("csv"), &to_csv(samples))?;
+        let machine = &collection.results().machine;
+        let times: Option<Vec<u64>> = samples.iter().map(|ticks| machine.nanoseconds(*ticks)).collect();
+        let csv = to_csv(times.as_deref().unwrap_or(samples));
+        write_file(&folder.join(run.workload.file_name()).with_extension("csv"), &csv)?;
     }
     Ok(())
 }
@@ -81,23 +86,26 @@ fn remove_earlier(machine: &Path, variant: &str) -> Result<()> {
 
 fn readme(collection: &Collection, host: &str, backend: &str) -> String {
     let machine = &collection.results().machine;
+    let numbers = match machine.nanoseconds(0) {
+        Some(_) => "nanoseconds".to_owned(),
+        None => format!("not nanoseconds but ticks: {}", unit(machine.ticks_are)),
+    };
     format!(
         "Breakpoints by the backend {backend} in the host {host}, measured by hyperbp's benchmark.\n\
          CPU: {} ({} in use)\n\
          Xen: {}\n\
-         Numbers are not nanoseconds but ticks: {}.\n",
-        machine.cpu,
-        machine.cpus,
-        machine.xen,
-        unit(machine.ticks_are)
+         Numbers are {numbers}.\n",
+        machine.cpu, machine.cpus, machine.xen,
     )
 }
 
 #[cfg(test)]
 mod tests {
+    use std::num::NonZeroU32;
+
     use super::*;
     use crate::samples::{bochs, collection, measurement};
-    use crate::{Measurement, Workload};
+    use crate::{Machine, Measurement, TicksAre, Workload};
 
     fn listing(directory: &Path) -> Vec<String> {
         let mut names: Vec<_> =
@@ -120,6 +128,26 @@ mod tests {
             ["exec_bp.csv", "exec_page.csv", "read_bp.csv", "read_page.csv", "timing_overhead.csv"]
         );
         assert_eq!(fs::read_to_string(ept.join("exec_bp.csv")).unwrap(), "60000\n60002\n60001\n");
+    }
+
+    #[test]
+    fn cycles_become_nanoseconds_where_it_is_known_how_long_one_is() {
+        let directory = tempfile::tempdir().unwrap();
+        let numbers = |ticks_are, tsc_khz| {
+            let machine = Machine { ticks_are, tsc_khz: NonZeroU32::new(tsc_khz), ..bochs() };
+            let mut collection = Collection::new(machine);
+            collection.push(measurement("hyperbp", "emulate", Workload::ExecBp), vec![0, 60_000, u64::MAX]).unwrap();
+            write_bpbench(directory.path(), "host", "2026-01-31", &collection).unwrap();
+            let machine = directory.path().join("results/host_hyperbp");
+            let csv = fs::read_to_string(machine.join("result_2026-01-31_emul/exec_bp.csv")).unwrap();
+            (csv, fs::read_to_string(machine.join("readme.txt")).unwrap().lines().last().unwrap().to_owned())
+        };
+        let ticks = "0\n60000\n18446744073709551615\n";
+        let (csv, unit) = numbers(TicksAre::Tsc, 3_000_000);
+        assert_eq!((&*csv, &*unit), ("0\n20000\n6148914691236517205\n", "Numbers are nanoseconds."));
+        let (csv, unit) = numbers(TicksAre::Tsc, 0);
+        assert_eq!((&*csv, &*unit), (ticks, "Numbers are not nanoseconds but ticks: TSC cycles."));
+        assert_eq!(numbers(TicksAre::Instructions, 3_000_000).0, ticks);
     }
 
     #[test]

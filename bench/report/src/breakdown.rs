@@ -151,24 +151,10 @@ pub(crate) fn counts(counts: &BTreeMap<String, f64>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::samples::breakdown_row;
 
     fn breakdown() -> Breakdown {
-        let counts = |counts: &[(&str, f64)]| counts.iter().map(|(name, count)| ((*name).to_owned(), *count)).collect();
-        let instructions =
-            Instructions { guest: 10.0, xen: 15_000.25, dom0_kernel: 7000.0, monitor: 600.0, others: 0.0, idle: 0.0 };
-        let row = BreakdownRow {
-            host: "runner".to_owned(),
-            backend: "hyperbp".to_owned(),
-            mechanism: "emulate".to_owned(),
-            workload: Workload::ExecBp,
-            hits: 1000,
-            ticks: instructions.sum(),
-            instructions,
-            exits: counts(&[("EXCEPTION_NMI", 1.0), ("EXTERNAL_INTERRUPT", 0.012)]),
-            hypercalls: counts(&[("iret", 2.5), ("event_channel_op", 3.0)]),
-            syscalls: counts(&[]),
-        };
-        Breakdown { rows: vec![row] }
+        Breakdown { rows: vec![breakdown_row("emulate", Workload::ExecBp)] }
     }
 
     #[test]

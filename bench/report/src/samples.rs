@@ -1,6 +1,6 @@
 //! Made-up results for the tests.
 
-use crate::{Collection, Kind, Machine, Measurement, TicksAre, Workload};
+use crate::{BreakdownRow, Collection, Instructions, Kind, Machine, Measurement, TicksAre, Workload};
 
 pub(crate) fn bochs() -> Machine {
     Machine {
@@ -9,6 +9,7 @@ pub(crate) fn bochs() -> Machine {
         xen: "4.17.5".to_owned(),
         cpus: 1,
         ticks_are: TicksAre::Instructions,
+        tsc_khz: None,
     }
 }
 
@@ -41,4 +42,23 @@ pub(crate) fn collection() -> Collection {
         }
     }
     collection
+}
+
+/// Where the ticks of a hit of hyperbp's go.
+pub(crate) fn breakdown_row(mechanism: &str, workload: Workload) -> BreakdownRow {
+    let counts = |counts: &[(&str, f64)]| counts.iter().map(|(name, count)| ((*name).to_owned(), *count)).collect();
+    let instructions =
+        Instructions { guest: 10.0, xen: 15_000.25, dom0_kernel: 7000.0, monitor: 600.0, others: 0.0, idle: 0.0 };
+    BreakdownRow {
+        host: "runner".to_owned(),
+        backend: "hyperbp".to_owned(),
+        mechanism: mechanism.to_owned(),
+        workload,
+        hits: 1000,
+        ticks: instructions.sum(),
+        instructions,
+        exits: counts(&[("EXCEPTION_NMI", 1.0), ("EXTERNAL_INTERRUPT", 0.012)]),
+        hypercalls: counts(&[("iret", 2.5), ("event_channel_op", 3.0)]),
+        syscalls: counts(&[]),
+    }
 }

@@ -1,5 +1,7 @@
 //! The summary of a run, and its JSON.
 
+use std::num::NonZeroU32;
+
 use anyhow::{Context, Result};
 use serde::{Deserialize, Deserializer, Serialize, de::Error};
 
@@ -68,6 +70,18 @@ pub struct Machine {
     pub cpus: u32,
     /// What the guest's time stamp counter counts.
     pub ticks_are: TicksAre,
+    /// How often it does so in a millisecond, where that is a matter of time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tsc_khz: Option<NonZeroU32>,
+}
+
+impl Machine {
+    /// So many ticks in nanoseconds; none where ticks are no time, or nobody knows how long one is.
+    #[must_use]
+    pub fn nanoseconds(&self, ticks: u64) -> Option<u64> {
+        let khz = self.tsc_khz.filter(|_| self.ticks_are == TicksAre::Tsc)?;
+        u64::try_from(u128::from(ticks) * 1_000_000 / u128::from(khz.get())).ok()
+    }
 }
 
 /// Emulated or real.

@@ -320,6 +320,8 @@ fn machine(domain: &Domain, kind: Kind) -> Result<Machine> {
     let (major, minor, extra) = (part("major")?, part("minor")?, part("extra")?);
     let info = std::fs::read_to_string("/proc/cpuinfo").context("cannot read /proc/cpuinfo")?;
     let model = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": ").map(|(_, name)| name));
+    // In the emulator it is not a matter of time, nor the same in each boot.
+    let tsc_khz = domain.tsc_khz()?.filter(|_| kind == Kind::Xen);
     Ok(Machine {
         kind,
         cpu: model.unwrap_or("unknown").to_owned(),
@@ -329,5 +331,6 @@ fn machine(domain: &Domain, kind: Kind) -> Result<Machine> {
             Kind::Bochs => TicksAre::Instructions,
             Kind::Xen => TicksAre::Tsc,
         },
+        tsc_khz,
     })
 }

@@ -5,6 +5,7 @@ mod frames;
 use std::ffi::{CStr, CString, c_int, c_void};
 use std::fs::OpenOptions;
 use std::io::{self, ErrorKind};
+use std::num::NonZeroU32;
 use std::path::Path;
 use std::ptr::{self, NonNull};
 use std::rc::Rc;
@@ -371,6 +372,19 @@ impl Domain {
         // SAFETY: the handle is open and `info` outlives the call.
         check("xc_physinfo", unsafe { sys::xc_physinfo(self.xc.raw(), &mut info) })?;
         Ok(info.nr_cpus)
+    }
+
+    /// How many thousand times a second its virtual CPUs' time stamp counters count; none if Xen does not know.
+    ///
+    /// # Errors
+    /// If Xen does not answer.
+    pub(crate) fn tsc_khz(&self) -> Result<Option<NonZeroU32>, Error> {
+        let (mut mode, mut elapsed, mut khz, mut incarnation) = (0, 0, 0, 0);
+        // SAFETY: the handle is open, and each of the others outlives the call.
+        check("xc_domain_get_tsc_info", unsafe {
+            sys::xc_domain_get_tsc_info(self.xc.raw(), self.id, &mut mode, &mut elapsed, &mut khz, &mut incarnation)
+        })?;
+        Ok(NonZeroU32::new(khz))
     }
 
     /// Its pages, and its memory limit in KiB.

@@ -1,14 +1,16 @@
 //! The section with the published figures.
 
+use std::collections::BTreeMap;
+
 use maud::{Markup, html};
 
 use super::explanations::{explanation, text};
 use super::published::{BASE, Compared, Ours, PUBLISHED, Published};
-use super::scroll;
-use crate::Results;
+use super::{scroll, stack};
 use crate::format::grouped;
+use crate::{Breakdown, BreakdownRow, Instructions, Results};
 
-pub(super) fn section(results: &Results) -> Markup {
+pub(super) fn section(results: &Results, breakdown: Option<&Breakdown>) -> Markup {
     let explain = |ours, published: &Published, compared: &Compared| {
         explanation(results.machine.ticks_are, ours, published, compared.difference)
     };
@@ -57,6 +59,7 @@ pub(super) fn section(results: &Results) -> Markup {
         @if beyond.is_empty() { p { "No ratio that could be compared differs by more than 25 %." } }
         @else { ol { @for number in &numbers { li id={ "why-" (mark(*number)) } {
             strong { (subjects(&beyond, *number)) } " " (text(*number))
+            @if let Some(breakdown) = breakdown { (counted(breakdown, &beyond, *number)) }
         } } } }
         @if beyond.iter().any(|(_, _, number)| number.is_none()) {
             p.bad { "Not explained: " (names(beyond.iter().filter(|(_, _, number)| number.is_none()))) "." }
@@ -84,6 +87,43 @@ fn subjects(beyond: &[Beyond], number: usize) -> String {
     format!("{mechanism}, {workloads} ({ours}).")
 }
 
+/// What an explanation can be checked with: where the ticks of both sides of its ratios go, in the first of its workloads.
+fn counted(breakdown: &Breakdown, beyond: &[Beyond], number: usize) -> Markup {
+    let about = || beyond.iter().filter(|(_, _, other)| *other == Some(number));
+    let Some(workload) = about().map(|(_, published, _)| published.workload).next() else { return html! {} };
+    let mut rows: Vec<&BreakdownRow> = Vec::new();
+    for (ours, published, _) in about() {
+        for mechanism in [published.mechanism, BASE] {
+            let (host, backend) = ours.monitor(mechanism);
+            let is = |row: &&BreakdownRow| {
+                (&*row.host, &*row.backend, &*row.mechanism, row.workload) == (host, backend, mechanism, workload)
+            };
+            let row = breakdown.rows.iter().find(is);
+            rows.extend(row.filter(|row| !rows.contains(row)));
+        }
+    }
+    if rows.is_empty() {
+        return html! {};
+    }
+    let sum = |counts: &BTreeMap<String, f64>| format!("{:.1}", counts.values().sum::<f64>());
+    scroll(
+        &format!("what was counted of {}", workload.name()),
+        html! { table {
+            caption { "Counted in " (workload.name()) ", per hit" }
+            thead { tr {
+                th scope="col" { "monitor and mechanism" }
+                @for (name, _) in Instructions::default().named() { th.num scope="col" { (name) } }
+                @for name in ["VM exits", "hypercalls", "system calls"] { th.num scope="col" { (name) } }
+            } }
+            tbody { @for row in rows { tr {
+                th scope="row" { (stack::title(row)) }
+                @for (_, ticks) in row.instructions.named() { td.num { (grouped(ticks.round() as u64)) } }
+                @for counts in [&row.exits, &row.hypercalls, &row.syscalls] { td.num { (sum(counts)) } }
+            } } }
+        } },
+    )
+}
+
 fn names<'a>(beyond: impl Iterator<Item = &'a Beyond>) -> String {
     let name = |(ours, published, _): &Beyond| {
         format!("{}, {} ({})", published.mechanism, published.workload.name(), ours.title())
@@ -99,7 +139,7 @@ fn microseconds(number: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::samples::{bochs, measurement};
+    use crate::samples::{bochs, breakdown_row, measurement};
     use crate::{Collection, TicksAre, Workload};
 
     fn with(ticks_are: TicksAre, repair: u64) -> String {
@@ -107,7 +147,9 @@ mod tests {
         for (mechanism, ticks) in [("repair", repair), ("view-step", 100)] {
             collection.push(measurement("hyperbp", mechanism, Workload::ExecBp), vec![ticks]).unwrap();
         }
-        section(collection.results()).into_string()
+        let row = |mechanism| breakdown_row(mechanism, Workload::ExecBp);
+        let breakdown = Breakdown { rows: [BASE, "emulate", "repair"].map(row).into() };
+        section(collection.results(), Some(&breakdown)).into_string()
     }
 
     #[test]
@@ -118,6 +160,9 @@ mod tests {
             explained.contains("repair, exec_bp (hyperbp).") && !explained.contains("Not explained"),
             "{explained}"
         );
+        let counted = explained.split_once("Counted in exec_bp, per hit").unwrap().1;
+        assert!(counted.contains(", repair</th>") && counted.contains(", view-step</th>"), "{counted}");
+        assert!(counted.contains("15 000") && counted.contains("5.5") && !counted.contains("emulate"), "{counted}");
         let open = with(TicksAre::Tsc, 95);
         assert!(open.contains("Not explained: repair, exec_bp (hyperbp)."), "{open}");
         assert!(with(TicksAre::Tsc, 130).contains("No ratio that could be compared"));

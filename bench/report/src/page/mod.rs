@@ -78,7 +78,7 @@ impl Report<'_> {
             ("samples", "The samples", self.samples()),
             ("hits", "Hits lost, and what the guest saw", matrix::counted(&Row::all(&self.results().runs))),
             ("ticks", "Where the ticks go", self.ticks()),
-            ("published", "Beside what was published", comparison::section(self.results())),
+            ("published", "Beside what was published", comparison::section(self.results(), self.breakdown)),
             ("machine", "The machine, and how to repeat it", self.machine()),
         ];
         let page = html! {

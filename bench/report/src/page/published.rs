@@ -70,14 +70,19 @@ impl Ours {
         }
     }
 
-    /// The median of a workload, and who has it.
-    fn median(self, results: &Results, mechanism: &str, workload: Workload) -> Option<u64> {
-        let (host, backend) = match (self, mechanism) {
+    /// Who has this mechanism: the host and the backend.
+    pub(super) fn monitor(self, mechanism: &str) -> (&'static str, &'static str) {
+        match (self, mechanism) {
             (Self::Originals, "repair") => ("smartvmi", "original"),
             (Self::Originals, _) => ("drakvuf", "original"),
             (Self::Floor, _) => ("floor", "floor"),
             (Self::Hyperbp, _) => ("runner", "hyperbp"),
-        };
+        }
+    }
+
+    /// The median of a workload.
+    fn median(self, results: &Results, mechanism: &str, workload: Workload) -> Option<u64> {
+        let (host, backend) = self.monitor(mechanism);
         let is = |run: &&crate::Run| run.host == host && run.backend == backend && run.mechanism == mechanism;
         results.runs.iter().filter(is).find(|run| run.workload == workload).map(|run| run.ticks.median)
     }

@@ -14,7 +14,7 @@ const PITCH: f64 = 22.0;
 /// Colours of the parts, in their order: neighbours differ in lightness, too.
 const COLOURS: [&str; 6] = ["c6", "c0", "c2", "c3", "c5", "c1"];
 
-fn title(row: &BreakdownRow) -> String {
+pub(super) fn title(row: &BreakdownRow) -> String {
     let monitor = Monitor { host: &row.host, backend: &row.backend };
     format!("{}, {}", monitor.title(), row.mechanism)
 }
@@ -85,24 +85,11 @@ pub(super) fn numbers(breakdown: &Breakdown) -> Markup {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Instructions;
+    use crate::samples::breakdown_row;
 
     #[test]
     fn parts_follow_each_other_and_make_up_the_bar() {
-        let instructions =
-            Instructions { guest: 10.0, xen: 15_000.25, dom0_kernel: 7000.0, monitor: 600.0, others: 0.0, idle: 0.0 };
-        let row = BreakdownRow {
-            host: "runner".to_owned(),
-            backend: "hyperbp".to_owned(),
-            mechanism: "<b>".to_owned(),
-            workload: Workload::ExecBp,
-            hits: 1000,
-            ticks: instructions.sum(),
-            instructions,
-            exits: [("EXCEPTION_NMI".to_owned(), 1.0)].into(),
-            hypercalls: [].into(),
-            syscalls: [].into(),
-        };
+        let row = breakdown_row("<b>", Workload::ExecBp);
         let parts = parts(&row);
         assert!(parts.windows(2).all(|pair| pair[0].1 == pair[1].0), "{parts:?}");
         assert_eq!(parts.last().map(|part| part.1), Some(22_610));
