@@ -21,7 +21,7 @@ const TIMES: u64 = 1000;
 const TOOLS: &[&str] = &["valgrind"];
 
 /// Functions, as callgrind knows them.
-const MEASURED: [&str; 3] = ["handle", "insert", "remove"];
+const MEASURED: [&str; 3] = ["answer", "insert", "remove"];
 const HYPERVISOR: &str = "<hyperbp_benches::machine::Machine as *";
 const DUMPS: [&str; 2] = ["begin", "count"];
 

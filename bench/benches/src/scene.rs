@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use hyperbp::{
-    Access, BreakpointId, Engine, Error, Event, Gfn, Gpa, Int3, Mechanism, Placement, Reason, Registers, Step, VcpuId,
-    ViewId,
+    Access, BreakpointId, Engine, Error, Event, Gfn, Gpa, Int3, Mechanism, Placement, Reason, Registers, Reply, Step,
+    VcpuId, ViewId,
 };
 
 use crate::What;
@@ -43,6 +43,8 @@ pub struct Scene {
     view: ViewId,
     random: u64,
     hits: u64,
+    /// To what happened last.
+    reply: Reply,
 }
 
 impl Scene {
@@ -64,7 +66,7 @@ impl Scene {
         }
         // The engine makes one with the breakpoints first.
         let view = if mechanism.placement() == Placement::Shadow { ViewId(1) } else { ViewId::HOST };
-        Ok(Self { mechanism, machine, engine, places, view, random: 1, hits: 0 })
+        Ok(Self { mechanism, machine, engine, places, view, random: 1, hits: 0, reply: Reply::default() })
     }
 
     /// Lets something happen so often, and returns how long the engine took for that.
@@ -130,13 +132,17 @@ impl Scene {
             _ => (gpa, 1, Reason::Int3(Int3 { gpa, length: 1 })),
         };
         let mut event = Event { vcpu: VcpuId(0), view: self.view, registers: registers(at, beside), reason };
-        let reply = measured::handle(&mut self.engine, &mut self.machine, &event, &mut self.hits);
-        if reply.step == Step::On {
+        self.answer(&event);
+        if self.reply.step == Step::On {
             event.reason = Reason::Step;
-            event.view = reply.view.unwrap_or(event.view);
+            event.view = self.reply.view.unwrap_or(event.view);
             event.registers.rip += length;
-            measured::handle(&mut self.engine, &mut self.machine, &event, &mut self.hits);
+            self.answer(&event);
         }
+    }
+
+    fn answer(&mut self, event: &Event) {
+        measured::answer(&mut self.engine, &mut self.machine, event, &mut self.hits, &mut self.reply);
     }
 
     /// Sets so many more, each on a page that has none yet. There is room for their `ids`.
@@ -164,16 +170,17 @@ impl Scene {
 mod measured {
     use std::hint::black_box;
 
-    use hyperbp::{BreakpointId, Engine, Error, Event, Gpa, Mechanism, Reply, Verdict};
+    use hyperbp::{BreakpointId, Engine, Error, Event, Gpa, Hit, Mechanism, Reply, Verdict};
 
     use crate::machine::Machine;
 
     #[inline(never)]
-    pub(super) fn handle(engine: &mut Engine, machine: &mut Machine, event: &Event, hits: &mut u64) -> Reply {
-        black_box(engine.handle(machine, event, &mut |_, _, _| {
+    pub(super) fn answer(engine: &mut Engine, machine: &mut Machine, event: &Event, hits: &mut u64, reply: &mut Reply) {
+        let mut on_hit = |_: &mut Engine, _: &mut Machine, _: &Hit<'_>| {
             *hits += 1;
             Verdict::Keep
-        }))
+        };
+        engine.answer(machine, event, &mut on_hit, reply);
     }
 
     #[inline(never)]

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use hdrhistogram::Histogram;
-use hyperbp::{BreakpointId, Counters, Engine, Figures, Gpa, Hit, Mechanism, Reason, Verdict};
+use hyperbp::{BreakpointId, Counters, Engine, Figures, Gpa, Hit, Mechanism, Reason, Reply, Verdict};
 
 use crate::ring::{self, Monitor, PATIENCE};
 use crate::xen::{Domain, Error};
@@ -120,17 +120,18 @@ fn serve(
     seen: &mut dyn FnMut(&Engine, &Hit<'_>),
 ) -> Result<bool, Error> {
     monitor.wait(PATIENCE)?;
-    let mut any = false;
+    let (mut any, mut reply) = (false, Reply::default());
     while let Some(request) = monitor.next() {
         any = true;
         let Some(event) = ring::event_of(&request) else {
             monitor.respond(&ring::plain_response(&request));
             continue;
         };
-        let reply = engine.handle(domain, &event, &mut |engine, _, hit| {
+        let mut on_hit = |engine: &mut Engine, _: &mut Domain, hit: &Hit<'_>| {
             seen(engine, hit);
             Verdict::Keep
-        });
+        };
+        engine.answer(domain, &event, &mut on_hit, &mut reply);
         let (response, inject) = ring::response_to(&request, &reply);
         if inject && let Reason::Int3(int3) = event.reason {
             domain.inject_int3(event.vcpu, int3.length)?;
