@@ -29,61 +29,11 @@ const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 
 /// The guest-physical address of a linear address, if the page tables have one. Permissions are not looked at.
 pub(crate) fn translate<H: Hypervisor>(hv: &mut H, registers: &Registers, linear: u64) -> Option<Gpa> {
-    if registers.cr0 & CR0_PG == 0 {
-        return Some(Gpa(linear & 0xffff_ffff));
+    let linear = if registers.efer & EFER_LMA != 0 { linear } else { linear & 0xffff_ffff };
+    match registers.cr0 & CR0_PG {
+        0 => Some(Gpa(linear & 0xffff_ffff)),
+        _ => walk(hv, registers, linear).map(|walked| walked.gpa),
     }
-    if registers.efer & EFER_LMA != 0 {
-        let levels = if registers.cr4 & CR4_LA57 != 0 { 5 } else { 4 };
-        return walk(hv, registers.cr3 & ADDRESS, levels, linear);
-    }
-    let linear = linear & 0xffff_ffff;
-    if registers.cr4 & CR4_PAE != 0 {
-        // The four page-directory-pointer entries lie anywhere below 4 GiB, 32-byte aligned.
-        let pointer = entry(hv, (registers.cr3 & 0xffff_ffe0) + (linear >> 30) * 8)?;
-        return walk(hv, pointer & ADDRESS, 2, linear);
-    }
-    walk_32(hv, registers, linear)
-}
-
-/// Paging with 8-byte entries, from the table at `table`, which is of this level.
-fn walk<H: Hypervisor>(hv: &mut H, mut table: u64, levels: u32, linear: u64) -> Option<Gpa> {
-    for level in (0..levels).rev() {
-        let shift = 12 + 9 * level;
-        let entry = entry(hv, table + ((linear >> shift) & 0x1ff) * 8)?;
-        // Only levels 1 and 2 (2 MiB and 1 GiB) have large pages.
-        if level > 2 && entry & LARGE != 0 {
-            return None;
-        }
-        if level == 0 || entry & LARGE != 0 {
-            let within = (1 << shift) - 1;
-            return Some(Gpa((entry & ADDRESS & !within) | (linear & within)));
-        }
-        table = entry & ADDRESS;
-    }
-    None
-}
-
-fn entry<H: Hypervisor>(hv: &mut H, at: u64) -> Option<u64> {
-    let mut bytes = [0; 8];
-    hv.read(Gpa(at), &mut bytes).ok()?;
-    Some(u64::from_le_bytes(bytes)).filter(|entry| entry & PRESENT != 0)
-}
-
-/// Paging with 4-byte entries and two levels.
-fn walk_32<H: Hypervisor>(hv: &mut H, registers: &Registers, linear: u64) -> Option<Gpa> {
-    let mut entry = |at: u64| -> Option<u64> {
-        let mut bytes = [0; 4];
-        hv.read(Gpa(at), &mut bytes).ok()?;
-        Some(u64::from(u32::from_le_bytes(bytes))).filter(|entry| entry & PRESENT != 0)
-    };
-    let directory = entry((registers.cr3 & 0xffff_f000) + (linear >> 22) * 4)?;
-    if directory & LARGE != 0 && registers.cr4 & CR4_PSE != 0 {
-        // PSE-36: bits 20 to 13 are bits 39 to 32 of the address.
-        let high = (directory >> 13 & 0xff) << 32;
-        return Some(Gpa(high | (directory & 0xffc0_0000) | (linear & 0x003f_ffff)));
-    }
-    let page = entry((directory & 0xffff_f000) + (linear >> 12 & 0x3ff) * 4)?;
-    Some(Gpa((page & 0xffff_f000) | (linear & 0xfff)))
 }
 
 /// What a virtual CPU wants of memory.
@@ -98,6 +48,7 @@ pub(crate) enum Intent {
 /// Where an access to data, made with the privilege of `registers`, goes: if the CPU would make it at once, without a fault
 /// and without setting an accessed or dirty bit. (A stale TLB may still know another translation; a guest that has not
 /// flushed it cannot rely on either.)
+#[inline]
 pub(crate) fn access<H: Hypervisor>(
     hv: &mut H,
     registers: &Registers,
@@ -108,97 +59,118 @@ pub(crate) fn access<H: Hypervisor>(
     if (linear % PAGE_SIZE as u64) as usize + length > PAGE_SIZE {
         return None;
     }
+    let reachable = match registers.efer & EFER_LMA {
+        0 => linear <= u32::MAX.into(),
+        _ => is_canonical(linear, registers),
+    };
     if registers.cr0 & CR0_PG == 0 {
         return (linear <= u32::MAX.into()).then_some(Gpa(linear));
     }
-    let walk = Walk {
-        write: intent == Intent::Write,
-        user: registers.cpl == 3,
-        no_execute: registers.efer & EFER_NXE != 0,
-        write_protect: registers.cr0 & CR0_WP != 0,
-        keys: registers.cr4 & if registers.cpl == 3 { CR4_PKE } else { CR4_PKS } != 0,
-    };
-    if registers.efer & EFER_LMA != 0 {
-        let levels = if registers.cr4 & CR4_LA57 != 0 { 5 } else { 4 };
-        return is_canonical(linear, registers).then(|| walk.long(hv, registers.cr3 & ADDRESS, levels, linear))?;
-    }
-    if linear > u32::MAX.into() {
+    // Protection keys may keep it from a page: then it is not for us to say.
+    let keys = registers.cr4 & if registers.cpl == 3 { CR4_PKE } else { CR4_PKS } != 0;
+    if !reachable || keys {
         return None;
     }
+    let walked = walk(hv, registers, linear)?;
+    walked.permits(registers, intent).then_some(walked.gpa)
+}
+
+/// Where a walk has come, and what it has met.
+struct Walked {
+    gpa: Gpa,
+    /// The flags that all entries have. (Those of a page-directory-pointer entry of PAE paging are others: but for P they are
+    /// reserved, or of no importance here.)
+    all: u64,
+    /// The flags that any has.
+    any: u64,
+    /// The entry that maps the page.
+    leaf: u64,
+    /// Bits of it that are reserved, or of an address above 4 GiB where it has 4 bytes (PSE-36).
+    odd: u64,
+}
+
+impl Walked {
+    /// Whether the CPU would go through with it.
+    #[inline]
+    fn permits(&self, registers: &Registers, intent: Intent) -> bool {
+        let user = registers.cpl == 3;
+        let write = intent == Intent::Write;
+        // A page is the user's if every level says so, and the supervisor may be kept from it (SMAP).
+        let mut needed = ACCESSED | if user { USER } else { 0 };
+        if write && (user || registers.cr0 & CR0_WP != 0) {
+            needed |= WRITABLE;
+        }
+        let reserved = if registers.efer & EFER_NXE == 0 { NO_EXECUTE } else { 0 };
+        self.all & (needed | USER) == needed
+            && self.any & reserved == 0
+            && self.leaf & self.odd == 0
+            && (!write || self.leaf & DIRTY != 0)
+    }
+}
+
+/// Walks the page tables. The linear address is one that paging translates.
+#[inline]
+fn walk<H: Hypervisor>(hv: &mut H, registers: &Registers, linear: u64) -> Option<Walked> {
+    if registers.efer & EFER_LMA != 0 {
+        let levels = if registers.cr4 & CR4_LA57 != 0 { 5 } else { 4 };
+        return walk_long(hv, registers.cr3 & ADDRESS, levels, linear);
+    }
+    walk_legacy(hv, registers, linear)
+}
+
+/// Through 8-byte entries, from the table at `table`, which is of this level.
+#[inline]
+fn walk_long<H: Hypervisor>(hv: &mut H, mut table: u64, levels: u32, linear: u64) -> Option<Walked> {
+    let (mut all, mut any) = (u64::MAX, 0);
+    let mut shift = 12 + 9 * levels;
+    loop {
+        shift -= 9;
+        let entry = entry(hv, table | (linear >> (shift - 3) & 0xff8))?;
+        all &= entry;
+        any |= entry;
+        if shift == 12 || entry & LARGE != 0 {
+            // Only levels 1 and 2 (2 MiB and 1 GiB) have large pages.
+            let within = (1 << shift) - 1;
+            let gpa = Gpa((entry & ADDRESS & !within) | (linear & within));
+            let odd = if shift == 12 { 0 } else { ADDRESS & within & !LARGE_PAT };
+            return (shift <= 30).then_some(Walked { gpa, all, any, leaf: entry, odd });
+        }
+        table = entry & ADDRESS;
+    }
+}
+
+fn entry<H: Hypervisor>(hv: &mut H, at: u64) -> Option<u64> {
+    let mut bytes = [0; 8];
+    hv.read(Gpa(at), &mut bytes).ok()?;
+    Some(u64::from_le_bytes(bytes)).filter(|entry| entry & PRESENT != 0)
+}
+
+/// Outside of long mode.
+#[cold]
+fn walk_legacy<H: Hypervisor>(hv: &mut H, registers: &Registers, linear: u64) -> Option<Walked> {
     if registers.cr4 & CR4_PAE != 0 {
-        // Its flags are others than those of an entry: but for P they are reserved, or of no importance here.
+        // The four page-directory-pointer entries lie anywhere below 4 GiB, 32-byte aligned.
         let pointer = entry(hv, (registers.cr3 & 0xffff_ffe0) + (linear >> 30) * 8)?;
-        return walk.long(hv, pointer & ADDRESS, 2, linear);
+        return walk_long(hv, pointer & ADDRESS, 2, linear);
     }
-    walk.short(hv, registers, linear)
+    walk_32(hv, registers, linear)
 }
 
-/// A walk that the CPU would go through with.
-struct Walk {
-    write: bool,
-    user: bool,
-    /// Bit 63 of an entry is no reserved one.
-    no_execute: bool,
-    /// The supervisor may not write to what is not writable.
-    write_protect: bool,
-    /// Protection keys have a say, too.
-    keys: bool,
-}
-
-impl Walk {
-    /// Through entries of 8 bytes.
-    fn long<H: Hypervisor>(&self, hv: &mut H, mut table: u64, levels: u32, linear: u64) -> Option<Gpa> {
-        // A page is the user's if every level says so.
-        let mut user = true;
-        for level in (0..levels).rev() {
-            let shift = 12 + 9 * level;
-            let entry = entry(hv, table + ((linear >> shift) & 0x1ff) * 8)?;
-            let leaf = level == 0 || entry & LARGE != 0;
-            if (leaf && level > 2) || (entry & NO_EXECUTE != 0 && !self.no_execute) || !self.permits(entry, leaf) {
-                return None;
-            }
-            user &= entry & USER != 0;
-            if leaf {
-                let within = (1 << shift) - 1;
-                let reserved = ADDRESS & within & !LARGE_PAT;
-                if (level > 0 && entry & reserved != 0) || !self.privilege(user) {
-                    return None;
-                }
-                return Some(Gpa((entry & ADDRESS & !within) | (linear & within)));
-            }
-            table = entry & ADDRESS;
-        }
-        None
+/// Through two levels of 4-byte entries.
+fn walk_32<H: Hypervisor>(hv: &mut H, registers: &Registers, linear: u64) -> Option<Walked> {
+    let mut entry = |at: u64| -> Option<u64> {
+        let mut bytes = [0; 4];
+        hv.read(Gpa(at), &mut bytes).ok()?;
+        Some(u64::from(u32::from_le_bytes(bytes))).filter(|entry| entry & PRESENT != 0)
+    };
+    let directory = entry((registers.cr3 & 0xffff_f000) + (linear >> 22) * 4)?;
+    if directory & LARGE != 0 && registers.cr4 & CR4_PSE != 0 {
+        // PSE-36: bits 20 to 13 are bits 39 to 32 of the address.
+        let high = (directory >> 13 & 0xff) << 32;
+        let gpa = Gpa(high | (directory & 0xffc0_0000) | (linear & 0x003f_ffff));
+        return Some(Walked { gpa, all: directory, any: directory, leaf: directory, odd: 0x003f_e000 });
     }
-
-    /// Through two levels of entries of 4 bytes.
-    fn short<H: Hypervisor>(&self, hv: &mut H, registers: &Registers, linear: u64) -> Option<Gpa> {
-        let mut entry = |at: u64| -> Option<u64> {
-            let mut bytes = [0; 4];
-            hv.read(Gpa(at), &mut bytes).ok()?;
-            Some(u64::from(u32::from_le_bytes(bytes))).filter(|entry| entry & PRESENT != 0)
-        };
-        let directory = entry((registers.cr3 & 0xffff_f000) + (linear >> 22) * 4)?;
-        if directory & LARGE != 0 && registers.cr4 & CR4_PSE != 0 {
-            // With bits of an address above 4 GiB (PSE-36), or reserved ones: not here.
-            let plain = directory & 0x003f_e000 == 0;
-            let ok = plain && self.permits(directory, true) && self.privilege(directory & USER != 0);
-            return ok.then_some(Gpa((directory & 0xffc0_0000) | (linear & 0x003f_ffff)));
-        }
-        let page = entry((directory & 0xffff_f000) + (linear >> 12 & 0x3ff) * 4)?;
-        let user = directory & page & USER != 0;
-        let ok = self.permits(directory, false) && self.permits(page, true) && self.privilege(user);
-        ok.then_some(Gpa((page & 0xffff_f000) | (linear & 0xfff)))
-    }
-
-    fn permits(&self, entry: u64, leaf: bool) -> bool {
-        let writable = entry & WRITABLE != 0 || !(self.user || self.write_protect);
-        let clean = leaf && entry & DIRTY == 0;
-        entry & ACCESSED != 0 && !(self.write && (!writable || clean))
-    }
-
-    /// The supervisor may be kept from the user's pages (SMAP), and keys from any: then it is not for us to say.
-    fn privilege(&self, user: bool) -> bool {
-        user == self.user && !self.keys
-    }
+    let page = entry((directory & 0xffff_f000) + (linear >> 12 & 0x3ff) * 4)?;
+    let gpa = Gpa((page & 0xffff_f000) | (linear & 0xfff));
+    Some(Walked { gpa, all: directory & page, any: directory | page, leaf: page, odd: 0 })
 }
