@@ -98,31 +98,50 @@ struct Spot {
 #[derive(Debug, Default)]
 pub(crate) struct Registry {
     pages: Vec<Page>,
-    /// Where in `pages` they are.
-    index: HashMap<Gfn, usize, FxBuildHasher>,
     /// Where in them the breakpoints are.
     spots: HashMap<Gpa, Spot, FxBuildHasher>,
-    /// Pages whose accesses somebody wants to hear of.
-    pub(crate) watches: Watches,
-    /// How many of them have their breakpoints in place.
-    in_place: usize,
+    pub(crate) claims: Claims,
     serial: u64,
     /// Changes whenever breakpoints or pages move.
     generation: u64,
 }
 
+/// Which pages are not for the guest alone.
+#[derive(Debug, Default)]
+pub(crate) struct Claims {
+    /// Pages with breakpoints, and where in the registry they are.
+    index: HashMap<Gfn, usize, FxBuildHasher>,
+    /// How many of them have their breakpoints in place.
+    in_place: usize,
+    /// Pages whose accesses somebody wants to hear of.
+    pub(crate) watches: Watches,
+}
+
+impl Claims {
+    /// Whether a page has no breakpoints, and nobody wants to hear of its accesses.
+    #[inline]
+    pub(crate) fn spare(&self, gfn: Gfn) -> bool {
+        !self.index.contains_key(&gfn) && self.watches.get(gfn).is_none()
+    }
+
+    /// Whether a page has breakpoints in place, where everything that does not know of them sees them.
+    pub(crate) const fn has_in_place(&self) -> bool {
+        self.in_place > 0
+    }
+}
+
 impl Registry {
     /// Whether it must be the guest that accesses a page, for somebody wants to hear of it.
     pub(crate) fn is_watched(&self, gfn: Gfn) -> bool {
-        self.watches.get(gfn).is_some()
+        self.claims.watches.get(gfn).is_some()
     }
 
     pub(crate) fn page(&self, gfn: Gfn) -> Option<&Page> {
-        self.index.get(&gfn).map(|index| &self.pages[*index])
+        self.claims.index.get(&gfn).map(|index| &self.pages[*index])
     }
 
     pub(crate) fn page_mut(&mut self, gfn: Gfn) -> Option<&mut Page> {
-        self.index.get(&gfn).map(|index| &mut self.pages[*index])
+        self.claims.index.get(&gfn).map(|index| &mut self.pages[*index])
     }
 
     pub(crate) fn pages(&self) -> impl Iterator<Item = &Page> {
@@ -164,6 +183,12 @@ impl Registry {
         &mut self.pages[at.spot.page as usize].breakpoints[at.spot.breakpoint as usize]
     }
 
+    /// The page of a breakpoint, where in it that is, and what else must be known to step over it.
+    #[inline]
+    pub(crate) fn parts(&mut self, at: Located) -> (&mut Page, usize, &Claims) {
+        (&mut self.pages[at.spot.page as usize], at.spot.breakpoint as usize, &self.claims)
+    }
+
     pub(crate) fn at(&self, gpa: Gpa) -> Option<(&Page, &Breakpoint)> {
         self.locate(gpa).map(|at| self.located(at))
     }
@@ -179,9 +204,9 @@ impl Registry {
     }
 
     pub(crate) fn add_page(&mut self, page: Page) {
-        self.in_place += usize::from(page.placement == Placement::InPlace);
+        self.claims.in_place += usize::from(page.placement == Placement::InPlace);
         self.generation += 1;
-        self.index.insert(page.gfn, self.pages.len());
+        self.claims.index.insert(page.gfn, self.pages.len());
         self.pages.push(page);
     }
 
@@ -190,7 +215,7 @@ impl Registry {
         self.serial += 1;
         self.generation += 1;
         let serial = self.serial;
-        let page = *self.index.get(&gpa.gfn())?;
+        let page = *self.claims.index.get(&gpa.gfn())?;
         let breakpoints = &mut self.pages[page].breakpoints;
         let page = u32::try_from(page).ok()?;
         let spot = *self.spots.entry(gpa).or_insert_with(|| {
@@ -221,23 +246,18 @@ impl Registry {
 
     pub(crate) fn remove_page(&mut self, gfn: Gfn) -> Option<Page> {
         self.generation += 1;
-        let index = self.index.remove(&gfn)?;
+        let index = self.claims.index.remove(&gfn)?;
         let page = self.pages.swap_remove(index);
         for breakpoint in &page.breakpoints {
             self.spots.remove(&breakpoint.gpa);
         }
         if let Some(moved) = self.pages.get(index) {
-            self.index.insert(moved.gfn, index);
+            self.claims.index.insert(moved.gfn, index);
             let spots = (0..).map(|breakpoint| Spot { page: index as u32, breakpoint });
             self.spots.extend(moved.breakpoints.iter().map(|breakpoint| breakpoint.gpa).zip(spots));
         }
-        self.in_place -= usize::from(page.placement == Placement::InPlace);
+        self.claims.in_place -= usize::from(page.placement == Placement::InPlace);
         Some(page)
-    }
-
-    /// Whether a page has breakpoints in place, where everything that does not know of them sees them.
-    pub(crate) fn has_in_place(&self) -> bool {
-        self.in_place > 0
     }
 
     /// Whether a subscriber is the only one at its address.

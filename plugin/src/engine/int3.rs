@@ -5,7 +5,7 @@ use crate::breakpoint::Located;
 use crate::insn::paging;
 use crate::placement::INT3;
 use crate::views::Views;
-use crate::{Action, Event, Gpa, Hypervisor, Int3, PAGE_SIZE, Placement, Registers, Reply, StepOver, conceal, step};
+use crate::{Action, Event, Gpa, Hypervisor, Int3, PAGE_SIZE, Registers, Reply, StepOver, conceal, step};
 
 impl Engine {
     /// Whether an INT3 is a hit, which is counted then.
@@ -118,9 +118,9 @@ impl Engine {
         event: &Event,
     ) -> Result<Reply, H::Error> {
         let mut reply = Reply::default();
-        if let Some(found) = self.registry.at(at).filter(|(page, _)| page.lifted == 0) {
+        if let Some((page, breakpoint)) = self.registry.at(at).filter(|(page, _)| page.lifted == 0) {
             let (vcpu, views) = (&mut self.vcpus[index], self.views.as_ref());
-            step::step(hv, views, vcpu, found, event.registers.rip, &mut reply)?;
+            step::step(hv, views, vcpu, (page.placement, breakpoint), event.registers.rip, &mut reply)?;
         }
         Ok(reply)
     }
@@ -146,31 +146,30 @@ impl Engine {
         // If many pages wait to be given back, that is done now: after an answer that Xen is not late with.
         let steps = self.is_late(index) || (self.vacant.len() >= VACANT && !changed);
         let (vcpu, views) = (&mut self.vcpus[index], self.views.as_ref());
-        let (page, breakpoint) = self.registry.located(located);
+        let (page, spot, claims) = self.registry.parts(located);
+        let breakpoint = &page.breakpoints[spot];
         if breakpoint.displaced.byte() == INT3 {
             *reply = self.reinjected();
             return Ok(());
         }
-        let lifted = page.placement == Placement::InPlace && page.lifted > 0;
         let at_once = match steps {
             true => None,
-            false => step::at_once(hv, views, vcpu, &self.registry, (page, breakpoint), registers, reply),
+            false => step::at_once(hv, views, vcpu, claims, (page.placement, breakpoint), registers, reply),
         };
         // A response has room for new registers or for what to emulate, but not for both.
         let fits = !changed || matches!(reply.action, Action::SetRegisters(_));
         let served = match at_once.filter(|_| fits) {
             Some(served) => served,
-            None if lifted => {
+            None if page.lifted > 0 => {
                 // Its byte is not there now, and nobody may execute the page: this virtual CPU joins the one that
                 // the page is lifted for.
                 vcpu.over = Some(at);
-                let Some(page) = self.registry.page_mut(at.gfn()) else { return Ok(()) };
                 *reply = conceal::on_own_bytes(hv, views, vcpu, page, registers, false)?;
                 StepOver::Repair
             }
-            None => step::step(hv, views, vcpu, (page, breakpoint), registers.rip, reply)?,
+            None => step::step(hv, views, vcpu, (page.placement, breakpoint), registers.rip, reply)?,
         };
-        let breakpoint = self.registry.located_mut(located);
+        let breakpoint = &mut page.breakpoints[spot];
         let fallback = step::is_fallback(breakpoint, registers, served);
         breakpoint.figures.served.count(served);
         breakpoint.figures.fallbacks += u64::from(fallback);

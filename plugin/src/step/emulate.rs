@@ -21,7 +21,7 @@ pub(super) fn is_right<H: Hypervisor>(guest: &mut Guest<'_, H>, form: &Form) -> 
                 op.run(guest.registers, &mut registers, &mut Rehearsal(guest)).is_some()
             }
             // Then it reads the stack, the code, or what is a thread's.
-            None => form.certain && !guest.registry.has_in_place(),
+            None => form.certain && !guest.claims.has_in_place(),
         },
     }
 }

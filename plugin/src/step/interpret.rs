@@ -1,6 +1,6 @@
 //! We compute what the instruction does: one event, no step, and no emulator.
 
-use crate::breakpoint::Registry;
+use crate::breakpoint::Claims;
 use crate::insn::interpret::{Memory, Op};
 use crate::insn::paging::{self, Intent};
 use crate::views::Views;
@@ -22,7 +22,7 @@ pub(super) fn begin<H: Hypervisor>(guest: &mut Guest<'_, H>, op: &Op, reply: &mu
 /// followed), not our own frames, and not a page that somebody watches.
 pub(super) struct Guest<'a, H> {
     pub(super) hv: &'a mut H,
-    pub(super) registry: &'a Registry,
+    pub(super) claims: &'a Claims,
     pub(super) views: Option<&'a Views>,
     pub(super) registers: &'a Registers,
 }
@@ -34,9 +34,7 @@ impl<H: Hypervisor> Guest<'_, H> {
     }
 
     fn is_plain(&self, gfn: Gfn) -> bool {
-        self.registry.page(gfn).is_none()
-            && !self.registry.is_watched(gfn)
-            && !self.views.is_some_and(|views| views.hides(gfn))
+        self.claims.spare(gfn) && !self.views.is_some_and(|views| views.hides(gfn))
     }
 }
 

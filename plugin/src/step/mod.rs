@@ -9,7 +9,7 @@ mod view_step;
 pub(crate) use view_fast_step::begin as fast_step_in_own_view;
 pub(crate) use view_step::{begin as step_on_own_pages, view_of};
 
-use crate::breakpoint::{Breakpoint, Page, Registry};
+use crate::breakpoint::{Breakpoint, Claims};
 use crate::views::Views;
 use crate::{Access, Gfn, Gpa, Hypervisor, Placement, Registers, Reply, Step, StepOver};
 
@@ -123,8 +123,8 @@ pub(crate) fn at_once<H: Hypervisor>(
     hv: &mut H,
     views: Option<&Views>,
     vcpu: &mut Vcpu,
-    registry: &Registry,
-    (page, breakpoint): (&Page, &Breakpoint),
+    claims: &Claims,
+    (placement, breakpoint): (Placement, &Breakpoint),
     registers: &Registers,
     reply: &mut Reply,
 ) -> Option<StepOver> {
@@ -137,14 +137,14 @@ pub(crate) fn at_once<H: Hypervisor>(
         return None;
     }
     let form = breakpoint.displaced.form(registers.mode);
-    let (interpret, emulate) = match (breakpoint.step_over, page.placement) {
+    let (interpret, emulate) = match (breakpoint.step_over, placement) {
         (StepOver::Interpret, Placement::Shadow) => (true, false),
         // In place there is no good step to fall back to.
         (StepOver::Interpret | StepOver::Auto, Placement::InPlace) => (true, form.emulable),
         (StepOver::Auto, Placement::Shadow) => (true, form.certain),
         _ => (false, form.emulable),
     };
-    let mut guest = interpret::Guest { hv, registry, views, registers };
+    let mut guest = interpret::Guest { hv, claims, views, registers };
     if interpret
         && let Some(op) = breakpoint.displaced.op(registers.mode)
         && interpret::begin(&mut guest, op, reply).is_some()
@@ -163,11 +163,11 @@ pub(crate) fn step<H: Hypervisor>(
     hv: &mut H,
     views: Option<&Views>,
     vcpu: &mut Vcpu,
-    (page, breakpoint): (&Page, &Breakpoint),
+    (placement, breakpoint): (Placement, &Breakpoint),
     rip: u64,
     reply: &mut Reply,
 ) -> Result<StepOver, H::Error> {
-    match (page.placement, views) {
+    match (placement, views) {
         (Placement::Shadow, Some(views)) if !vcpu.stepping && breakpoint.step_over != StepOver::ViewStep => {
             *reply = view_fast_step::begin(vcpu, views, rip);
             Ok(StepOver::ViewFastStep)
