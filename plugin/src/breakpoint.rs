@@ -2,6 +2,7 @@
 //! breakpoint.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 
 use rustc_hash::FxBuildHasher;
 
@@ -35,8 +36,10 @@ pub(crate) struct Breakpoint {
     /// Xen's emulator has said that it cannot do this instruction.
     pub(crate) not_emulable: bool,
     pub(crate) figures: Figures,
-    /// Serial numbers, ascending: in the order they came.
-    subscribers: Vec<u64>,
+    /// The serial number of the subscriber that came first.
+    first: u64,
+    /// Those of the others, ascending: in the order they came.
+    others: Vec<u64>,
 }
 
 impl Breakpoint {
@@ -49,14 +52,19 @@ impl Breakpoint {
     }
 
     /// The subscriber that came first, and the one that came last.
-    pub(crate) fn first_and_last(&self) -> Option<(BreakpointId, BreakpointId)> {
-        Some((self.id(*self.subscribers.first()?), self.id(*self.subscribers.last()?)))
+    #[inline]
+    pub(crate) fn first_and_last(&self) -> (BreakpointId, BreakpointId) {
+        (self.id(self.first), self.id(*self.others.last().unwrap_or(&self.first)))
+    }
+
+    fn serials(&self) -> impl Iterator<Item = u64> {
+        std::iter::once(self.first).chain(self.others.iter().copied())
     }
 
     /// The first subscriber that came after this one, but no later than `last`.
     pub(crate) fn next(&self, subscriber: BreakpointId, last: BreakpointId) -> Option<BreakpointId> {
-        let next = self.subscribers.iter().find(|next| **next > subscriber.serial)?;
-        (*next <= last.serial).then(|| self.id(*next))
+        let next = self.serials().find(|next| *next > subscriber.serial)?;
+        (next <= last.serial).then(|| self.id(next))
     }
 }
 
@@ -160,16 +168,12 @@ impl Registry {
         self.spots.get(&gpa).map(|spot| Located { generation: self.generation, spot: *spot })
     }
 
-    /// Counts a hit of the breakpoint at `gpa`, if it is `met` in its page.
+    /// The breakpoint at `gpa`, if it `is_met` in its page.
     #[inline]
-    pub(crate) fn hit(&mut self, gpa: Gpa, met: impl FnOnce(&Page) -> bool) -> Option<Located> {
+    pub(crate) fn met(&mut self, gpa: Gpa, is_met: impl FnOnce(&Page) -> bool) -> Option<(Located, &mut Breakpoint)> {
         let at = self.locate(gpa)?;
         let page = &mut self.pages[at.spot.page as usize];
-        if !met(page) {
-            return None;
-        }
-        page.breakpoints[at.spot.breakpoint as usize].figures.hits += 1;
-        Some(at)
+        is_met(page).then(|| (at, &mut page.breakpoints[at.spot.breakpoint as usize]))
     }
 
     #[inline]
@@ -199,7 +203,7 @@ impl Registry {
 
     /// The breakpoint a subscriber has subscribed to.
     pub(crate) fn get(&self, id: BreakpointId) -> Result<(&Page, &Breakpoint), Error> {
-        let found = self.at(id.gpa).filter(|(_, breakpoint)| breakpoint.subscribers.contains(&id.serial));
+        let found = self.at(id.gpa).filter(|(_, breakpoint)| breakpoint.serials().any(|serial| serial == id.serial));
         found.ok_or(Error::NoSuchBreakpoint)
     }
 
@@ -218,12 +222,23 @@ impl Registry {
         let page = *self.claims.index.get(&gpa.gfn())?;
         let breakpoints = &mut self.pages[page].breakpoints;
         let page = u32::try_from(page).ok()?;
-        let spot = *self.spots.entry(gpa).or_insert_with(|| {
-            let (figures, subscribers) = (Figures::default(), Vec::new());
-            breakpoints.push(Breakpoint { gpa, step_over, displaced, not_emulable: false, figures, subscribers });
-            Spot { page, breakpoint: breakpoints.len() as u32 - 1 }
-        });
-        breakpoints[spot.breakpoint as usize].subscribers.push(serial);
+        match self.spots.entry(gpa) {
+            Entry::Occupied(spot) => breakpoints[spot.get().breakpoint as usize].others.push(serial),
+            Entry::Vacant(spot) => {
+                spot.insert(Spot { page, breakpoint: breakpoints.len() as u32 });
+                let (figures, others) = (Figures::default(), Vec::new());
+                let not_emulable = false;
+                breakpoints.push(Breakpoint {
+                    gpa,
+                    step_over,
+                    displaced,
+                    not_emulable,
+                    figures,
+                    first: serial,
+                    others,
+                });
+            }
+        }
         Some(BreakpointId { gpa, serial })
     }
 
@@ -232,9 +247,12 @@ impl Registry {
         self.generation += 1;
         let spot = *self.spots.get(&id.gpa)?;
         let (page, at) = (&mut self.pages[spot.page as usize], spot.breakpoint as usize);
-        let subscribers = &mut page.breakpoints[at].subscribers;
-        subscribers.retain(|serial| *serial != id.serial);
-        if subscribers.is_empty() {
+        let Breakpoint { first, others, .. } = &mut page.breakpoints[at];
+        if *first != id.serial {
+            others.retain(|serial| *serial != id.serial);
+        } else if !others.is_empty() {
+            *first = others.remove(0);
+        } else {
             page.breakpoints.swap_remove(at);
             self.spots.remove(&id.gpa);
             if let Some(moved) = page.breakpoints.get(at) {
@@ -262,13 +280,13 @@ impl Registry {
 
     /// Whether a subscriber is the only one at its address.
     pub(crate) fn is_last(&self, id: BreakpointId) -> bool {
-        self.at(id.gpa).is_some_and(|(_, breakpoint)| breakpoint.subscribers == [id.serial])
+        self.at(id.gpa).is_some_and(|(_, breakpoint)| breakpoint.first == id.serial && breakpoint.others.is_empty())
     }
 
     pub(crate) fn ids(&self) -> Vec<BreakpointId> {
         let of = |breakpoint: &Breakpoint| -> Vec<_> {
             let gpa = breakpoint.gpa;
-            breakpoint.subscribers.iter().map(|&serial| BreakpointId { gpa, serial }).collect()
+            breakpoint.serials().map(|serial| BreakpointId { gpa, serial }).collect()
         };
         let mut ids: Vec<_> = self.pages.iter().flat_map(|page| page.breakpoints.iter().flat_map(of)).collect();
         ids.sort_by_key(|id| (id.gpa, id.serial));

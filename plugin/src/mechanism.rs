@@ -33,6 +33,13 @@ pub enum StepOver {
     Auto,
 }
 
+impl StepOver {
+    /// Whether each hit is stepped over.
+    pub(crate) const fn steps(self) -> bool {
+        matches!(self, Self::Repair | Self::ViewStep | Self::ViewFastStep)
+    }
+}
+
 /// What a read of a page with breakpoints gets. One choice for all breakpoints of a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Conceal {

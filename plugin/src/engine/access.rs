@@ -25,6 +25,7 @@ impl Engine {
         let breakpoint = if stepped { self.fetched(hv, event, access) } else { None };
         if let Some(at) = breakpoint.and_then(|at| self.registry.locate(at)) {
             self.counters.hits += 1;
+            self.hit_at = hv.now();
             self.registry.located_mut(at).figures.hits += 1;
         }
         match (watched, breakpoint) {

@@ -31,7 +31,9 @@ impl Engine {
                     *fallbacks = fallbacks.saturating_sub(u64::from(fallback));
                 }
                 let mut reply = Reply::default();
-                self.step_over(hv, index, gpa, &event.registers, false, &mut reply)?;
+                if let Some(found) = self.registry.locate(gpa) {
+                    self.step_over(hv, index, found, event, None, &mut reply)?;
+                }
                 Ok(reply)
             }
             Some(Emulating::Access(gfn)) => {

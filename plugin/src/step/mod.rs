@@ -133,9 +133,6 @@ pub(crate) fn at_once<H: Hypervisor>(
     if vcpu.stepping {
         return None;
     }
-    if matches!(breakpoint.step_over, StepOver::Repair | StepOver::ViewStep | StepOver::ViewFastStep) {
-        return None;
-    }
     let form = breakpoint.displaced.form(registers.mode);
     let (interpret, emulate) = match (breakpoint.step_over, placement) {
         (StepOver::Interpret, Placement::Shadow) => (true, false),

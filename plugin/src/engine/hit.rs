@@ -1,0 +1,175 @@
+//! A breakpoint was hit: its subscribers are told, and it is stepped over.
+
+use super::{Engine, Hit, VACANT, Verdict};
+use crate::breakpoint::Located;
+use crate::placement::INT3;
+use crate::{Action, BreakpointId, Error, Event, Gpa, Hypervisor, Int3, Registers, Reply, StepOver, conceal, step};
+
+/// A breakpoint that was met.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Met {
+    at: Gpa,
+    pub(super) found: Located,
+    /// The subscriber that came first, and the one that came last. Those who come meanwhile are not told.
+    first: BreakpointId,
+    last: BreakpointId,
+}
+
+impl Engine {
+    /// The breakpoint that an INT3 has hit, if it has hit one. It is counted.
+    #[inline]
+    pub(super) fn meet<H: Hypervisor>(&mut self, hv: &mut H, index: usize, event: &Event, int3: &Int3) -> Option<Met> {
+        let at = int3.gpa;
+        if int3.length > 1 || (self.vcpus[index].stepping && self.is_same_hit(hv, index, event, at)) {
+            return None;
+        }
+        let views = self.views.as_ref();
+        let exec = || views.is_some_and(|views| views.exec == event.view);
+        let (found, breakpoint) = self.registry.met(at, |page| page.shadow.is_none() || exec())?;
+        breakpoint.figures.hits += 1;
+        let (first, last) = breakpoint.first_and_last();
+        self.counters.hits += 1;
+        self.hit_at = hv.now();
+        Some(Met { at, found, first, last })
+    }
+
+    /// Whether a virtual CPU that is stepped has met the breakpoint again that it is stepped over. If it has met another one,
+    /// that step is over.
+    #[cold]
+    fn is_same_hit<H: Hypervisor>(&mut self, hv: &mut H, index: usize, event: &Event, at: Gpa) -> bool {
+        if self.locate_met(at, event).is_none() {
+            return false;
+        }
+        let over = &mut self.vcpus[index].over;
+        if *over == Some(at) {
+            return true;
+        }
+        // An instruction that exits to the hypervisor ends without an event.
+        if let Some(before) = over.take() {
+            self.arm_again(hv, before);
+        }
+        false
+    }
+
+    /// The breakpoint at an address that was hit there, if it still is one. Most often nothing has been inserted or removed
+    /// since.
+    pub(super) fn met_at(&self, at: Gpa) -> Option<Met> {
+        let met = self.met.filter(|met| met.at == at && self.registry.is_there(met.found));
+        met.or_else(|| {
+            let found = self.registry.locate(at)?;
+            let (first, last) = self.registry.located(found).1.first_and_last();
+            Some(Met { at, found, first, last })
+        })
+    }
+
+    /// Where a breakpoint is that was met, after those it concerns have been told.
+    #[inline]
+    pub(super) fn find_again(&self, met: &Met) -> Option<Located> {
+        if self.registry.is_there(met.found) { Some(met.found) } else { self.registry.locate(met.at) }
+    }
+
+    /// Tells the subscribers of a breakpoint.
+    #[inline]
+    pub(super) fn tell_of<H: Hypervisor>(
+        &mut self,
+        hv: &mut H,
+        event: &Event,
+        met: &Met,
+        on_hit: &mut impl FnMut(&mut Self, &mut H, &Hit<'_>) -> Verdict,
+    ) {
+        let mut breakpoint = met.first;
+        loop {
+            let verdict = on_hit(self, hv, &Hit { breakpoint, vcpu: event.vcpu, registers: &event.registers });
+            if verdict == Verdict::Remove {
+                self.remove_told(hv, breakpoint);
+            }
+            if breakpoint == met.last {
+                return;
+            }
+            match self.next_told(breakpoint, met.last) {
+                Some(next) => breakpoint = next,
+                None => return,
+            }
+        }
+    }
+
+    /// Who is to be told next. Anything may have been inserted and removed.
+    #[cold]
+    fn next_told(&self, told: BreakpointId, last: BreakpointId) -> Option<BreakpointId> {
+        self.registry.at(told.gpa())?.1.next(told, last)
+    }
+
+    /// Removes a breakpoint because the subscriber that was told of a hit says so.
+    #[cold]
+    fn remove_told<H: Hypervisor>(&mut self, hv: &mut H, breakpoint: BreakpointId) {
+        if let Err(error @ Error::Hypervisor { .. }) = self.remove(hv, breakpoint) {
+            log::warn!("a breakpoint at {} could not be removed: {error}", breakpoint.gpa());
+            self.counters.failures += 1;
+        }
+    }
+
+    /// Answers a hit, after those it concerns have been told, if there still is a breakpoint.
+    #[inline]
+    pub(super) fn end_hit<H: Hypervisor>(
+        &mut self,
+        hv: &mut H,
+        index: usize,
+        event: &Event,
+        found: Option<Located>,
+        changed: Option<&Registers>,
+        reply: &mut Reply,
+    ) {
+        let moved = changed.is_some_and(|registers| registers.rip != event.registers.rip);
+        let done = match found {
+            Some(found) if !moved => self.step_over(hv, index, found, event, changed, reply),
+            _ => Ok(()),
+        };
+        self.handling.record(hv.now().saturating_sub(self.hit_at));
+        self.end_told(hv, index, event, done, changed, reply);
+    }
+
+    /// Lets the instruction under a breakpoint run.
+    #[inline]
+    pub(super) fn step_over<H: Hypervisor>(
+        &mut self,
+        hv: &mut H,
+        index: usize,
+        found: Located,
+        event: &Event,
+        changed: Option<&Registers>,
+        reply: &mut Reply,
+    ) -> Result<(), H::Error> {
+        let registers = changed.unwrap_or(&event.registers);
+        // If many pages wait to be given back, that is done now: after an answer that Xen is not late with.
+        let steps = self.is_late(index) || (self.vacant.len() >= VACANT && changed.is_none());
+        let (vcpu, views) = (&mut self.vcpus[index], self.views.as_ref());
+        let (page, spot, claims) = self.registry.parts(found);
+        let breakpoint = &page.breakpoints[spot];
+        if breakpoint.displaced.byte() == INT3 {
+            *reply = self.reinjected();
+            return Ok(());
+        }
+        let at_once = match steps || breakpoint.step_over.steps() {
+            true => None,
+            false => step::at_once(hv, views, vcpu, claims, (page.placement, breakpoint), registers, reply),
+        };
+        // A response has room for new registers or for what to emulate, but not for both.
+        let fits = changed.is_none() || matches!(reply.action, Action::SetRegisters(_));
+        let served = match at_once.filter(|_| fits) {
+            Some(served) => served,
+            None if page.lifted > 0 => {
+                // Its byte is not there now, and nobody may execute the page: this virtual CPU joins the one that
+                // the page is lifted for.
+                vcpu.over = Some(breakpoint.gpa);
+                *reply = conceal::on_own_bytes(hv, views, vcpu, page, registers, false)?;
+                StepOver::Repair
+            }
+            None => step::step(hv, views, vcpu, (page.placement, breakpoint), registers.rip, reply)?,
+        };
+        let breakpoint = &mut page.breakpoints[spot];
+        let fallback = step::is_fallback(breakpoint, registers, served);
+        breakpoint.figures.served.count(served);
+        breakpoint.figures.fallbacks += u64::from(fallback);
+        Ok(())
+    }
+}
