@@ -9,7 +9,7 @@ use rustc_hash::FxBuildHasher;
 use crate::insn::Displaced;
 use crate::stats::Figures;
 use crate::watch::Watches;
-use crate::{Conceal, Error, Gfn, Gpa, Placement, StepOver};
+use crate::{Conceal, Error, Gfn, Gpa, Placement, Registers, StepOver};
 
 /// The name of a breakpoint: one subscriber's interest in one instruction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -55,6 +55,25 @@ impl Breakpoint {
     #[inline]
     pub(crate) fn first_and_last(&self) -> (BreakpointId, BreakpointId) {
         (self.id(self.first), self.id(*self.others.last().unwrap_or(&self.first)))
+    }
+
+    /// Counts a hit that was stepped over.
+    #[inline]
+    pub(crate) fn count(&mut self, registers: &Registers, served: StepOver) {
+        let fallback = self.is_fallback(registers, served);
+        self.figures.served.count(served);
+        self.figures.fallbacks += u64::from(fallback);
+    }
+
+    /// Whether what was chosen could not do the instruction.
+    pub(crate) fn is_fallback(&self, registers: &Registers, served: StepOver) -> bool {
+        match self.step_over {
+            StepOver::Auto => {
+                let interpretable = self.displaced.op(registers.mode).is_some();
+                self.not_emulable || (interpretable && served != StepOver::Interpret)
+            }
+            chosen => chosen != served,
+        }
     }
 
     fn serials(&self) -> impl Iterator<Item = u64> {

@@ -19,6 +19,7 @@ impl Engine {
     }
 
     /// The same, with the reply where it is to be: it is large.
+    #[inline]
     pub fn answer<H: Hypervisor>(
         &mut self,
         hv: &mut H,
@@ -26,19 +27,43 @@ impl Engine {
         on_hit: &mut impl FnMut(&mut Self, &mut H, &Hit<'_>) -> Verdict,
         reply: &mut Reply,
     ) {
-        if matches!(event.reason, Reason::Step) && self.stepped(hv, event.vcpu, reply) {
-            return;
+        let stepped = matches!(event.reason, Reason::Step) && self.stepped(hv, event.vcpu, reply);
+        if !stepped {
+            self.answer_whole(hv, event, on_hit, reply);
         }
+    }
+
+    #[inline(never)]
+    fn answer_whole<H: Hypervisor>(
+        &mut self,
+        hv: &mut H,
+        event: &Event,
+        on_hit: &mut impl FnMut(&mut Self, &mut H, &Hit<'_>) -> Verdict,
+        reply: &mut Reply,
+    ) {
         *reply = Reply::default();
-        let Some(index) = self.slot(hv, event) else { return };
+        let Some((index, stepping)) = self.slot(hv, event) else { return };
         if let Reason::Int3(int3) = &event.reason
-            && let Some(met) = self.meet(hv, index, event, int3)
+            && let Some(met) = self.meet(hv, index, stepping, event, int3)
         {
             self.telling = true;
             self.tell_of(hv, event, &met, on_hit);
             let found = self.find_again(&met);
             return self.end_hit(hv, index, event, found, None, reply);
         }
+        self.answer_other(hv, index, event, on_hit, reply);
+    }
+
+    /// Answers an event that is no hit of an INT3.
+    #[inline(never)]
+    fn answer_other<H: Hypervisor>(
+        &mut self,
+        hv: &mut H,
+        index: usize,
+        event: &Event,
+        on_hit: &mut impl FnMut(&mut Self, &mut H, &Hit<'_>) -> Verdict,
+        reply: &mut Reply,
+    ) {
         let observed = self.observe(hv, index, event, reply);
         if !matches!(observed, Observed::Answered) {
             self.tell(hv, event, &observed, on_hit);
@@ -53,9 +78,9 @@ impl Engine {
     /// once, and the guest goes on.
     pub fn begin<H: Hypervisor>(&mut self, hv: &mut H, event: &Event, reply: &mut Reply) -> Observed {
         *reply = Reply::default();
-        let Some(index) = self.slot(hv, event) else { return Observed::Answered };
+        let Some((index, stepping)) = self.slot(hv, event) else { return Observed::Answered };
         if let Reason::Int3(int3) = &event.reason
-            && let Some(met) = self.meet(hv, index, event, int3)
+            && let Some(met) = self.meet(hv, index, stepping, event, int3)
         {
             self.telling = true;
             self.met = Some(met);
@@ -65,7 +90,7 @@ impl Engine {
     }
 
     /// Looks what an event is that is no hit of an INT3.
-    #[inline(never)]
+    #[inline]
     fn observe<H: Hypervisor>(&mut self, hv: &mut H, index: usize, event: &Event, reply: &mut Reply) -> Observed {
         let observed = match &event.reason {
             Reason::Int3(int3) => reply.answered(self.on_other_int3(hv, index, event, int3)),
@@ -143,7 +168,7 @@ impl Engine {
     }
 
     /// The last of an answer after somebody was told.
-    #[inline]
+    #[inline(always)]
     pub(super) fn end_told<H: Hypervisor>(
         &mut self,
         hv: &mut H,
@@ -165,6 +190,7 @@ impl Engine {
 
     /// The whole of the end of a single-step, without the rest of its event, of which it needs nothing. False if somebody is
     /// to be told of it, or there is no such virtual CPU: then nothing has been done, and the event is to be begun.
+    #[inline(never)]
     pub fn stepped<H: Hypervisor>(&mut self, hv: &mut H, vcpu: VcpuId, reply: &mut Reply) -> bool {
         let index = usize::from(vcpu.0);
         match self.vcpus.get_mut(index) {
@@ -177,9 +203,9 @@ impl Engine {
         true
     }
 
-    /// The slot of the event's virtual CPU, with a fast step that is over forgotten.
+    /// The slot of the event's virtual CPU, with a fast step that is over forgotten, and whether it is being stepped.
     #[inline]
-    fn slot<H: Hypervisor>(&mut self, hv: &mut H, event: &Event) -> Option<usize> {
+    fn slot<H: Hypervisor>(&mut self, hv: &mut H, event: &Event) -> Option<(usize, bool)> {
         let index = usize::from(event.vcpu.0);
         let Some(vcpu) = self.vcpus.get_mut(index) else {
             self.counters.unexplained += 1;
@@ -188,11 +214,12 @@ impl Engine {
         if !matches!(event.reason, Reason::EmulationFailed) {
             vcpu.emulating = None;
         }
+        let stepping = vcpu.stepping;
         // Still at the instruction, it may not be through.
         if vcpu.fast.take() == Some(event.registers.rip) {
             self.interrupted(hv, index, event);
         }
-        Some(index)
+        Some((index, stepping))
     }
 
     /// If a virtual CPU is still at an instruction that it steps fast, and still on the guest's own pages, the instruction

@@ -2,7 +2,7 @@
 
 use super::Engine;
 use crate::placement::INT3;
-use crate::step::{self, Emulating};
+use crate::step::Emulating;
 use crate::{Action, Event, Figures, Hypervisor, Reason, Reply, StepOver, conceal};
 
 impl Engine {
@@ -24,7 +24,7 @@ impl Engine {
                     }
                     log::info!("Xen cannot emulate the instruction at {gpa}: it is stepped from now on");
                     // The hit counts again, as what serves it now.
-                    let fallback = step::is_fallback(breakpoint, &event.registers, StepOver::Emulate);
+                    let fallback = breakpoint.is_fallback(&event.registers, StepOver::Emulate);
                     breakpoint.not_emulable = true;
                     let Figures { served, fallbacks, .. } = &mut breakpoint.figures;
                     served.emulate = served.emulate.saturating_sub(1);

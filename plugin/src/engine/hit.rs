@@ -18,9 +18,16 @@ pub(super) struct Met {
 impl Engine {
     /// The breakpoint that an INT3 has hit, if it has hit one. It is counted.
     #[inline]
-    pub(super) fn meet<H: Hypervisor>(&mut self, hv: &mut H, index: usize, event: &Event, int3: &Int3) -> Option<Met> {
+    pub(super) fn meet<H: Hypervisor>(
+        &mut self,
+        hv: &mut H,
+        index: usize,
+        stepping: bool,
+        event: &Event,
+        int3: &Int3,
+    ) -> Option<Met> {
         let at = int3.gpa;
-        if int3.length > 1 || (self.vcpus[index].stepping && self.is_same_hit(hv, index, event, at)) {
+        if int3.length > 1 || (stepping && self.is_same_hit(hv, index, event, at)) {
             return None;
         }
         let views = self.views.as_ref();
@@ -65,7 +72,12 @@ impl Engine {
     /// Where a breakpoint is that was met, after those it concerns have been told.
     #[inline]
     pub(super) fn find_again(&self, met: &Met) -> Option<Located> {
-        if self.registry.is_there(met.found) { Some(met.found) } else { self.registry.locate(met.at) }
+        if self.registry.is_there(met.found) { Some(met.found) } else { self.locate_again(met.at) }
+    }
+
+    #[cold]
+    fn locate_again(&self, at: Gpa) -> Option<Located> {
+        self.registry.locate(at)
     }
 
     /// Tells the subscribers of a breakpoint.
@@ -109,7 +121,7 @@ impl Engine {
     }
 
     /// Answers a hit, after those it concerns have been told, if there still is a breakpoint.
-    #[inline]
+    #[inline(never)]
     pub(super) fn end_hit<H: Hypervisor>(
         &mut self,
         hv: &mut H,
@@ -129,7 +141,7 @@ impl Engine {
     }
 
     /// Lets the instruction under a breakpoint run.
-    #[inline]
+    #[inline(always)]
     pub(super) fn step_over<H: Hypervisor>(
         &mut self,
         hv: &mut H,
@@ -144,7 +156,7 @@ impl Engine {
         let steps = self.is_late(index) || (self.vacant.len() >= VACANT && changed.is_none());
         let (vcpu, views) = (&mut self.vcpus[index], self.views.as_ref());
         let (page, spot, claims) = self.registry.parts(found);
-        let breakpoint = &page.breakpoints[spot];
+        let breakpoint = &mut page.breakpoints[spot];
         if breakpoint.displaced.byte() == INT3 {
             *reply = self.reinjected();
             return Ok(());
@@ -162,14 +174,12 @@ impl Engine {
                 // the page is lifted for.
                 vcpu.over = Some(breakpoint.gpa);
                 *reply = conceal::on_own_bytes(hv, views, vcpu, page, registers, false)?;
-                StepOver::Repair
+                page.breakpoints[spot].count(registers, StepOver::Repair);
+                return Ok(());
             }
             None => step::step(hv, views, vcpu, (page.placement, breakpoint), registers.rip, reply)?,
         };
-        let breakpoint = &mut page.breakpoints[spot];
-        let fallback = step::is_fallback(breakpoint, registers, served);
-        breakpoint.figures.served.count(served);
-        breakpoint.figures.fallbacks += u64::from(fallback);
+        breakpoint.count(registers, served);
         Ok(())
     }
 }

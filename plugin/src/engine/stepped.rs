@@ -68,7 +68,7 @@ impl Engine {
     /// Sets a breakpoint again that a virtual CPU has been stepped over.
     #[inline(never)]
     pub(super) fn arm_again<H: Hypervisor>(&mut self, hv: &mut H, gpa: Gpa) {
-        if let Some((page, breakpoint)) = self.registry.at(gpa)
+        if let Some((page, breakpoint)) = self.met_at(gpa).map(|met| self.registry.located(met.found))
             && page.lifted == 0
             && let Err(error) = placement::arm(hv, page, gpa, breakpoint.displaced.byte())
         {

@@ -179,14 +179,3 @@ pub(crate) fn step<H: Hypervisor>(
         }
     }
 }
-
-/// Whether what was chosen could not do the instruction.
-pub(crate) fn is_fallback(breakpoint: &Breakpoint, registers: &Registers, served: StepOver) -> bool {
-    match breakpoint.step_over {
-        StepOver::Auto => {
-            let interpretable = breakpoint.displaced.op(registers.mode).is_some();
-            breakpoint.not_emulable || (interpretable && served != StepOver::Interpret)
-        }
-        chosen => chosen != served,
-    }
-}
