@@ -34,6 +34,37 @@ pub(crate) trait Memory {
     fn write(&mut self, linear: u64, bytes: &[u8]) -> Option<()>;
 }
 
+/// Where the interpreter puts the results that are registers.
+pub(crate) trait Results {
+    fn set_rip(&mut self, rip: u64);
+    fn change_rflags(&mut self, change: impl FnOnce(u64) -> u64);
+    fn change(&mut self, register: u8, change: impl FnOnce(u64) -> u64);
+}
+
+impl Results for Registers {
+    fn set_rip(&mut self, rip: u64) {
+        self.rip = rip;
+    }
+
+    fn change_rflags(&mut self, change: impl FnOnce(u64) -> u64) {
+        self.rflags = change(self.rflags);
+    }
+
+    fn change(&mut self, register: u8, change: impl FnOnce(u64) -> u64) {
+        let register = &mut self.gpr[usize::from(register & 15)];
+        *register = change(*register);
+    }
+}
+
+/// For whom only wants to know whether it would be done.
+pub(crate) struct Forgotten;
+
+impl Results for Forgotten {
+    fn set_rip(&mut self, _: u64) {}
+    fn change_rflags(&mut self, _: impl FnOnce(u64) -> u64) {}
+    fn change(&mut self, _: u8, _: impl FnOnce(u64) -> u64) {}
+}
+
 /// An instruction that can be done exactly, decoded once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Op {
@@ -322,7 +353,8 @@ impl Op {
 
     /// Does it: on `Some`, `new`, which is a copy of the `old` registers, and memory are as after the instruction. On `None`,
     /// memory has not changed, and `new` is of no use.
-    pub(crate) fn run(&self, old: &Registers, new: &mut Registers, memory: &mut impl Memory) -> Option<()> {
+    #[inline]
+    pub(crate) fn run(&self, old: &Registers, new: &mut impl Results, memory: &mut impl Memory) -> Option<()> {
         let mode = if self.long { CodeMode::Bits64 } else { CodeMode::Bits32 };
         if old.mode != mode
             || old.rflags & (TF | VM) != 0
@@ -332,24 +364,24 @@ impl Op {
         {
             return None;
         }
-        new.rflags &= !RF;
+        new.change_rflags(|flags| flags & !RF);
         Machine { op: self, old, new, memory }.run()
     }
 }
 
 /// An instruction in the middle of being done. Memory is written last.
-struct Machine<'a, M> {
+struct Machine<'a, R, M> {
     op: &'a Op,
     old: &'a Registers,
-    new: &'a mut Registers,
+    new: &'a mut R,
     memory: &'a mut M,
 }
 
-impl<M: Memory> Machine<'_, M> {
+impl<R: Results, M: Memory> Machine<'_, R, M> {
     fn run(&mut self) -> Option<()> {
         let op = self.op;
         let next = self.instruction_pointer(i64::from(op.length))?;
-        self.new.rip = next;
+        self.new.set_rip(next);
         match op.kind {
             Kind::Nop => {}
             Kind::Mov => {
@@ -384,7 +416,7 @@ impl<M: Memory> Machine<'_, M> {
                     _ => self.subtract(0, value),
                 };
                 if op.kind != Kind::Neg {
-                    self.new.rflags = self.new.rflags & !CF | carry;
+                    self.new.change_rflags(|flags| flags & !CF | carry);
                 }
                 self.put(op.to, op.size, result)?;
             }
@@ -419,22 +451,26 @@ impl<M: Memory> Machine<'_, M> {
                 let value = self.pop(self.old.gpr[usize::from(BP)])?;
                 self.put(Place::Register(BP), op.size, value)?;
             }
-            Kind::Jump => self.new.rip = self.target()?,
+            Kind::Jump => {
+                let target = self.target()?;
+                self.new.set_rip(target);
+            }
             Kind::JumpIf(condition) => {
                 if holds(condition, self.old.rflags) {
-                    self.new.rip = self.target()?;
+                    let target = self.target()?;
+                    self.new.set_rip(target);
                 }
             }
             Kind::Call => {
                 let target = self.target()?;
-                self.new.rip = target;
+                self.new.set_rip(target);
                 self.push(next)?;
             }
             Kind::Return => {
                 let target = self.pop(self.old.gpr[usize::from(SP)])?;
-                self.new.rip = self.checked(target)?;
-                let stack = self.new.gpr[usize::from(SP)].wrapping_add(op.immediate as u64);
-                self.put(Place::Register(SP), op.size, stack)?;
+                let target = self.checked(target)?;
+                self.new.set_rip(target);
+                self.new.change(SP, |stack| stack.wrapping_add(op.immediate as u64) & ones(op.size));
             }
         }
         Some(())
@@ -514,14 +550,10 @@ impl<M: Memory> Machine<'_, M> {
         let value = value & ones(size);
         match place {
             Place::Register(number) => {
-                let register = &mut self.new.gpr[usize::from(number & 15)];
                 // Results of 32 bits are zero-extended; of fewer, the rest stays (Intel SDM volume 1, section 3.4.1.1).
-                *register = if size >= 4 { value } else { *register & !ones(size) | value };
+                self.new.change(number, |register| if size >= 4 { value } else { register & !ones(size) | value });
             }
-            Place::High(number) => {
-                let register = &mut self.new.gpr[usize::from(number & 15)];
-                *register = *register & !0xff00 | value << 8;
-            }
+            Place::High(number) => self.new.change(number, |register| register & !0xff00 | value << 8),
             Place::Memory => self.write(self.effective(), size, value)?,
             Place::Nowhere | Place::Immediate => return None,
         }
@@ -585,10 +617,8 @@ impl<M: Memory> Machine<'_, M> {
             (SF, sign(result)),
             (OF, sign(overflow)),
         ];
-        self.new.rflags &= !STATUS;
-        for (flag, set) in flags {
-            self.new.rflags |= if set { flag } else { 0 };
-        }
+        let set = flags.into_iter().filter(|(_, set)| *set).fold(0, |all, (flag, _)| all | flag);
+        self.new.change_rflags(|flags| flags & !STATUS | set);
     }
 }
 

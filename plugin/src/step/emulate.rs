@@ -7,6 +7,7 @@
 use super::interpret::{Guest, Rehearsal};
 use super::{Emulating, Vcpu};
 use crate::breakpoint::Breakpoint;
+use crate::insn::interpret::Forgotten;
 use crate::insn::{Form, MemoryUse};
 use crate::{Action, Hypervisor, Reply};
 
@@ -16,10 +17,7 @@ pub(super) fn is_right<H: Hypervisor>(guest: &mut Guest<'_, H>, form: &Form) -> 
         MemoryUse::None => true,
         _ if guest.registers.has_debugger() => false,
         MemoryUse::Reads | MemoryUse::Writes => match &form.op {
-            Some(op) => {
-                let mut registers = *guest.registers;
-                op.run(guest.registers, &mut registers, &mut Rehearsal(guest)).is_some()
-            }
+            Some(op) => op.run(guest.registers, &mut Forgotten, &mut Rehearsal(guest)).is_some(),
             // Then it reads the stack, the code, or what is a thread's.
             None => form.certain && !guest.claims.has_in_place(),
         },
