@@ -8,7 +8,7 @@ use rustc_hash::FxBuildHasher;
 
 use crate::insn::Displaced;
 use crate::stats::Figures;
-use crate::watch::Watches;
+use crate::watch::{Watch, Watches};
 use crate::{Conceal, Error, Gfn, Gpa, Placement, Registers, StepOver};
 
 /// The name of a breakpoint: one subscriber's interest in one instruction.
@@ -141,14 +141,38 @@ pub(crate) struct Claims {
     /// How many of them have their breakpoints in place.
     in_place: usize,
     /// Pages whose accesses somebody wants to hear of.
-    pub(crate) watches: Watches,
+    watches: Watches,
+    /// None of either was at any time below the first or above the last. Most often what an instruction accesses is.
+    bounds: Option<(Gfn, Gfn)>,
 }
 
 impl Claims {
     /// Whether a page has no breakpoints, and nobody wants to hear of its accesses.
     #[inline]
     pub(crate) fn spare(&self, gfn: Gfn) -> bool {
-        !self.index.contains_key(&gfn) && self.watches.get(gfn).is_none()
+        let within = self.bounds.is_some_and(|(first, last)| first <= gfn && gfn <= last);
+        !within || !(self.index.contains_key(&gfn) || self.watches.get(gfn).is_some())
+    }
+
+    fn extend(&mut self, gfn: Gfn) {
+        let (first, last) = self.bounds.unwrap_or((gfn, gfn));
+        self.bounds = Some((first.min(gfn), last.max(gfn)));
+    }
+
+    /// What somebody wants to hear of.
+    pub(crate) const fn watches(&self) -> &Watches {
+        &self.watches
+    }
+
+    /// Watches a page, in place of what was to be heard of it.
+    pub(crate) fn watch(&mut self, gfn: Gfn, watch: Watch) {
+        self.extend(gfn);
+        self.watches.set(gfn, watch);
+    }
+
+    /// Watches a page no more.
+    pub(crate) fn unwatch(&mut self, gfn: Gfn) {
+        self.watches.remove(gfn);
     }
 
     /// Whether a page has breakpoints in place, where everything that does not know of them sees them.
@@ -229,6 +253,7 @@ impl Registry {
     pub(crate) fn add_page(&mut self, page: Page) {
         self.claims.in_place += usize::from(page.placement == Placement::InPlace);
         self.generation += 1;
+        self.claims.extend(page.gfn);
         self.claims.index.insert(page.gfn, self.pages.len());
         self.pages.push(page);
     }

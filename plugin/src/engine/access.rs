@@ -20,7 +20,7 @@ impl Engine {
         if Some(event.view) != exec {
             return reply.answered(self.on_guarded(hv, index, event, access));
         }
-        let watched = self.registry.claims.watches.get(gfn).is_some_and(|watch| watch.accesses.include(access));
+        let watched = self.registry.claims.watches().get(gfn).is_some_and(|watch| watch.accesses.include(access));
         let stepped = self.registry.is_watched(gfn) || self.registry.page(gfn).is_some();
         let breakpoint = if stepped { self.fetched(hv, event, access) } else { None };
         if let Some(at) = breakpoint.and_then(|at| self.registry.locate(at)) {
@@ -64,7 +64,7 @@ impl Engine {
     ) -> Result<Reply, H::Error> {
         let registers = changed.unwrap_or(&event.registers);
         let gfn = access.gpa.gfn();
-        let watch = self.registry.claims.watches.get(gfn).filter(|watch| watch.accesses.include(access));
+        let watch = self.registry.claims.watches().get(gfn).filter(|watch| watch.accesses.include(access));
         let after = watch.is_some_and(|watch| watch.after);
         self.vcpus[index].accessing = after.then_some(*access);
         let monitored = after || self.vcpus[index].stepping;

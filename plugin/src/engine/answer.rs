@@ -48,7 +48,7 @@ impl Engine {
         {
             self.telling = true;
             self.tell_of(hv, event, &met, on_hit);
-            let found = self.find_again(&met);
+            let found = self.find_again(met.at, met.found);
             return self.end_hit(hv, index, event, found, None, reply);
         }
         self.answer_other(hv, index, event, on_hit, reply);

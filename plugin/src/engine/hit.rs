@@ -3,12 +3,13 @@
 use super::{Engine, Hit, VACANT, Verdict};
 use crate::breakpoint::Located;
 use crate::placement::INT3;
-use crate::{Action, BreakpointId, Error, Event, Gpa, Hypervisor, Int3, Registers, Reply, StepOver, conceal, step};
+use crate::step::{self, Over};
+use crate::{Action, BreakpointId, Error, Event, Gpa, Hypervisor, Int3, Registers, Reply, StepOver, conceal};
 
 /// A breakpoint that was met.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Met {
-    at: Gpa,
+    pub(super) at: Gpa,
     pub(super) found: Located,
     /// The subscriber that came first, and the one that came last. Those who come meanwhile are not told.
     first: BreakpointId,
@@ -48,7 +49,7 @@ impl Engine {
             return false;
         }
         let over = &mut self.vcpus[index].over;
-        if *over == Some(at) {
+        if over.is_some_and(|over| over.at == at) {
             return true;
         }
         // An instruction that exits to the hypervisor ends without an event.
@@ -69,10 +70,10 @@ impl Engine {
         })
     }
 
-    /// Where a breakpoint is that was met, after those it concerns have been told.
+    /// Where a breakpoint is now that was found there, if it still is one. Most often nothing has been inserted or removed since.
     #[inline]
-    pub(super) fn find_again(&self, met: &Met) -> Option<Located> {
-        if self.registry.is_there(met.found) { Some(met.found) } else { self.locate_again(met.at) }
+    pub(super) fn find_again(&self, at: Gpa, found: Located) -> Option<Located> {
+        if self.registry.is_there(found) { Some(found) } else { self.locate_again(at) }
     }
 
     #[cold]
@@ -172,12 +173,12 @@ impl Engine {
             None if page.lifted > 0 => {
                 // Its byte is not there now, and nobody may execute the page: this virtual CPU joins the one that
                 // the page is lifted for.
-                vcpu.over = Some(breakpoint.gpa);
+                vcpu.over = Some(Over { at: breakpoint.gpa, found });
                 *reply = conceal::on_own_bytes(hv, views, vcpu, page, registers, false)?;
                 page.breakpoints[spot].count(registers, StepOver::Repair);
                 return Ok(());
             }
-            None => step::step(hv, views, vcpu, (page.placement, breakpoint), registers.rip, reply)?,
+            None => step::step(hv, views, vcpu, page.placement, (found, breakpoint), registers.rip, reply)?,
         };
         breakpoint.count(registers, served);
         Ok(())

@@ -20,7 +20,7 @@ impl Engine {
         let vcpu = &self.vcpus[index];
         if int3.length > 1 {
             self.on_prefixed_int3(hv, index, event, int3)
-        } else if vcpu.stepping && vcpu.over == Some(int3.gpa) && self.locate_met(int3.gpa, event).is_some() {
+        } else if vcpu.stepping && vcpu.is_over(int3.gpa) && self.locate_met(int3.gpa, event).is_some() {
             self.step_again(hv, index, int3.gpa, event)
         } else {
             self.on_foreign_int3(hv, int3.gpa)
@@ -70,9 +70,13 @@ impl Engine {
         event: &Event,
     ) -> Result<Reply, H::Error> {
         let mut reply = Reply::default();
-        if let Some((page, breakpoint)) = self.registry.at(at).filter(|(page, _)| page.lifted == 0) {
+        if let Some(found) = self.registry.locate(at) {
             let (vcpu, views) = (&mut self.vcpus[index], self.views.as_ref());
-            step::step(hv, views, vcpu, (page.placement, breakpoint), event.registers.rip, &mut reply)?;
+            let (page, breakpoint) = self.registry.located(found);
+            if page.lifted == 0 {
+                let rip = event.registers.rip;
+                step::step(hv, views, vcpu, page.placement, (found, breakpoint), rip, &mut reply)?;
+            }
         }
         Ok(reply)
     }

@@ -85,7 +85,7 @@ impl Engine {
     pub fn leave<H: Hypervisor>(&mut self, hv: &mut H) -> Result<(), Error> {
         self.leaving = true;
         let mut result = Ok(());
-        for gfn in self.registry.claims.watches.gfns() {
+        for gfn in self.registry.claims.watches().gfns() {
             result = result.and(self.watch(hv, gfn, Accesses::NONE, false));
         }
         for id in self.registry.ids() {

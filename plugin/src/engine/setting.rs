@@ -59,7 +59,7 @@ impl Engine {
     /// Prepares a page for breakpoints.
     fn open<H: Hypervisor>(&mut self, hv: &mut H, gfn: Gfn, mechanism: Mechanism) -> Result<(), Error> {
         let placement = mechanism.placement();
-        let watch = self.registry.claims.watches.get(gfn);
+        let watch = self.registry.claims.watches().get(gfn);
         if placement == Placement::InPlace && watch.is_some_and(|watch| watch.accesses.execute) {
             return Err(Error::WatchConflict(gfn));
         }

@@ -1,8 +1,8 @@
 //! A monitored single-step is over: what was owed is done.
 
 use super::{Engine, Observed};
-use crate::step::Pages;
-use crate::{Gpa, Hypervisor, Reply, Step, placement};
+use crate::step::{Over, Pages};
+use crate::{Hypervisor, Reply, Step, placement};
 
 impl Engine {
     #[inline(always)]
@@ -16,8 +16,8 @@ impl Engine {
             let pages = std::mem::take(&mut vcpu.pages);
             self.settle(hv, &pages);
         }
-        if let Some(gpa) = over {
-            self.arm_again(hv, gpa);
+        if let Some(over) = over {
+            self.arm_again(hv, over);
         }
         if let Some(access) = accessing {
             return Observed::Accessed(access);
@@ -67,12 +67,13 @@ impl Engine {
 
     /// Sets a breakpoint again that a virtual CPU has been stepped over.
     #[inline(never)]
-    pub(super) fn arm_again<H: Hypervisor>(&mut self, hv: &mut H, gpa: Gpa) {
-        if let Some((page, breakpoint)) = self.met_at(gpa).map(|met| self.registry.located(met.found))
-            && page.lifted == 0
-            && let Err(error) = placement::arm(hv, page, gpa, breakpoint.displaced.byte())
+    pub(super) fn arm_again<H: Hypervisor>(&mut self, hv: &mut H, over: Over) {
+        let Some(found) = self.find_again(over.at, over.found) else { return };
+        let (page, breakpoint) = self.registry.located(found);
+        if page.lifted == 0
+            && let Err(error) = placement::arm(hv, page, over.at, breakpoint.displaced.byte())
         {
-            log::warn!("the breakpoint at {gpa} could not be set again: {error}");
+            log::warn!("the breakpoint at {} could not be set again: {error}", over.at);
             self.counters.failures += 1;
         }
     }

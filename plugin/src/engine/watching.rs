@@ -16,12 +16,12 @@ impl Engine {
     /// If the page has breakpoints in place and what is executed there is to be watched, or if the hypervisor refuses: then
     /// the watch is as it was.
     pub fn watch<H: Hypervisor>(&mut self, hv: &mut H, gfn: Gfn, accesses: Accesses, after: bool) -> Result<(), Error> {
-        let before = self.registry.claims.watches.get(gfn);
+        let before = self.registry.claims.watches().get(gfn);
         let result = match accesses {
             // Its rights are to be set once more.
             Accesses::NONE if before.is_none() => return Ok(()),
             Accesses::NONE => {
-                self.registry.claims.watches.set(gfn, Watch { accesses, after });
+                self.registry.claims.watch(gfn, Watch { accesses, after });
                 self.restrict(hv, gfn)
             }
             _ => {
@@ -35,15 +35,15 @@ impl Engine {
                 if self.views.as_ref().is_some_and(|views| views.hides(gfn)) {
                     return Err(Error::NoMemory(gfn.at(0)));
                 }
-                self.registry.claims.watches.set(gfn, Watch { accesses, after });
+                self.registry.claims.watch(gfn, Watch { accesses, after });
                 self.restrict(hv, gfn)
             }
         };
         match (&result, before) {
-            (Ok(()), _) if accesses == Accesses::NONE => drop(self.registry.claims.watches.remove(gfn)),
+            (Ok(()), _) if accesses == Accesses::NONE => self.registry.claims.unwatch(gfn),
             (Ok(()), _) => {}
-            (Err(_), Some(before)) => self.registry.claims.watches.set(gfn, before),
-            (Err(_), None) => drop(self.registry.claims.watches.remove(gfn)),
+            (Err(_), Some(before)) => self.registry.claims.watch(gfn, before),
+            (Err(_), None) => self.registry.claims.unwatch(gfn),
         }
         result.doing("watch the page")
     }
@@ -56,7 +56,7 @@ impl Engine {
             // With breakpoints in place it is guarded in all views, against all that may be watched there.
             Some(_) => return Ok(()),
         };
-        match (self.registry.claims.watches.get(gfn), &self.views) {
+        match (self.registry.claims.watches().get(gfn), &self.views) {
             (Some(Watch { accesses, .. }), Some(views)) => watch::apply(hv, views, gfn, accesses, rights),
             _ => Ok(()),
         }

@@ -27,8 +27,8 @@ const CR4_CET: u64 = 1 << 23;
 const SP: u8 = 4;
 const BP: u8 = 5;
 
-/// What the interpreter asks of guest memory, by linear address. `None` if anything about the access is unusual: then
-/// nothing was written.
+/// What the interpreter asks of guest memory, by linear address. `None` if anything about the access is unusual, its address
+/// too: then nothing was written.
 pub(crate) trait Memory {
     fn read(&mut self, linear: u64, into: &mut [u8]) -> Option<()>;
     fn write(&mut self, linear: u64, bytes: &[u8]) -> Option<()>;
@@ -513,26 +513,20 @@ impl<R: Results, M: Memory> Machine<'_, R, M> {
     }
 
     fn read(&mut self, linear: u64, size: u8) -> Option<u64> {
-        self.accessible(linear, size)?;
+        self.is_unchecked().then_some(())?;
         let mut bytes = [0; 8];
         self.memory.read(linear, bytes.get_mut(..usize::from(size))?)?;
         Some(u64::from_le_bytes(bytes))
     }
 
     fn write(&mut self, linear: u64, size: u8, value: u64) -> Option<()> {
-        self.accessible(linear, size)?;
+        self.is_unchecked().then_some(())?;
         self.memory.write(linear, value.to_le_bytes().get(..usize::from(size))?)
     }
 
-    /// Whether the access raises no fault for its address alone.
-    fn accessible(&self, linear: u64, size: u8) -> Option<()> {
-        let last = linear.checked_add(u64::from(size) - 1)?;
-        let reachable = match self.op.long {
-            true => is_canonical(linear, self.old) && is_canonical(last, self.old),
-            false => last <= self.mask(),
-        };
-        let aligned = self.old.cpl == 3 && self.old.cr0 & CR0_AM != 0 && self.old.rflags & AC != 0;
-        (reachable && !aligned).then_some(())
+    /// Whether nobody asks if addresses are aligned.
+    fn is_unchecked(&self) -> bool {
+        self.old.rflags & AC == 0 || self.old.cr0 & CR0_AM == 0 || self.old.cpl != 3
     }
 
     fn value(&mut self, place: Place, size: u8) -> Option<u64> {

@@ -9,7 +9,7 @@ mod view_step;
 pub(crate) use view_fast_step::begin as fast_step_in_own_view;
 pub(crate) use view_step::{begin as step_on_own_pages, view_of};
 
-use crate::breakpoint::{Breakpoint, Claims};
+use crate::breakpoint::{Breakpoint, Claims, Located};
 use crate::views::Views;
 use crate::{Access, Gfn, Gpa, Hypervisor, Placement, Registers, Reply, Step, StepOver};
 
@@ -58,7 +58,7 @@ pub(crate) struct Vcpu {
     /// Owed after the step: switch back to the view it is at home in.
     pub(crate) home: bool,
     /// The breakpoint it is stepped over. Owed after the step, if it is in place: set it again.
-    pub(crate) over: Option<Gpa>,
+    pub(crate) over: Option<Over>,
     /// Owed after the step: [`settle`](crate::placement::settle) these pages.
     pub(crate) pages: Pages,
     /// Owed after the step: tell whoever watches the page that it has been accessed.
@@ -67,6 +67,14 @@ pub(crate) struct Vcpu {
     pub(crate) monitored: bool,
     /// What [`Views::unmappings`] was when it was last answered.
     pub(crate) unmappings: u64,
+}
+
+/// A breakpoint that a virtual CPU is stepped over.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Over {
+    pub(crate) at: Gpa,
+    /// Where it was then.
+    pub(crate) found: Located,
 }
 
 /// What the hypervisor was asked to emulate.
@@ -92,6 +100,11 @@ impl Vcpu {
             monitored,
             unmappings: 0,
         }
+    }
+
+    /// Whether it is stepped over the breakpoint at this address.
+    pub(crate) fn is_over(&self, at: Gpa) -> bool {
+        self.over.is_some_and(|over| over.at == at)
     }
 
     /// Turns single-stepping on, if it is off.
@@ -160,7 +173,8 @@ pub(crate) fn step<H: Hypervisor>(
     hv: &mut H,
     views: Option<&Views>,
     vcpu: &mut Vcpu,
-    (placement, breakpoint): (Placement, &Breakpoint),
+    placement: Placement,
+    (found, breakpoint): (Located, &Breakpoint),
     rip: u64,
     reply: &mut Reply,
 ) -> Result<StepOver, H::Error> {
@@ -174,7 +188,7 @@ pub(crate) fn step<H: Hypervisor>(
             Ok(StepOver::ViewStep)
         }
         _ => {
-            *reply = repair::begin(hv, vcpu, breakpoint)?;
+            *reply = repair::begin(hv, vcpu, found, breakpoint)?;
             Ok(StepOver::Repair)
         }
     }

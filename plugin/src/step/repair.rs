@@ -1,11 +1,16 @@
 //! Write the byte back, single-step, write 0xCC again: two events, and right on one virtual CPU only.
 
-use super::Vcpu;
-use crate::breakpoint::Breakpoint;
+use super::{Over, Vcpu};
+use crate::breakpoint::{Breakpoint, Located};
 use crate::{Hypervisor, Reply};
 
-pub(super) fn begin<H: Hypervisor>(hv: &mut H, vcpu: &mut Vcpu, breakpoint: &Breakpoint) -> Result<Reply, H::Error> {
+pub(super) fn begin<H: Hypervisor>(
+    hv: &mut H,
+    vcpu: &mut Vcpu,
+    found: Located,
+    breakpoint: &Breakpoint,
+) -> Result<Reply, H::Error> {
     hv.replace(breakpoint.gpa, breakpoint.displaced.byte())?;
-    vcpu.over = Some(breakpoint.gpa);
+    vcpu.over = Some(Over { at: breakpoint.gpa, found });
     Ok(Reply { step: vcpu.step(), ..Reply::default() })
 }
