@@ -27,10 +27,18 @@ impl Engine {
         on_hit: &mut impl FnMut(&mut Self, &mut H, &Hit<'_>) -> Verdict,
         reply: &mut Reply,
     ) {
-        let stepped = matches!(event.reason, Reason::Step) && self.stepped(hv, event.vcpu, reply);
-        if !stepped {
-            self.answer_whole(hv, event, on_hit, reply);
+        match self.quiet_step(event) {
+            Some(index) => self.end_step(hv, index, reply),
+            None => self.answer_whole(hv, event, on_hit, reply),
         }
+    }
+
+    /// The slot of a virtual CPU whose single-step is over, if nobody is to be told of it.
+    #[inline]
+    fn quiet_step(&self, event: &Event) -> Option<usize> {
+        let index = usize::from(event.vcpu.0);
+        let quiet = matches!(event.reason, Reason::Step) && self.vcpus.get(index)?.accessing.is_none();
+        quiet.then_some(index)
     }
 
     #[inline(never)]
@@ -190,17 +198,22 @@ impl Engine {
 
     /// The whole of the end of a single-step, without the rest of its event, of which it needs nothing. False if somebody is
     /// to be told of it, or there is no such virtual CPU: then nothing has been done, and the event is to be begun.
-    #[inline(never)]
     pub fn stepped<H: Hypervisor>(&mut self, hv: &mut H, vcpu: VcpuId, reply: &mut Reply) -> bool {
         let index = usize::from(vcpu.0);
-        match self.vcpus.get_mut(index) {
-            Some(vcpu) if vcpu.accessing.is_none() => (vcpu.emulating, vcpu.fast) = (None, None),
-            _ => return false,
+        let quiet = self.vcpus.get(index).is_some_and(|vcpu| vcpu.accessing.is_none());
+        if quiet {
+            self.end_step(hv, index, reply);
         }
+        quiet
+    }
+
+    #[inline(never)]
+    fn end_step<H: Hypervisor>(&mut self, hv: &mut H, index: usize, reply: &mut Reply) {
+        let vcpu = &mut self.vcpus[index];
+        (vcpu.emulating, vcpu.fast) = (None, None);
         *reply = Reply::default();
         self.on_step(hv, index, reply);
         self.conclude(hv, index, reply);
-        true
     }
 
     /// The slot of the event's virtual CPU, with a fast step that is over forgotten, and whether it is being stepped.
@@ -261,12 +274,18 @@ impl Engine {
             self.bring_home(index, reply);
         }
         if !self.vacant.is_empty() && matches!(reply.action, Action::Resume) {
-            if let Err(error) = self.vacate_all(hv) {
-                log::warn!("a page could not be given back: {error}");
-                self.counters.failures += 1;
-            }
-            self.vcpus[index].unmappings = self.unmappings();
+            self.vacate_after(hv, index);
         }
+    }
+
+    /// Gives pages back, with an answer that Xen is not late with.
+    #[cold]
+    fn vacate_after<H: Hypervisor>(&mut self, hv: &mut H, index: usize) {
+        if let Err(error) = self.vacate_all(hv) {
+            log::warn!("a page could not be given back: {error}");
+            self.counters.failures += 1;
+        }
+        self.vcpus[index].unmappings = self.unmappings();
     }
 
     /// A virtual CPU whose fast step was stopped is in the own view, and is not to stay there: unless it is stepped now, it

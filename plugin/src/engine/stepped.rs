@@ -11,15 +11,11 @@ impl Engine {
         if !std::mem::take(&mut vcpu.stepping) {
             self.counters.unexplained += 1;
         }
-        let (home, over, accessing) = (std::mem::take(&mut vcpu.home), vcpu.over.take(), vcpu.accessing.take());
-        if !vcpu.pages.is_empty() {
-            let pages = std::mem::take(&mut vcpu.pages);
-            self.settle(hv, &pages);
+        let home = std::mem::take(&mut vcpu.home);
+        if !vcpu.pages.is_empty() || vcpu.over.is_some() {
+            self.settle_up(hv, index);
         }
-        if let Some(over) = over {
-            self.arm_again(hv, over);
-        }
-        if let Some(access) = accessing {
+        if let Some(access) = self.vcpus[index].accessing.take() {
             return Observed::Accessed(access);
         }
         reply.step = Step::Off;
@@ -27,6 +23,20 @@ impl Engine {
             self.back_home(index, reply);
         }
         Observed::Answered
+    }
+
+    /// Does what is owed to pages and breakpoints after a step.
+    #[inline(never)]
+    fn settle_up<H: Hypervisor>(&mut self, hv: &mut H, index: usize) {
+        let vcpu = &mut self.vcpus[index];
+        let over = vcpu.over.take();
+        if !vcpu.pages.is_empty() {
+            let pages = std::mem::take(&mut vcpu.pages);
+            self.settle(hv, &pages);
+        }
+        if let Some(over) = over {
+            self.arm_again(hv, over);
+        }
     }
 
     /// Puts the breakpoints on what is now in pages that an instruction may have written to.
@@ -66,7 +76,6 @@ impl Engine {
     }
 
     /// Sets a breakpoint again that a virtual CPU has been stepped over.
-    #[inline(never)]
     pub(super) fn arm_again<H: Hypervisor>(&mut self, hv: &mut H, over: Over) {
         let Some(found) = self.find_again(over.at, over.found) else { return };
         let (page, breakpoint) = self.registry.located(found);

@@ -529,6 +529,7 @@ impl<R: Results, M: Memory> Machine<'_, R, M> {
         self.old.rflags & AC == 0 || self.old.cr0 & CR0_AM == 0 || self.old.cpl != 3
     }
 
+    #[inline(always)]
     fn value(&mut self, place: Place, size: u8) -> Option<u64> {
         let value = match place {
             Place::Nowhere => return None,
@@ -554,6 +555,7 @@ impl<R: Results, M: Memory> Machine<'_, R, M> {
         Some(())
     }
 
+    #[inline(always)]
     fn push(&mut self, value: u64) -> Option<()> {
         let size = self.op.size;
         let stack = self.old.gpr[usize::from(SP)].wrapping_sub(size.into()) & self.mask();
