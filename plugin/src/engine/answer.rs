@@ -250,10 +250,12 @@ impl Engine {
 
     /// Whether Xen would be late with the registers or the emulation of a virtual CPU's next response
     /// ([`Views::unmappings`](crate::views::Views::unmappings)).
+    #[inline(always)]
     pub(super) fn is_late(&self, index: usize) -> bool {
         self.vcpus[index].unmappings != self.unmappings()
     }
 
+    #[inline]
     fn unmappings(&self) -> u64 {
         self.views.as_ref().map_or(0, |views| views.unmappings)
     }

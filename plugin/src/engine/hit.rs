@@ -122,7 +122,7 @@ impl Engine {
     }
 
     /// Answers a hit, after those it concerns have been told, if there still is a breakpoint.
-    #[inline(never)]
+    #[inline(always)]
     pub(super) fn end_hit<H: Hypervisor>(
         &mut self,
         hv: &mut H,

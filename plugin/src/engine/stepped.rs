@@ -40,7 +40,7 @@ impl Engine {
     }
 
     /// Puts the breakpoints on what is now in pages that an instruction may have written to.
-    #[inline(never)]
+    #[cold]
     fn settle<H: Hypervisor>(&mut self, hv: &mut H, pages: &Pages) {
         for &gfn in pages.as_slice() {
             let settled = match (self.registry.page_mut(gfn), &self.views) {
@@ -76,6 +76,7 @@ impl Engine {
     }
 
     /// Sets a breakpoint again that a virtual CPU has been stepped over.
+    #[inline]
     pub(super) fn arm_again<H: Hypervisor>(&mut self, hv: &mut H, over: Over) {
         let Some(found) = self.find_again(over.at, over.found) else { return };
         let (page, breakpoint) = self.registry.located(found);

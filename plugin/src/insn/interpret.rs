@@ -519,6 +519,7 @@ impl<R: Results, M: Memory> Machine<'_, R, M> {
         Some(u64::from_le_bytes(bytes))
     }
 
+    #[inline(always)]
     fn write(&mut self, linear: u64, size: u8, value: u64) -> Option<()> {
         self.is_unchecked().then_some(())?;
         self.memory.write(linear, value.to_le_bytes().get(..usize::from(size))?)

@@ -132,6 +132,7 @@ impl Vcpu {
 }
 
 /// The ways to let the instruction under a breakpoint run that need no step, if one of them is chosen and right.
+#[inline(never)]
 pub(crate) fn at_once<H: Hypervisor>(
     hv: &mut H,
     views: Option<&Views>,
@@ -169,6 +170,7 @@ pub(crate) fn at_once<H: Hypervisor>(
 }
 
 /// Steps over the instruction under a breakpoint.
+#[inline(always)]
 pub(crate) fn step<H: Hypervisor>(
     hv: &mut H,
     views: Option<&Views>,
