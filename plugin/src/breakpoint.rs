@@ -69,8 +69,7 @@ impl Breakpoint {
     pub(crate) fn is_fallback(&self, registers: &Registers, served: StepOver) -> bool {
         match self.step_over {
             StepOver::Auto => {
-                let interpretable = self.displaced.op(registers.mode).is_some();
-                self.not_emulable || (interpretable && served != StepOver::Interpret)
+                self.not_emulable || (served != StepOver::Interpret && self.displaced.op(registers.mode).is_some())
             }
             chosen => chosen != served,
         }

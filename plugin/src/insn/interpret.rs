@@ -631,9 +631,9 @@ fn sign_extend(value: u64, size: u8) -> u64 {
 
 /// Whether the upper bits are all the same as the highest that paging translates (Intel SDM volume 1, section 3.3.7.1).
 pub(super) fn is_canonical(address: u64, registers: &Registers) -> bool {
-    let width = if registers.cr4 & CR4_LA57 != 0 { 57 } else { 48 };
-    let shift = 64 - width;
-    ((address << shift) as i64 >> shift) as u64 == address
+    let upper = |width: u32| matches!(address as i64 >> (width - 1), 0 | -1);
+    // What is with 48 bits is with 57, too.
+    upper(48) || (registers.cr4 & CR4_LA57 != 0 && upper(57))
 }
 
 /// Whether a condition, numbered as in the opcodes of Jcc (Intel SDM volume 1, appendix B), holds.

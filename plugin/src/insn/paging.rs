@@ -112,31 +112,34 @@ impl Walked {
 #[inline]
 fn walk<H: Hypervisor>(hv: &mut H, registers: &Registers, linear: u64) -> Option<Walked> {
     if registers.efer & EFER_LMA != 0 {
-        let levels = if registers.cr4 & CR4_LA57 != 0 { 5 } else { 4 };
-        return walk_long(hv, registers.cr3 & ADDRESS, levels, linear);
+        let table = registers.cr3 & ADDRESS;
+        return match registers.cr4 & CR4_LA57 {
+            0 => walk_long::<_, 4>(hv, table, linear),
+            _ => walk_long::<_, 5>(hv, table, linear),
+        };
     }
     walk_legacy(hv, registers, linear)
 }
 
-/// Through 8-byte entries, from the table at `table`, which is of this level.
+/// Through so many levels of 8-byte entries, from the table at `table`.
 #[inline]
-fn walk_long<H: Hypervisor>(hv: &mut H, mut table: u64, levels: u32, linear: u64) -> Option<Walked> {
+fn walk_long<H: Hypervisor, const LEVELS: u32>(hv: &mut H, mut table: u64, linear: u64) -> Option<Walked> {
     let (mut all, mut any) = (u64::MAX, 0);
-    let mut shift = 12 + 9 * levels;
-    loop {
-        shift -= 9;
+    for level in (0..LEVELS).rev() {
+        let shift = 12 + 9 * level;
         let entry = entry(hv, table | (linear >> (shift - 3) & 0xff8))?;
         all &= entry;
         any |= entry;
-        if shift == 12 || entry & LARGE != 0 {
+        if level == 0 || entry & LARGE != 0 {
             // Only levels 1 and 2 (2 MiB and 1 GiB) have large pages.
             let within = (1 << shift) - 1;
             let gpa = Gpa((entry & ADDRESS & !within) | (linear & within));
-            let odd = if shift == 12 { 0 } else { ADDRESS & within & !LARGE_PAT };
-            return (shift <= 30).then_some(Walked { gpa, all, any, leaf: entry, odd });
+            let odd = if level == 0 { 0 } else { ADDRESS & within & !LARGE_PAT };
+            return (level <= 2).then_some(Walked { gpa, all, any, leaf: entry, odd });
         }
         table = entry & ADDRESS;
     }
+    None
 }
 
 fn entry<H: Hypervisor>(hv: &mut H, at: u64) -> Option<u64> {
@@ -151,7 +154,7 @@ fn walk_legacy<H: Hypervisor>(hv: &mut H, registers: &Registers, linear: u64) ->
     if registers.cr4 & CR4_PAE != 0 {
         // The four page-directory-pointer entries lie anywhere below 4 GiB, 32-byte aligned.
         let pointer = entry(hv, (registers.cr3 & 0xffff_ffe0) + (linear >> 30) * 8)?;
-        return walk_long(hv, pointer & ADDRESS, 2, linear);
+        return walk_long::<_, 2>(hv, pointer & ADDRESS, linear);
     }
     walk_32(hv, registers, linear)
 }

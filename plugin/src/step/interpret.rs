@@ -44,6 +44,7 @@ impl<H: Hypervisor> Memory for Guest<'_, H> {
         self.hv.read(gpa, into).ok()
     }
 
+    #[inline(always)]
     fn write(&mut self, linear: u64, bytes: &[u8]) -> Option<()> {
         let gpa = self.locate(linear, bytes.len(), Intent::Write)?;
         self.hv.write(gpa, bytes).ok()
