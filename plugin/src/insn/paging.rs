@@ -67,7 +67,10 @@ pub(crate) fn access<H: Hypervisor>(
         return (linear <= u32::MAX.into()).then_some(Gpa(linear));
     }
     // Protection keys may keep it from a page: then it is not for us to say.
-    let keys = registers.cr4 & if registers.cpl == 3 { CR4_PKE } else { CR4_PKS } != 0;
+    let keys = match registers.cr4 & (CR4_PKE | CR4_PKS) {
+        0 => false,
+        keys => keys & if registers.cpl == 3 { CR4_PKE } else { CR4_PKS } != 0,
+    };
     if !reachable || keys {
         return None;
     }
@@ -111,18 +114,28 @@ impl Walked {
 /// Walks the page tables. The linear address is one that paging translates.
 #[inline]
 fn walk<H: Hypervisor>(hv: &mut H, registers: &Registers, linear: u64) -> Option<Walked> {
-    if registers.efer & EFER_LMA != 0 {
-        let table = registers.cr3 & ADDRESS;
-        return match registers.cr4 & CR4_LA57 {
-            0 => walk_long::<_, 4>(hv, table, linear),
-            _ => walk_long::<_, 5>(hv, table, linear),
-        };
+    match registers.efer & EFER_LMA != 0 && registers.cr4 & CR4_LA57 == 0 {
+        true => walk_long::<_, 4>(hv, registers.cr3 & ADDRESS, linear),
+        false => walk_otherwise(hv, registers, linear),
     }
-    walk_legacy(hv, registers, linear)
+}
+
+/// With 5 levels, or outside of long mode.
+#[cold]
+fn walk_otherwise<H: Hypervisor>(hv: &mut H, registers: &Registers, linear: u64) -> Option<Walked> {
+    if registers.efer & EFER_LMA != 0 {
+        return walk_long::<_, 5>(hv, registers.cr3 & ADDRESS, linear);
+    }
+    if registers.cr4 & CR4_PAE != 0 {
+        // The four page-directory-pointer entries lie anywhere below 4 GiB, 32-byte aligned.
+        let pointer = entry(hv, (registers.cr3 & 0xffff_ffe0) + (linear >> 30) * 8)?;
+        return walk_long::<_, 2>(hv, pointer & ADDRESS, linear);
+    }
+    walk_32(hv, registers, linear)
 }
 
 /// Through so many levels of 8-byte entries, from the table at `table`.
-#[inline]
+#[inline(always)]
 fn walk_long<H: Hypervisor, const LEVELS: u32>(hv: &mut H, mut table: u64, linear: u64) -> Option<Walked> {
     let (mut all, mut any) = (u64::MAX, 0);
     for level in (0..LEVELS).rev() {
@@ -146,17 +159,6 @@ fn entry<H: Hypervisor>(hv: &mut H, at: u64) -> Option<u64> {
     let mut bytes = [0; 8];
     hv.read(Gpa(at), &mut bytes).ok()?;
     Some(u64::from_le_bytes(bytes)).filter(|entry| entry & PRESENT != 0)
-}
-
-/// Outside of long mode.
-#[cold]
-fn walk_legacy<H: Hypervisor>(hv: &mut H, registers: &Registers, linear: u64) -> Option<Walked> {
-    if registers.cr4 & CR4_PAE != 0 {
-        // The four page-directory-pointer entries lie anywhere below 4 GiB, 32-byte aligned.
-        let pointer = entry(hv, (registers.cr3 & 0xffff_ffe0) + (linear >> 30) * 8)?;
-        return walk_long::<_, 2>(hv, pointer & ADDRESS, linear);
-    }
-    walk_32(hv, registers, linear)
 }
 
 /// Through two levels of 4-byte entries.
