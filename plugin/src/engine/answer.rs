@@ -248,25 +248,12 @@ impl Engine {
         }
     }
 
-    /// Whether Xen would be late with the registers or the emulation of a virtual CPU's next response
-    /// ([`Views::unmappings`](crate::views::Views::unmappings)).
-    #[inline(always)]
-    pub(super) fn is_late(&self, index: usize) -> bool {
-        self.vcpus[index].unmappings != self.unmappings()
-    }
-
-    #[inline]
-    fn unmappings(&self) -> u64 {
-        self.views.as_ref().map_or(0, |views| views.unmappings)
-    }
-
     /// The last of an answer.
     #[inline(always)]
     fn conclude<H: Hypervisor>(&mut self, hv: &mut H, index: usize, reply: &mut Reply) {
-        let unmappings = self.unmappings();
         let vcpu = &mut self.vcpus[index];
-        if vcpu.unmappings != unmappings {
-            vcpu.unmappings = unmappings;
+        if vcpu.late {
+            vcpu.late = false;
             if matches!(reply.action, Action::Emulate | Action::EmulateRead(_) | Action::EmulateInstruction(_)) {
                 // It tries again, and then it is not too late any more.
                 reply.action = Action::Resume;
@@ -287,7 +274,7 @@ impl Engine {
             log::warn!("a page could not be given back: {error}");
             self.counters.failures += 1;
         }
-        self.vcpus[index].unmappings = self.unmappings();
+        self.vcpus[index].late = false;
     }
 
     /// A virtual CPU whose fast step was stopped is in the own view, and is not to stay there: unless it is stepped now, it

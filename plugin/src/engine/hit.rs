@@ -153,8 +153,9 @@ impl Engine {
         reply: &mut Reply,
     ) -> Result<(), H::Error> {
         let registers = changed.unwrap_or(&event.registers);
-        // If many pages wait to be given back, that is done now: after an answer that Xen is not late with.
-        let steps = self.is_late(index) || (self.vacant.len() >= VACANT && changed.is_none());
+        // With new registers, and with what to emulate, Xen may be late. If many pages wait to be given back, that is done
+        // now: after an answer that it is not late with.
+        let crowded = self.vacant.len() >= VACANT && changed.is_none();
         let (vcpu, views) = (&mut self.vcpus[index], self.views.as_ref());
         let (page, spot, claims) = self.registry.parts(found);
         let breakpoint = &mut page.breakpoints[spot];
@@ -162,7 +163,7 @@ impl Engine {
             *reply = self.reinjected();
             return Ok(());
         }
-        let at_once = match steps || breakpoint.step_over.steps() {
+        let at_once = match breakpoint.step_over.steps() || vcpu.late || crowded {
             true => None,
             false => step::at_once(hv, views, vcpu, claims, (page.placement, breakpoint), registers, reply),
         };

@@ -116,7 +116,7 @@ impl Engine {
             views.destroy(hv).doing("drop the views")
         })?;
         self.views = None;
-        self.vcpus.iter_mut().for_each(|vcpu| vcpu.unmappings = 0);
+        self.vcpus.iter_mut().for_each(|vcpu| vcpu.late = false);
         Ok(())
     }
 }

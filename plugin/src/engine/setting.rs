@@ -65,6 +65,7 @@ impl Engine {
         }
         self.close_again(hv, |page| page.gfn == gfn).doing("prepare the page")?;
         // Nobody is to write to the page while we look at it, nor to run between two of the steps.
+        let unmappings = self.unmappings();
         let shadow = paused(hv, |hv| {
             if placement == Placement::Shadow {
                 self.ensure_views(hv)?;
@@ -74,7 +75,9 @@ impl Engine {
                 return Err(Error::NoMemory(gfn.at(0)));
             }
             placement::open(hv, self.views.as_mut(), gfn, placement).doing("prepare the page")
-        })?;
+        });
+        self.note_unmappings(unmappings);
+        let shadow = shadow?;
         let conceal = mechanism.conceal();
         self.registry.add_page(Page {
             gfn,
@@ -166,11 +169,26 @@ impl Engine {
 
     /// Makes a page whose last breakpoint is gone the guest's own again, or remembers that it is not yet.
     fn close<H: Hypervisor>(&mut self, hv: &mut H, page: Page) -> Result<(), H::Error> {
-        let closed = placement::close(hv, self.views.as_mut(), &page).and_then(|()| self.restrict(hv, page.gfn));
+        let unmappings = self.unmappings();
+        let closed = placement::close(hv, self.views.as_mut(), &page);
+        self.note_unmappings(unmappings);
+        let closed = closed.and_then(|()| self.restrict(hv, page.gfn));
         if closed.is_err() {
             self.unclosed.push(page);
         }
         closed
+    }
+
+    fn unmappings(&self) -> u64 {
+        self.views.as_ref().map_or(0, |views| views.unmappings)
+    }
+
+    /// If a view has let go of a page since there were so many, Xen would be late with the registers or the emulation of each
+    /// virtual CPU's next response ([`Views::unmappings`](crate::views::Views::unmappings)).
+    fn note_unmappings(&mut self, before: u64) {
+        if self.unmappings() != before {
+            self.vcpus.iter_mut().for_each(|vcpu| vcpu.late = true);
+        }
     }
 
     /// The same with those of which that was refused before.

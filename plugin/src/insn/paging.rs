@@ -155,6 +155,7 @@ fn walk_long<H: Hypervisor, const LEVELS: u32>(hv: &mut H, mut table: u64, linea
     None
 }
 
+/// An entry of 8 bytes, if it is present.
 fn entry<H: Hypervisor>(hv: &mut H, at: u64) -> Option<u64> {
     let mut bytes = [0; 8];
     hv.read(Gpa(at), &mut bytes).ok()?;

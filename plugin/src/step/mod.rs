@@ -65,8 +65,8 @@ pub(crate) struct Vcpu {
     pub(crate) accessing: Option<Access>,
     /// It is at home in the execute view; else in the own view.
     pub(crate) monitored: bool,
-    /// What [`Views::unmappings`] was when it was last answered.
-    pub(crate) unmappings: u64,
+    /// A view has let go of a page since it was last answered ([`Views::unmappings`]).
+    pub(crate) late: bool,
 }
 
 /// A breakpoint that a virtual CPU is stepped over.
@@ -98,7 +98,7 @@ impl Vcpu {
             pages: Pages { gfns: [Gfn(0); 8], count: 0 },
             accessing: None,
             monitored,
-            unmappings: 0,
+            late: false,
         }
     }
 
