@@ -136,7 +136,8 @@ impl Engine {
     }
 
     /// Answers an event, after those it concerns have been told. `observed` is what [`begin`](Self::begin) said; `changed`
-    /// are the registers, if those who were told have changed any. If it is RIP, what was to happen at the old one does not. (At an INT3 of the guest's own, under a breakpoint, its registers are left alone.)
+    /// are the registers, if those who were told have changed any. If it is RIP, what was to happen at the old one does not.
+    /// (At an INT3 of the guest's own, under a breakpoint, its registers are left alone.)
     pub fn end<H: Hypervisor>(
         &mut self,
         hv: &mut H,
