@@ -12,12 +12,13 @@ use hyperbp_bench_abi as abi;
 use hyperbp_report::{Collection, Key, Kind, Machine, Measurement, TicksAre, Workload};
 
 use crate::cli::{Backend, Host};
+use crate::core::{self, Idle};
 use crate::elsewhere::Program;
 use crate::floor::{self, FloorMechanism};
 use crate::guest::Guest;
 use crate::ring::{Monitor, PATIENCE};
 use crate::xen::Domain;
-use crate::{core, elsewhere, program};
+use crate::{elsewhere, program};
 
 /// No workload's batch takes this long, even in the emulator.
 const STUCK: Duration = Duration::from_secs(300);
@@ -84,16 +85,16 @@ impl<'a> Subject<'a> {
         }
     }
 
-    /// Serves the guest's breakpoint until `idle` returns false, and leaves nothing behind. Returns how often it was hit.
+    /// Serves the guest's breakpoint as long as `idle` says, and leaves nothing behind. Returns how often it was hit.
     ///
     /// # Errors
     /// If the domain cannot be monitored, or those of [`core::run`], [`floor::run`] and [`elsewhere::run`].
-    pub(crate) fn serve(self, domain: &mut Domain, guest: &Guest, idle: &mut dyn FnMut() -> bool) -> Result<u64> {
+    pub(crate) fn serve(self, domain: &mut Domain, guest: &Guest, idle: &mut Idle<'_>) -> Result<u64> {
         let attach = |domain: &Domain| Monitor::attach(domain).context("cannot monitor the domain");
         match self {
             Self::None => {
-                while idle() {
-                    std::thread::sleep(PATIENCE);
+                while let Some(patience) = idle() {
+                    std::thread::sleep(patience);
                 }
                 Ok(0)
             }
@@ -231,7 +232,7 @@ fn cell(
         calls: 0,
         stuck: false,
     };
-    let mut idle = || batches.go_on(&mut ticks, next);
+    let mut idle = || batches.go_on(&mut ticks, next).then_some(PATIENCE);
     let hits = subject.serve(domain, guest, &mut idle)?;
     if interrupted.load(Ordering::Relaxed) {
         bail!("interrupted; the breakpoint is removed");

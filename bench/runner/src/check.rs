@@ -10,11 +10,11 @@ use hyperbp_bench_abi::{SITES, Workload};
 
 use crate::bench::Subject;
 use crate::cli::{Backend, Host};
-use crate::core;
+use crate::core::{self, Idle};
 use crate::elsewhere::{self, Original, Program};
 use crate::guest::Guest;
 use crate::recover::Traces;
-use crate::ring::Monitor;
+use crate::ring::{Monitor, PATIENCE};
 use crate::snippets;
 use crate::xen::Domain;
 
@@ -96,10 +96,12 @@ fn watched(
     let (mut work, mut since) = (WORK.into_iter(), Instant::now());
     let counts = elsewhere::run(program, domain.id(), &[guest.breakpoint()], backend, true, &mut || {
         if !guest.is_done() {
-            return since.elapsed() < STUCK;
+            return (since.elapsed() < STUCK).then_some(PATIENCE);
         }
         since = Instant::now();
-        work.next().map(|(workload, calls)| guest.request(workload, calls)).is_some()
+        let (workload, calls) = work.next()?;
+        guest.request(workload, calls);
+        Some(PATIENCE)
     })?;
     guest.wait_until_done(STUCK)?;
     guest.check_all_but_rewritten(domain)?;
@@ -130,7 +132,7 @@ pub(crate) fn attach(domain: &mut Domain, times: u32) -> Result<usize> {
             guest.request(Workload::Storm, CALLS);
         }
         let start = Instant::now();
-        let mut idle = || start.elapsed() < SERVED;
+        let mut idle = || (start.elapsed() < SERVED).then_some(PATIENCE);
         let served = attach_once(domain, &guest, mechanism, &mut idle);
         let after = Traces::of(domain);
         let result = served.and(after).and_then(|after| {
@@ -158,7 +160,7 @@ pub(crate) fn attach(domain: &mut Domain, times: u32) -> Result<usize> {
     Ok(failed)
 }
 
-fn attach_once(domain: &mut Domain, guest: &Guest, mechanism: Mechanism, idle: &mut dyn FnMut() -> bool) -> Result<()> {
+fn attach_once(domain: &mut Domain, guest: &Guest, mechanism: Mechanism, idle: &mut Idle<'_>) -> Result<()> {
     let mut monitor = Monitor::attach(domain).context("cannot monitor the domain")?;
     core::run(domain, &mut monitor, mechanism, &guest.sites(), idle)?;
     Ok(())
@@ -219,13 +221,11 @@ fn one(domain: &mut Domain, guest: &Guest, subject: Subject<'_>) -> Result<()> {
     let mut idle = || {
         if !guest.is_done() {
             stuck = start.elapsed() > STUCK;
-            return !stuck;
+            return (!stuck).then_some(PATIENCE);
         }
-        match program.pop_front() {
-            Some((workload, count)) => guest.request(workload, count),
-            None => return false,
-        }
-        true
+        let (workload, count) = program.pop_front()?;
+        guest.request(workload, count);
+        Some(PATIENCE)
     };
     let hits = subject.serve(domain, guest, &mut idle)?;
     ensure!(!stuck, "the guest does not come back");

@@ -1,5 +1,7 @@
 //! The backend `hyperbp`: the core, driven by the ring.
 
+use std::time::Duration;
+
 use anyhow::{Context, Result, ensure};
 use hdrhistogram::Histogram;
 use hyperbp::{BreakpointId, Counters, Engine, Figures, Gpa, Hit, Mechanism, Reason, Reply, Verdict};
@@ -61,8 +63,11 @@ impl Outcome {
 /// Is told which of the addresses was hit, and can ask what came of all until now.
 pub(crate) type OnHit<'a> = dyn FnMut(usize, &dyn Fn() -> Result<Outcome>) + 'a;
 
-/// Sets a breakpoint at each address, serves them until `idle` returns false, and removes them. `idle` is asked after each
-/// batch of events, and from time to time while there are none.
+/// Looks after other things, after each batch of events, and where there are none after the time it has returned before. None when
+/// there is nothing more to wait for.
+pub(crate) type Idle<'a> = dyn FnMut() -> Option<Duration> + 'a;
+
+/// Sets a breakpoint at each address, serves them as long as `idle` says, and removes them.
 ///
 /// # Errors
 /// If a breakpoint cannot be set, or Xen refuses something; the domain is left as far as it lets us.
@@ -71,7 +76,7 @@ pub(crate) fn run(
     monitor: &mut Monitor,
     mechanism: Mechanism,
     at: &[Gpa],
-    idle: &mut dyn FnMut() -> bool,
+    idle: &mut Idle<'_>,
 ) -> Result<Outcome> {
     watch(domain, monitor, mechanism, at, &mut |_, _| {}, idle)
 }
@@ -86,7 +91,7 @@ pub(crate) fn watch(
     mechanism: Mechanism,
     at: &[Gpa],
     on_hit: &mut OnHit<'_>,
-    idle: &mut dyn FnMut() -> bool,
+    idle: &mut Idle<'_>,
 ) -> Result<Outcome> {
     let mut engine = Engine::new(domain);
     let set: Result<Vec<BreakpointId>> = at
@@ -101,8 +106,8 @@ pub(crate) fn watch(
                 on_hit(index, &|| Outcome::of(engine, &breakpoints));
             }
         };
-        while idle() {
-            serve(domain, monitor, &mut engine, &mut seen)?;
+        while let Some(patience) = idle() {
+            serve(domain, monitor, &mut engine, patience, &mut seen)?;
         }
         Outcome::of(&engine, &breakpoints)
     });
@@ -117,9 +122,10 @@ fn serve(
     domain: &mut Domain,
     monitor: &mut Monitor,
     engine: &mut Engine,
+    patience: Duration,
     seen: &mut dyn FnMut(&Engine, &Hit<'_>),
 ) -> Result<bool, Error> {
-    monitor.wait(PATIENCE)?;
+    monitor.wait(patience)?;
     let (mut any, mut reply) = (false, Reply::default());
     while let Some(request) = monitor.next() {
         any = true;
@@ -150,7 +156,7 @@ fn leave(domain: &mut Domain, monitor: &mut Monitor, engine: &mut Engine) -> Res
     engine.leave(domain)?;
     for _ in 0..ROUNDS {
         // Without an event for a while, none is queued.
-        if !serve(domain, monitor, engine, &mut |_, _| {})? && engine.is_idle() {
+        if !serve(domain, monitor, engine, PATIENCE, &mut |_, _| {})? && engine.is_idle() {
             return Ok(engine.finish(domain)?);
         }
     }

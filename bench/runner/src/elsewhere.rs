@@ -12,6 +12,7 @@ use anyhow::{Context, Result, bail, ensure};
 use hyperbp::{Gpa, Mechanism};
 
 use crate::cli::Host;
+use crate::core::Idle;
 use crate::ring::PATIENCE;
 
 /// How long it may take to attach, and to leave. In the emulator a second of its time is some seconds of ours.
@@ -135,8 +136,8 @@ impl Counts {
     }
 }
 
-/// Has the program serve breakpoints at `at`, and memory traps on their page if it is to be `watched`, until `idle` returns
-/// false, and leave. Returns how often they were told. (Only SmartVMI's takes several addresses, and only DRAKVUF's watches.)
+/// Has the program serve breakpoints at `at`, and memory traps on their page if it is to be `watched`, as long as
+/// `idle` says, and leave. Returns how often they were told. (Only SmartVMI's takes several addresses, and only DRAKVUF's watches.)
 ///
 /// # Errors
 /// If it cannot attach, ends before it is told to, or does not end when it is: with what it said.
@@ -146,7 +147,7 @@ pub(crate) fn run(
     at: &[Gpa],
     backend: Backend,
     watched: bool,
-    idle: &mut dyn FnMut() -> bool,
+    idle: &mut Idle<'_>,
 ) -> Result<Counts> {
     let mut command = Command::new(program.path);
     let at: Vec<_> = at.iter().map(|gpa| format!("{:#x}", gpa.0)).collect();
@@ -157,7 +158,7 @@ pub(crate) fn run(
     }
     let mut running = Running::start(program.name(), command, domain)?;
     running.until(ATTACHING, is_ready)?;
-    while idle() {
+    while idle().is_some() {
         if let Some(status) = running.try_wait()? {
             let recover = recover(domain);
             bail!(running.problem(&format!("has ended in the middle of a measurement ({status}); {recover}")));

@@ -6,6 +6,7 @@
 use hyperbp::{Gfn, Gpa, Hypervisor, PAGE_SIZE, Rights, VcpuId, ViewId};
 use hyperbp_xen_sys as sys;
 
+use crate::core::Idle;
 use crate::ring::{self, Monitor, PATIENCE, Request, Response};
 use crate::xen::{Domain, Error, Page};
 
@@ -60,8 +61,7 @@ pub(crate) struct Counts {
     pub accesses: u64,
 }
 
-/// Sets a breakpoint at `gpa`, serves it until `idle` returns false, and removes it. `idle` is asked after each batch
-/// of events, and from time to time while there are none.
+/// Sets a breakpoint at `gpa`, serves it as long as `idle` says, and removes it.
 ///
 /// # Errors
 /// If Xen refuses something; the domain is left as far as it lets us.
@@ -70,7 +70,7 @@ pub(crate) fn run(
     monitor: &mut Monitor,
     mechanism: FloorMechanism,
     gpa: u64,
-    idle: &mut dyn FnMut() -> bool,
+    idle: &mut Idle<'_>,
 ) -> Result<Counts, Error> {
     let mut floor = Floor::set(domain, mechanism, Gpa(gpa))?;
     let served = floor.serve(domain, monitor, idle);
@@ -136,14 +136,9 @@ impl Floor {
         Ok(floor)
     }
 
-    fn serve(
-        &mut self,
-        domain: &mut Domain,
-        monitor: &mut Monitor,
-        idle: &mut dyn FnMut() -> bool,
-    ) -> Result<(), Error> {
+    fn serve(&mut self, domain: &mut Domain, monitor: &mut Monitor, idle: &mut Idle<'_>) -> Result<(), Error> {
         // A step in flight is waited for: after it the virtual CPU is where it belongs.
-        while idle() || self.stepping > 0 {
+        while idle().is_some() || self.stepping > 0 {
             monitor.sleep(PATIENCE)?;
             let mut any = false;
             while let Some(request) = monitor.next() {

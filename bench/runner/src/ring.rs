@@ -17,7 +17,7 @@ pub(crate) use hyperbp_xen_sys::{vm_event_request_t as Request, vm_event_respons
 
 use crate::xen::{Domain, Error, Interface, check};
 
-/// How long a loop waits for an event before it looks after other things.
+/// How long a loop waits for an event before it looks after other things, if there is something that no event tells.
 pub(crate) const PATIENCE: Duration = Duration::from_millis(20);
 
 /// EFER.LMA: long mode is active.

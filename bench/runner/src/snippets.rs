@@ -9,7 +9,7 @@ use hyperbp_bench_abi::{Needs, SAMPLES_MAX, SCAN_CHUNK, SNIPPET_RUNS, SNIPPETS, 
 
 use crate::core::{self, Outcome};
 use crate::guest::Guest;
-use crate::ring::Monitor;
+use crate::ring::{Monitor, PATIENCE};
 use crate::storm;
 use crate::xen::{Domain, SHADOW_FIRST};
 
@@ -140,10 +140,11 @@ fn serve(
     let mut idle = || {
         if !guest.is_done() {
             stuck = start.elapsed() > STUCK;
-            return !stuck;
+            return (!stuck).then_some(PATIENCE);
         }
-        let next = program.next();
-        next.map(|(workload, count)| guest.request(*workload, *count)).is_some()
+        let (workload, count) = program.next()?;
+        guest.request(*workload, *count);
+        Some(PATIENCE)
     };
     let mut monitor = Monitor::attach(domain).context("cannot monitor the domain")?;
     let outcome = core::run(domain, &mut monitor, mechanism, at, &mut idle)?;

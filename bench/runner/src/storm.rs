@@ -7,10 +7,10 @@ use hyperbp_bench_abi::Workload;
 use hyperbp_report::{Handling, Served, Storm};
 
 use crate::bench::Subject;
-use crate::core::{self, Outcome};
+use crate::core::{self, Idle, Outcome};
 use crate::elsewhere::{self, Backend, Original};
 use crate::guest::Guest;
-use crate::ring::Monitor;
+use crate::ring::{Monitor, PATIENCE};
 use crate::xen::Domain;
 
 /// A storm that has not ended by then, and for every call this much longer, will not end.
@@ -51,8 +51,8 @@ struct Told {
     outcome: Option<Outcome>,
 }
 
-/// Serves the storm's breakpoints until `idle` returns false.
-fn serve(domain: &mut Domain, guest: &Guest, subject: Subject<'_>, idle: &mut dyn FnMut() -> bool) -> Result<Told> {
+/// Serves the storm's breakpoints as long as `idle` says.
+fn serve(domain: &mut Domain, guest: &Guest, subject: Subject<'_>, idle: &mut Idle<'_>) -> Result<Told> {
     match subject {
         Subject::Core(mechanism) => {
             let mut monitor = Monitor::attach(domain).context("cannot monitor the domain")?;
@@ -89,12 +89,12 @@ fn one(domain: &mut Domain, guest: &Guest, subject: Subject<'_>, calls: u32) -> 
     let mut idle = || {
         if !guest.is_done() {
             stuck = start.elapsed() > STUCK + STUCK_PER_CALL * calls;
-            return !stuck;
+            return (!stuck).then_some(PATIENCE);
         }
         if !asked {
             guest.request(Workload::Storm, calls);
         }
-        !std::mem::replace(&mut asked, true)
+        (!std::mem::replace(&mut asked, true)).then_some(PATIENCE)
     };
     let told = serve(domain, guest, subject, &mut idle);
     let (told, ended) = match told.and_then(|told| {

@@ -86,13 +86,15 @@ pub(crate) fn trace(domain: &mut Domain, name: &str, plan: &Plan) -> Result<Trac
             Instant::now()
         });
         let ended = marks.borrow().len() == 2 || plan.limit.is_some_and(|limit| begin.elapsed() >= limit);
-        if looked.elapsed() > LOOK {
+        if looked.elapsed() >= LOOK {
             looked = Instant::now();
             if !alive() {
-                return false;
+                return None;
             }
         }
-        !(ended || interrupted.load(Ordering::Relaxed))
+        let left = plan.limit.map_or(LOOK, |limit| limit.saturating_sub(begin.elapsed()));
+        // Ctrl-C ends the wait. If it comes in the moment before that, it is noticed at the next look.
+        (!ended && !interrupted.load(Ordering::Relaxed)).then_some(left.min(LOOK))
     };
     let mut monitor = Monitor::attach(domain).context("cannot monitor the domain")?;
     let outcome = core::watch(domain, &mut monitor, plan.mechanism, &at, &mut on_hit, &mut idle);

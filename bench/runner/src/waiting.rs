@@ -10,7 +10,7 @@ use hyperbp_report::{Load, Manner, Waited};
 
 use crate::core;
 use crate::guest::Guest;
-use crate::ring::Monitor;
+use crate::ring::{Monitor, PATIENCE};
 use crate::xen::{CpuTime, Domain};
 
 /// Between two hits of [`Load::Rare`].
@@ -112,34 +112,42 @@ struct Span<'a> {
 }
 
 impl Span<'_> {
-    /// Has the guest do what it is to do by now. Until the time is up.
-    fn goes_on(&mut self) -> bool {
+    /// Has the guest do what it is to do by now, until the time is up. How long that may be waited with.
+    fn goes_on(&mut self) -> Option<Duration> {
         if self.begin.is_none() {
             match self.clock.now() {
                 Ok(moment) => self.begin = Some(moment),
                 Err(error) => {
                     self.end = Some(Err(error));
-                    return false;
+                    return None;
                 }
             }
         }
         let now = Instant::now();
         let is_done = self.guest.is_done();
         let elapsed = self.begin.as_ref().map_or(Duration::ZERO, |begin| now - begin.at);
+        let left = self.time.saturating_sub(elapsed);
         if !is_done {
-            return now - self.asked < STUCK;
+            // After the last hit it is soon, and no event tells.
+            let patience = if self.load == Load::Rare { RARE.min(left).max(PATIENCE) } else { PATIENCE };
+            return (now - self.asked < STUCK).then_some(patience);
         }
-        if elapsed >= self.time {
+        if left.is_zero() {
             self.end = Some(self.clock.now());
-            return false;
+            return None;
         }
         match self.load {
-            Load::Idle => {}
-            Load::Rare if now - self.asked < RARE => {}
-            Load::Rare => self.ask(now, 1),
+            Load::Idle => return Some(left),
+            Load::Rare => {
+                let next = RARE.saturating_sub(now - self.asked);
+                if !next.is_zero() {
+                    return Some(next.min(left));
+                }
+                self.ask(now, 1);
+            }
             Load::Busy => self.ask(now, BATCH),
         }
-        true
+        Some(PATIENCE)
     }
 
     fn ask(&mut self, now: Instant, hits: u32) {

@@ -15,7 +15,7 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hyperbp::{Wait, Waiting, Waits};
 
@@ -38,8 +38,9 @@ pub struct EventChannel {
     /// Masked since it signalled last.
     masked: Option<Port>,
     ways: Ways,
-    /// There is one since the first wait.
-    waiting: Option<Waiting>,
+    /// How often it can look in the time it may watch: tried out before it does for the first time.
+    looks: Option<u32>,
+    waiting: Waiting,
     halt: Option<Halt>,
     /// There were events since, whose signals nobody has waited for.
     signalled: bool,
@@ -50,6 +51,9 @@ pub struct EventChannel {
 impl EventChannel {
     /// How many notes are let pile up. The kernel has room for 64 at least, and then none of them can be read any more.
     const UNREAD: usize = 32;
+
+    /// A sleep that an event ends in this time was short: about as long as it is between two ticks of a kernel's timer.
+    const SOON: Duration = Duration::from_millis(4);
 
     /// The port is unmasked, and everything read that there was.
     ///
@@ -63,13 +67,21 @@ impl EventChannel {
                 None
             })
         };
-        Self { masked: None, ways, waiting: None, halt: ways.halt.then(halt).flatten(), signalled: false, unread: 0 }
+        Self {
+            masked: None,
+            ways,
+            looks: None,
+            waiting: Waiting::new(!ways.watch.is_zero()),
+            halt: ways.halt.then(halt).flatten(),
+            signalled: false,
+            unread: 0,
+        }
     }
 
     /// How it has waited so far.
     #[must_use]
     pub fn waits(&self) -> Waits {
-        self.waiting.as_ref().map(Waiting::waits).unwrap_or_default()
+        self.waiting.waits()
     }
 
     /// Waits until the port signals, or for less: look whether there are events. `pending` says whether there are, of those
@@ -109,11 +121,11 @@ impl EventChannel {
         timeout: Option<Duration>,
         pending: impl Fn() -> bool,
     ) -> io::Result<bool> {
-        let ways = self.ways;
-        let waiting = self.waiting.get_or_insert_with(|| Waiting::new(ways.looks(&pending)));
+        let (ways, waiting) = (self.ways, &mut self.waiting);
         let mut how = waiting.choose(halting.is_some());
-        if let Wait::Watch(looks) = how {
-            let event = watch(looks, &pending);
+        if let Wait::Watch(halved) = how {
+            let looks = *self.looks.get_or_insert_with(|| ways.looks(&pending));
+            let event = watch(looks >> halved, &pending);
             waiting.watched(event);
             if event {
                 // It has signalled, or is about to.
@@ -150,21 +162,24 @@ impl EventChannel {
             }
             self.masked = None;
         }
-        waiting.slept();
+        let timed = waiting.times_sleep(halting.is_some()).then(Instant::now);
         self.signalled = false;
         self.stop(device)?;
         if let Some(timeout) = timeout
             && !is_readable(device, timeout)?
         {
+            self.waiting.slept(Some(false));
             return Ok(false);
         }
         let port = read(device)?;
         self.unread = 0;
         // It may have been an old note: then it is not masked.
-        match pending() {
+        let event = pending();
+        match event {
             true => self.masked = Some(port),
             false => unmask(device, port)?,
         }
+        self.waiting.slept(timed.map(|since| event && since.elapsed() < Self::SOON));
         Ok(true)
     }
 }
@@ -193,7 +208,8 @@ fn read(device: BorrowedFd<'_>) -> io::Result<Port> {
 /// Whether there is something to read, at the latest after this time.
 fn is_readable(device: BorrowedFd<'_>, timeout: Duration) -> io::Result<bool> {
     let mut poll = libc::pollfd { fd: device.as_raw_fd(), events: libc::POLLIN, revents: 0 };
-    let timeout = libc::c_int::try_from(timeout.as_millis()).unwrap_or(libc::c_int::MAX);
+    // Rounded up: who waits for the end of that time is not to wait for nothing again and again.
+    let timeout = libc::c_int::try_from(timeout.as_nanos().div_ceil(1_000_000)).unwrap_or(libc::c_int::MAX);
     // SAFETY: the one entry outlives the call.
     match unsafe { libc::poll(&raw mut poll, 1, timeout) } {
         0 => Ok(false),
@@ -392,7 +408,8 @@ mod tests {
         kernel.event();
         kernel.wait(&mut channel).unwrap();
         assert_eq!(kernel.serve(), 1);
-        channel.waiting = Some(Waiting::new(8));
+        channel.waiting = Waiting::new(true);
+        channel.waiting.slept(Some(true));
         for _ in 0..100 {
             kernel.event();
             kernel.wait(&mut channel).unwrap();
