@@ -41,6 +41,8 @@ pub struct EventChannel {
     /// How often it can look in the time it may watch: tried out before it does for the first time.
     looks: Option<u32>,
     waiting: Waiting,
+    /// It sleeps since then, but for waking up without an event.
+    asleep: Option<Instant>,
     halt: Option<Halt>,
     /// There were events since, whose signals nobody has waited for.
     signalled: bool,
@@ -72,6 +74,7 @@ impl EventChannel {
             ways,
             looks: None,
             waiting: Waiting::new(!ways.watch.is_zero()),
+            asleep: None,
             halt: ways.halt.then(halt).flatten(),
             signalled: false,
             unread: 0,
@@ -162,7 +165,9 @@ impl EventChannel {
             }
             self.masked = None;
         }
-        let timed = waiting.times_sleep(halting.is_some()).then(Instant::now);
+        if waiting.times_sleep(halting.is_some()) {
+            self.asleep.get_or_insert_with(Instant::now);
+        }
         self.signalled = false;
         self.stop(device)?;
         if let Some(timeout) = timeout
@@ -179,7 +184,10 @@ impl EventChannel {
             true => self.masked = Some(port),
             false => unmask(device, port)?,
         }
-        self.waiting.slept(timed.map(|since| event && since.elapsed() < Self::SOON));
+        self.waiting.slept(self.asleep.map(|since| event && since.elapsed() < Self::SOON));
+        if event {
+            self.asleep = None;
+        }
         Ok(true)
     }
 }
@@ -445,6 +453,25 @@ mod tests {
         assert!(!wait(&mut channel));
         kernel.event();
         assert!(wait(&mut channel));
+    }
+
+    #[test]
+    fn waking_up_without_an_event_makes_no_long_sleep_short() {
+        let kernel = Kernel::new();
+        let mut channel = EventChannel::new(Ways { halt: false, ..Ways::default() });
+        let wait = |channel: &mut EventChannel, most| {
+            channel.wait(kernel.device.as_fd(), Some(most), || kernel.ring.get() > 0).unwrap()
+        };
+        for (nothing, watches) in [(EventChannel::SOON, 0), (Duration::ZERO, 1)] {
+            assert!(!wait(&mut channel, nothing));
+            kernel.event();
+            assert!(wait(&mut channel, Duration::MAX));
+            assert_eq!(kernel.serve(), 1);
+            kernel.settle();
+            assert!(!wait(&mut channel, Duration::ZERO));
+            kernel.settle();
+            assert_eq!(channel.waits().watched_in_vain, watches);
+        }
     }
 
     #[test]
