@@ -60,7 +60,7 @@ fn one(domain: &mut Domain, guest: &Guest, manner: Manner, load: Load, time: Dur
     } else {
         domain.wait_by(if manner == Manner::Sleep { Ways::SLEEP } else { Ways::default() });
         let mut monitor = Monitor::attach(domain).context("cannot monitor the domain")?;
-        let mut span = Span { clock: &clock, time, load, guest, begin: None, end: None, asked: Instant::now() };
+        let mut span = Span { clock: &clock, time, load, guest, begin: None, end: None, asked: None };
         let outcome = core::run(domain, &mut monitor, Mechanism::AUTO, &[guest.breakpoint()], &mut || span.goes_on());
         (hits, waits) = (outcome?.hits(), monitor.waits());
         (begin, end) = span.ended()?;
@@ -108,7 +108,7 @@ struct Span<'a> {
     begin: Option<Moment>,
     end: Option<Result<Moment>>,
     /// When the guest was last asked for hits.
-    asked: Instant,
+    asked: Option<Instant>,
 }
 
 impl Span<'_> {
@@ -127,10 +127,11 @@ impl Span<'_> {
         let is_done = self.guest.is_done();
         let elapsed = self.begin.as_ref().map_or(Duration::ZERO, |begin| now - begin.at);
         let left = self.time.saturating_sub(elapsed);
+        let asked = self.asked.map_or(Duration::MAX, |asked| now - asked);
         if !is_done {
             // After the last hit it is soon, and no event tells.
             let patience = if self.load == Load::Rare { RARE.min(left).max(PATIENCE) } else { PATIENCE };
-            return (now - self.asked < STUCK).then_some(patience);
+            return (asked < STUCK).then_some(patience);
         }
         if left.is_zero() {
             self.end = Some(self.clock.now());
@@ -138,20 +139,15 @@ impl Span<'_> {
         }
         match self.load {
             Load::Idle => return Some(left),
-            Load::Rare => {
-                let next = RARE.saturating_sub(now - self.asked);
-                if !next.is_zero() {
-                    return Some(next.min(left));
-                }
-                self.ask(now, 1);
-            }
+            Load::Rare if asked < RARE => return Some((RARE - asked).min(left)),
+            Load::Rare => self.ask(now, 1),
             Load::Busy => self.ask(now, BATCH),
         }
         Some(PATIENCE)
     }
 
     fn ask(&mut self, now: Instant, hits: u32) {
-        self.asked = now;
+        self.asked = Some(now);
         self.guest.request(Workload::ExecBp, hits);
     }
 
