@@ -91,10 +91,9 @@ impl Budgets {
     pub(crate) fn run(self) -> Result<()> {
         let lab = Lab::open(&crate::repo(), &crate::target(), Host::this(), Progress::new())?;
         let bench = lab.prepare(hyperbp_lab::Xen::default(), false)?;
-        let mut measured = Table { made_with: made_with(&bench)?, ..Table::default() };
-        measured.count_instructions(&lab)?;
+        let mut measured = Table::counted(&lab, &bench)?;
         if !self.no_lab {
-            measured.add_ticks(measure(&lab, &bench)?.results());
+            measured = measured.with_ticks(measure(&lab, &bench)?.results());
         }
         if self.accept {
             if self.no_lab && file().exists() {
@@ -148,34 +147,31 @@ impl Table {
         fs::write(file(), text).with_context(|| format!("cannot write {}", file().display()))
     }
 
-    /// What was measured in the lab, and what callgrind counts now.
+    /// What callgrind counts now.
     ///
     /// # Errors
     /// Those of [`callgrind::measure`], or if a version cannot be told.
-    pub(crate) fn measured(lab: &Lab, bench: &Bench<'_>, results: &Results) -> Result<Self> {
+    pub(crate) fn counted(lab: &Lab, bench: &Bench<'_>) -> Result<Self> {
         let mut table = Self { made_with: made_with(bench)?, ..Self::default() };
-        table.count_instructions(lab)?;
-        table.add_ticks(results);
-        Ok(table)
-    }
-
-    fn count_instructions(&mut self, lab: &Lab) -> Result<()> {
         let program = lab.build(Program::Hits, None)?;
         for (case, count) in callgrind::measure(&program, &crate::target(), &lab.progress)? {
-            let of_mechanism = self.instructions.entry(case.mechanism.to_owned()).or_default();
+            let of_mechanism = table.instructions.entry(case.mechanism.to_owned()).or_default();
             let counts = of_mechanism.entry(case.what.name().to_owned()).or_default();
             let of_number = BREAKPOINTS.iter().zip(counts).find(|(breakpoints, _)| **breakpoints == case.breakpoints);
             of_number.into_iter().for_each(|(_, of_number)| *of_number = count);
         }
-        Ok(())
+        Ok(table)
     }
 
-    fn add_ticks(&mut self, results: &Results) {
+    /// And what was measured in the lab.
+    #[must_use]
+    pub(crate) fn with_ticks(mut self, results: &Results) -> Self {
         let ours = |run: &&hyperbp_report::Run| run.host == "runner" && run.mechanism != "none";
         for run in results.runs.iter().filter(ours) {
             let of_mechanism = self.ticks.entry(run.mechanism.clone()).or_default();
             of_mechanism.insert(run.workload.name().to_owned(), run.ticks.median);
         }
+        self
     }
 
     /// Takes from another table the ticks, and the versions that only they depend on.

@@ -8,29 +8,15 @@ use anyhow::{Context, Result, bail, ensure};
 use hyperbp_lab::{Host, Log, Progress, tools};
 
 use crate::install::Install;
+use crate::steps::Steps;
 
 /// Programs of [`tools::CPP`]: where they are all there, nothing is installed.
 const PROGRAMS: [&str; 6] = ["c++", "clang-format", "cmake", "make", "meson", "pkg-config"];
 /// And a header of its.
 const GTEST: &str = "usr/include/gtest/gtest.h";
 
-/// Lints, tests and documentation of the packages, with these features besides.
-fn of_the_packages(features: &str) -> [(String, Vec<String>); 3] {
-    let packages = ["-p", "hyperbp-ffi", "--features", features];
-    let step = |name: &str, command: &[&str], options: &[&str]| {
-        let with = if features.contains("libvmi") { " with LibVMI" } else { "" };
-        let arguments = [command, &packages, options].concat().into_iter().map(str::to_owned).collect();
-        (format!("{name} of hyperbp-ffi{with}"), arguments)
-    };
-    [
-        step("lint", &["clippy"], &["--all-targets", "--", "-D", "warnings"]),
-        step("test", &["test"], &[]),
-        step("documentation", &["doc", "--no-deps"], &["--document-private-items"]),
-    ]
-}
-
 /// Runs them. What needs LibVMI is told, if there is none.
-pub(crate) fn run() -> Result<()> {
+pub(crate) fn run(steps: &Steps) -> Result<()> {
     let dir = crate::target().join("cpp");
     fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
     let host = Host::this();
@@ -39,32 +25,34 @@ pub(crate) fn run() -> Result<()> {
         // bindgen's are among the lab's.
         tools::install(&host, &[tools::CPP, tools::TOOLS].concat(), &Progress::new(), &log)?;
     }
-    format()?;
-    packages("fault-injection")?;
-    missing_libvmi(&dir)?;
-    let installed = install(&dir, true)?;
-    gtest(&dir, &installed, "session-test", true)?;
-    consumers(&dir, &installed)?;
+    steps.time("format of the C++", format)?;
+    packages(steps, "fault-injection")?;
+    steps.time("libvmi-sys without LibVMI", || missing_libvmi(&dir))?;
+    let installed = steps.time("install", || install(&dir, true))?;
+    steps.time("session-test", || gtest(&dir, &installed, "session-test", true))?;
+    consumers(steps, &dir, &installed)?;
     if !has_libvmi() {
-        println!(
-            "skipped, for pkg-config does not find libvmi: lint, test and documentation of hyperbp-ffi with LibVMI, \
-             libvmi-test (the C API, and the translation of LibVMI's events)"
+        steps.skip(
+            "lint, test and documentation of hyperbp-ffi with LibVMI, libvmi-test (the C API, and the translation of \
+             LibVMI's events), for pkg-config does not find libvmi",
         );
         return Ok(());
     }
-    packages("fault-injection,libvmi")?;
-    let installed = install(&dir, false)?;
-    gtest(&dir, &installed, "libvmi-test", false)
+    packages(steps, "fault-injection,libvmi")?;
+    let installed = steps.time("install with LibVMI", || install(&dir, false))?;
+    steps.time("libvmi-test", || gtest(&dir, &installed, "libvmi-test", false))
 }
 
-fn packages(features: &str) -> Result<()> {
-    for (name, arguments) in of_the_packages(features) {
-        eprintln!("== {name}: cargo {}", arguments.join(" "));
-        let mut command = crate::tools::cargo();
-        command.args(arguments).env("RUSTDOCFLAGS", "-D warnings");
-        ensure!(command.status().context("cannot run cargo")?.success(), "the step `{name}` failed");
-    }
-    Ok(())
+/// Lints, tests and documentation of the packages, with these features besides.
+fn packages(steps: &Steps, features: &str) -> Result<()> {
+    let with = if features.contains("libvmi") { " with LibVMI" } else { "" };
+    let step = |name: &str, command: &[&str], options: &[&str]| {
+        let of_them = ["-p", "hyperbp-ffi", "--features", features];
+        steps.cargo(&format!("{name} of hyperbp-ffi{with}"), &[command, &of_them, options].concat(), None)
+    };
+    step("lint", &["clippy"], &["--all-targets", "--", "-D", "warnings"])?;
+    step("test", &["test"], &[])?;
+    step("documentation", &["doc", "--no-deps"], &["--document-private-items"])
 }
 
 /// All C++ is as clang-format writes it.
@@ -145,32 +133,41 @@ fn gtest(dir: &Path, installed: &Path, name: &str, without_libvmi: bool) -> Resu
 }
 
 /// Builds a program that uses the library, as its users would, and runs it: as it is installed, and from this checkout.
-fn consumers(dir: &Path, installed: &Path) -> Result<()> {
+fn consumers(steps: &Steps, dir: &Path, installed: &Path) -> Result<()> {
     let source = crate::repo().join("cpp-shim/tests/consumer");
     let (nowhere, checkout) = (dir.join("no-packages"), ["-DHYPERBP_FROM_SOURCE=ON", "-DHYPERBP_WITH_LIBVMI=OFF"]);
     for (name, packages, options) in [("installed", installed, &[][..]), ("from source", &nowhere, &checkout)] {
-        eprintln!("== a program with the library {name}: CMake");
-        let build = dir.join(format!("consumer-cmake-{}", name.replace(' ', "-")));
-        let mut configure = with_packages("cmake", packages);
-        configure.arg("-DHYPERBP_PROFILE=dev").args(options).arg("-S").arg(&source).arg("-B").arg(&build);
-        quietly(&mut configure)?;
-        quietly(Command::new("cmake").arg("--build").arg(&build))?;
-        quietly(&mut Command::new(build.join("consumer")))?;
-
-        eprintln!("== a program with the library {name}: Meson");
-        let build = dir.join(format!("consumer-meson-{}", name.replace(' ', "-")));
-        let project = dir.join("consumer-meson");
-        copy_project(&source, &project)?;
-        let mut setup = with_packages("meson", packages);
-        setup.args(["setup", "-Dhyperbp:libvmi=false", "-Dhyperbp:profile=dev"]);
-        if build.join("build.ninja").exists() {
-            setup.arg("--wipe");
-        }
-        quietly(setup.arg(&build).arg(&project))?;
-        quietly(Command::new("meson").args(["compile", "-C"]).arg(&build))?;
-        quietly(&mut Command::new(build.join("consumer")))?;
+        let build = |tool: &str| dir.join(format!("consumer-{tool}-{}", name.replace(' ', "-")));
+        steps.time(format!("a program with the library {name}: CMake"), || {
+            with_cmake(&source, &build("cmake"), packages, options)
+        })?;
+        steps.time(format!("a program with the library {name}: Meson"), || {
+            with_meson(&source, &dir.join("consumer-meson"), &build("meson"), packages)
+        })?;
     }
     Ok(())
+}
+
+fn with_cmake(source: &Path, build: &Path, packages: &Path, options: &[&str]) -> Result<()> {
+    eprintln!("== a program with the library: CMake in {}", build.display());
+    let mut configure = with_packages("cmake", packages);
+    configure.arg("-DHYPERBP_PROFILE=dev").args(options).arg("-S").arg(source).arg("-B").arg(build);
+    quietly(&mut configure)?;
+    quietly(Command::new("cmake").arg("--build").arg(build))?;
+    quietly(&mut Command::new(build.join("consumer")))
+}
+
+fn with_meson(source: &Path, project: &Path, build: &Path, packages: &Path) -> Result<()> {
+    eprintln!("== a program with the library: Meson in {}", build.display());
+    copy_project(source, project)?;
+    let mut setup = with_packages("meson", packages);
+    setup.args(["setup", "-Dhyperbp:libvmi=false", "-Dhyperbp:profile=dev"]);
+    if build.join("build.ninja").exists() {
+        setup.arg("--wipe");
+    }
+    quietly(setup.arg(build).arg(project))?;
+    quietly(Command::new("meson").args(["compile", "-C"]).arg(build))?;
+    quietly(&mut Command::new(build.join("consumer")))
 }
 
 /// Meson wants subprojects inside of a project.

@@ -4,6 +4,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
+use crate::steps::Steps;
 use crate::tools::CARGO_DENY;
 
 /// The workspaces.
@@ -15,8 +16,8 @@ const CHECKS: [&str; 3] = ["bans", "licenses", "sources"];
 const ADVISORIES: &str = "advisories";
 
 /// Runs cargo-deny's checks, `advisories` only if its database can be had.
-pub(crate) fn run() -> Result<()> {
-    let program = CARGO_DENY.install()?;
+pub(crate) fn run(steps: &Steps) -> Result<()> {
+    let program = steps.time("build of cargo-deny", || CARGO_DENY.install())?;
     let deny = |manifest: &str| {
         let mut command = Command::new(&program);
         command.current_dir(crate::repo()).args(["--log-level", "error", "--manifest-path", manifest]);
@@ -27,7 +28,7 @@ pub(crate) fn run() -> Result<()> {
     if fetched.status.success() {
         checks.push(ADVISORIES);
     } else {
-        println!("skipped: cargo deny check {ADVISORIES} (the database of advisories cannot be fetched from here)");
+        steps.skip(format!("cargo deny check {ADVISORIES} (the database of advisories cannot be fetched from here)"));
     }
     for manifest in MANIFESTS {
         eprintln!("== dependencies of {manifest}: cargo deny check {}", checks.join(" "));

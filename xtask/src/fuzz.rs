@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, ValueEnum};
 use hyperbp_lab::{Host, Log, Progress, tools};
 
+use crate::steps::Steps;
 use crate::tools::CARGO_FUZZ;
 
 const EXAMPLES: &str = "\
@@ -65,6 +66,11 @@ impl Fuzz {
     }
 
     pub(crate) fn run(self) -> Result<()> {
+        self.run_in(&Steps::new())
+    }
+
+    /// As [a part](Steps) of something longer.
+    pub(crate) fn run_in(self, steps: &Steps) -> Result<()> {
         let dir = crate::target().join("fuzz");
         fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
         let progress = Progress::new();
@@ -74,18 +80,19 @@ impl Fuzz {
             let log = Log::create(&dir.join("tools.log"), "tools")?;
             tools::install(&host, tools::TOOLS, &progress, &log)?;
         }
-        build(&dir)?;
+        let cargo_fuzz = steps.time("build of cargo-fuzz", || CARGO_FUZZ.install())?;
+        steps.time("build of the fuzz targets", || build(&cargo_fuzz, &dir))?;
         let programs = dir.join(host_triple()?).join("release");
         let targets = if self.targets.is_empty() { Target::ALL } else { &self.targets };
         for target in targets {
-            run(*target, &programs, &dir, self.seconds, &progress)?;
+            let run = || run(*target, &programs, &dir, self.seconds, &progress);
+            steps.time(format!("fuzz target {}", target.name()), run)?;
         }
         Ok(())
     }
 }
 
-fn build(dir: &Path) -> Result<()> {
-    let cargo_fuzz = CARGO_FUZZ.install()?;
+fn build(cargo_fuzz: &Path, dir: &Path) -> Result<()> {
     eprintln!("== fuzz targets: cargo fuzz build");
     let mut command = Command::new(cargo_fuzz);
     command.args(["fuzz", "build", "--fuzz-dir", "plugin/fuzz", "--target-dir"]).arg(dir).current_dir(crate::repo());

@@ -10,6 +10,8 @@ use hyperbp_lab::plan::Selection;
 use hyperbp_lab::{Bench, Host, Lab, Log, Program, Progress, program, tools};
 use hyperbp_report::{Collection, Workload};
 
+use crate::steps::Steps;
+
 /// Debian's compiler for Windows, and what it is called.
 const MINGW: (&str, &str) = ("gcc-mingw-w64-x86-64-win32", "x86_64-w64-mingw32-gcc");
 /// What runs what it makes.
@@ -20,11 +22,13 @@ const PAGE_SAMPLES: usize = 20;
 
 /// Runs them. Those for Windows only where there are its tools already, or after these are installed because `windows` are asked
 /// for.
-pub(crate) fn run(windows: bool) -> Result<()> {
+pub(crate) fn run(windows: bool, steps: &Steps) -> Result<()> {
     let dir = crate::target().join("guest-program");
     fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
-    make("linux", &dir)?;
-    baseline("hyperbp-guest", &dir, |program| Command::new(dir.join(program)))?;
+    steps.time("the guest's program", || {
+        make("linux", &dir)?;
+        baseline("hyperbp-guest", &dir, |program| Command::new(dir.join(program)))
+    })?;
 
     let host = Host::this();
     if windows {
@@ -32,20 +36,21 @@ pub(crate) fn run(windows: bool) -> Result<()> {
         tools::install(&host, &packages, &Progress::new(), &Log::create(&dir.join("tools.log"), "tools")?)?;
     }
     if host.find(MINGW.1).is_none() {
-        println!("skipped: the program for Windows (`cargo xtask test --windows` installs {}, and Wine)", MINGW.0);
+        steps.skip(format!("the program for Windows (`cargo xtask test --windows` installs {}, and Wine)", MINGW.0));
         return Ok(());
     }
-    make("windows", &dir)?;
+    steps.time("the program for Windows", || make("windows", &dir))?;
     if host.find(WINE.1).is_none() {
-        println!("skipped: to run the program for Windows (`cargo xtask test --windows` installs Wine)");
+        steps.skip("to run the program for Windows (`cargo xtask test --windows` installs Wine)");
         return Ok(());
     }
-    baseline("hyperbp-guest.exe", &dir, |program| {
+    let in_wine = |program: &str| {
         let mut command = Command::new(WINE.1);
         // It says a lot of no interest, and its files are to be here.
         command.arg(program).env("WINEDEBUG", "-all").env("WINEPREFIX", dir.join("wine"));
         command
-    })
+    };
+    steps.time("the program for Windows, in Wine", || baseline("hyperbp-guest.exe", &dir, in_wine))
 }
 
 fn make(what: &str, dir: &Path) -> Result<()> {

@@ -60,6 +60,38 @@ pub struct Job {
 }
 
 impl Job {
+    /// One job of several, for a machine that does one after the other, and has to boot only once. Each has a directory of its name
+    /// in the results, and the guests it has left are destroyed after it. They must not have [late](Self::late) variables, or
+    /// different [options](Self::options) or guests. `None` if there are none.
+    #[must_use]
+    pub fn in_turn(name: &str, jobs: Vec<Self>) -> Option<Self> {
+        let script = jobs.iter().map(Self::part).collect();
+        let all = jobs.into_iter().reduce(|mut all, job| {
+            for program in job.programs {
+                if !all.programs.contains(&program) {
+                    all.programs.push(program);
+                }
+            }
+            all.libraries.extend(job.libraries);
+            all.files.extend(job.files);
+            all.guest_programs.extend(job.guest_programs);
+            all.linux |= job.linux;
+            all.memory = all.memory.max(job.memory);
+            all.cpus = all.cpus.max(job.cpus);
+            all.limit += job.limit;
+            all.silence = all.silence.max(job.silence);
+            all
+        })?;
+        Some(Self { name: name.to_owned(), script, variables: Vec::new(), ..all })
+    }
+
+    /// Its script, for one of which it is a part.
+    fn part(&self) -> String {
+        let Self { name, .. } = self;
+        let leave = "xl list | tail -n +3 | while read -r domain rest; do xl destroy \"$domain\"; done";
+        format!("(\nOUT=$OUT/{name}\nmkdir \"$OUT\"\n{}\n) || exit\n{leave}\n", self.shell())
+    }
+
     /// The machine's memory in MiB: what dom0 does not have is for Xen and the guests.
     #[must_use]
     pub fn machine_memory(&self) -> u32 {
@@ -115,6 +147,27 @@ pub(crate) mod tests {
             limit: Duration::ZERO,
             silence: Duration::ZERO,
         }
+    }
+
+    #[test]
+    fn several_do_not_disturb_each_other() {
+        let job = |name: &str, script: &str| Job {
+            name: name.into(),
+            script: format!("echo \"$X$1\" >$OUT/said\n{script}"),
+            variables: vec![("X".into(), name.into())],
+            programs: vec!["runner".into()],
+            ..empty()
+        };
+        let all =
+            Job::in_turn("all", vec![job("first", "X=9; true"), job("second", "exit 3"), job("third", "")]).unwrap();
+        assert_eq!((all.name.as_str(), all.programs.len()), ("all", 1));
+        let dir = tempfile::tempdir().unwrap();
+        let mut shell = std::process::Command::new("sh");
+        // There is nothing to destroy.
+        shell.arg("-c").arg(format!("xl() {{ :; }}\n{}", all.shell())).env("OUT", dir.path());
+        assert_eq!(shell.status().unwrap().code(), Some(3));
+        let said = |name: &str| std::fs::read_to_string(dir.path().join(name).join("said")).unwrap_or_default();
+        assert_eq!(["first", "second", "third"].map(said), ["first\n", "second\n", ""]);
     }
 
     #[test]

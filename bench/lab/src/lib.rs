@@ -10,7 +10,7 @@
 use std::fs::{self, File};
 use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -84,6 +84,8 @@ pub struct Lab {
     host: Host,
     repo: PathBuf,
     stages: Stages,
+    /// Whether its machines are to stop.
+    stop: AtomicBool,
     /// Locked as long as this lives.
     _lock: File,
     /// What the user sees.
@@ -104,7 +106,12 @@ impl Lab {
             progress.note(&format!("Waiting for another run that uses {}.", stages.dir().display()));
             rustix::fs::flock(&lock, LockExclusive).map_err(|e| Error::io("lock", &path)(e.into()))?;
         }
-        Ok(Self { host, repo: repo.to_owned(), stages, _lock: lock, progress })
+        Ok(Self { host, repo: repo.to_owned(), stages, stop: AtomicBool::new(false), _lock: lock, progress })
+    }
+
+    /// Stops its machines: those that run, and those that another thread is about to start.
+    pub fn stop(&self) {
+        self.stop.store(true, Ordering::Relaxed);
     }
 
     /// Installs missing build tools and unpacks Debian's packages; returns the sysroot, with the headers of `xen`.
@@ -422,31 +429,32 @@ impl Bench<'_> {
         image::build(&lab.host, &parts, job, &lab.stages, &lab.progress)
     }
 
-    /// Boots each image and runs its job to its end, `parallel` machines at a time. When one fails, the others are
-    /// stopped.
+    /// Boots each image and runs its job to its end, `parallel` machines at a time: in this order, each as soon as there is room
+    /// for it. When one fails, the lab [is stopped](Lab::stop).
     ///
     /// # Errors
     /// Those of [`Machine::run`]: the first.
     pub fn run(&self, jobs: &[(Job, PathBuf)], parallel: usize) -> Result<Vec<Outcome>> {
-        let stop = AtomicBool::new(false);
-        let run = |(job, image): &(Job, PathBuf)| {
-            let outcome = self.machine.run(&self.lab.host, image, job, &self.lab.progress, &stop);
-            if outcome.is_err() {
-                stop.store(true, Ordering::Relaxed);
+        let next = AtomicUsize::new(0);
+        let one_after_the_other = || {
+            let mut outcomes = Vec::new();
+            while let Some((n, (job, image))) = jobs.iter().enumerate().nth(next.fetch_add(1, Ordering::Relaxed)) {
+                let outcome = self.machine.run(&self.lab.host, image, job, &self.lab.progress, &self.lab.stop);
+                if outcome.is_err() {
+                    self.lab.stop();
+                }
+                outcomes.push((n, outcome));
             }
-            outcome
+            outcomes
         };
-        let mut outcomes = Vec::new();
-        for jobs in jobs.chunks(parallel.max(1)) {
-            outcomes.extend(thread::scope(|scope| {
-                let running: Vec<_> = jobs.iter().map(|job| scope.spawn(|| run(job))).collect();
-                // A panic of ours goes on in this thread.
-                running.into_iter().map(|r| r.join().unwrap_or_else(|p| resume_unwind(p))).collect::<Vec<_>>()
-            }));
-        }
+        let mut outcomes = thread::scope(|scope| {
+            let running: Vec<_> = (0..parallel.max(1)).map(|_| scope.spawn(one_after_the_other)).collect();
+            // A panic of ours goes on in this thread.
+            running.into_iter().flat_map(|r| r.join().unwrap_or_else(|p| resume_unwind(p))).collect::<Vec<_>>()
+        });
         // That a machine was stopped is only the consequence of another's failure.
-        outcomes.sort_by_key(|outcome| matches!(outcome, Err(Error::Stopped { .. })));
-        outcomes.into_iter().collect()
+        outcomes.sort_by_key(|(n, outcome)| (matches!(outcome, Err(Error::Stopped { .. })), *n));
+        outcomes.into_iter().map(|(_, outcome)| outcome).collect()
     }
 }
 

@@ -46,6 +46,10 @@ pub struct Outcome {
     pub console: PathBuf,
     /// What a [counting emulator](crate::bochs::Emulator::Counting) has written: a line for each [`Window`](crate::windows::Window).
     pub windows: PathBuf,
+    /// When it began.
+    pub begun: Instant,
+    /// How long it took.
+    pub took: Duration,
 }
 
 impl Machine {
@@ -158,6 +162,7 @@ struct Watch<'a> {
     log_path: PathBuf,
     console: Console,
     dir: PathBuf,
+    begun: Instant,
     parser: Parser,
     exit: Option<i32>,
     results: Option<Result<Vec<u8>, String>>,
@@ -182,13 +187,12 @@ impl<'a> Watch<'a> {
             });
         }
         let console = Console { path: dir.join(CONSOLE), read: 0, partial: String::new() };
-        let dir = dir.to_owned();
-        Ok(Self { emulator, job, lines, log, log_path, console, dir, parser: Parser::new(), exit: None, results: None })
+        let (dir, begun, parser) = (dir.to_owned(), Instant::now(), Parser::new());
+        Ok(Self { emulator, job, lines, log, log_path, console, dir, begun, parser, exit: None, results: None })
     }
 
     fn until_done(mut self, task: &crate::progress::Task, stop: &AtomicBool) -> Result<Outcome> {
-        let begun = Instant::now();
-        let mut heard = begun;
+        let mut heard = self.begun;
         loop {
             match self.lines.recv_timeout(POLL) {
                 Ok(line) => {
@@ -212,7 +216,7 @@ impl<'a> Watch<'a> {
             if heard.elapsed() > self.job.silence {
                 return Err(Error::Hung { job: job(), silence: self.job.silence, tail: tail() });
             }
-            if begun.elapsed() > self.job.limit {
+            if self.begun.elapsed() > self.job.limit {
                 return Err(Error::TimedOut { job: job(), limit: self.job.limit, tail: tail() });
             }
         }
@@ -246,7 +250,8 @@ impl<'a> Watch<'a> {
         match (self.exit, self.results.take()) {
             (Some(0), Some(Ok(results))) => {
                 let (log, console) = (self.log_path.clone(), self.console.path.clone());
-                Ok(Outcome { results, log, console, windows: self.dir.join(windows::FILE) })
+                let (windows, begun, took) = (self.dir.join(windows::FILE), self.begun, self.begun.elapsed());
+                Ok(Outcome { results, log, console, windows, begun, took })
             }
             (Some(0), Some(Err(problem))) => Err(damaged(problem)),
             (Some(0), None) => Err(damaged("there are none".to_owned())),

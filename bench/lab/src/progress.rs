@@ -24,6 +24,12 @@ impl Progress {
         Self(if bars.is_hidden() { Mode::Lines } else { Mode::Bars(bars) })
     }
 
+    /// Lines on a terminal, too: for when others write to it meanwhile.
+    #[must_use]
+    pub fn lines() -> Self {
+        Self(Mode::Lines)
+    }
+
     /// Shows nothing.
     #[must_use]
     pub fn silent() -> Self {

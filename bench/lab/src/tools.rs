@@ -1,6 +1,7 @@
 //! The build tools that are needed from the host's own Debian.
 
 use std::fs;
+use std::sync::{Mutex, PoisonError};
 
 use crate::{Error, Host, Log, Progress, Result};
 
@@ -23,12 +24,16 @@ pub const TOOLS: &[&str] = &[
 /// What the C++ side, and its tests, need.
 pub const CPP: &[&str] = &["clang-format", "cmake", "g++", "libgtest-dev", "make", "meson", "pkg-config"];
 
+/// Held by who installs: apt lets one at a time.
+static INSTALLING: Mutex<()> = Mutex::new(());
+
 /// Installs those of `packages` that are missing.
 ///
 /// # Errors
 /// [`Error::NotDebian`]; [`Error::NoPermission`] when this user may not; [`Error::Build`] when apt-get fails.
 pub fn install(host: &Host, packages: &[&'static str], progress: &Progress, log: &Log) -> Result<()> {
     host.codename()?;
+    let _alone = INSTALLING.lock().unwrap_or_else(PoisonError::into_inner);
     let missing = missing(host, packages, log)?;
     if missing.is_empty() {
         return Ok(());
