@@ -89,12 +89,15 @@ fn has_libvmi() -> bool {
 
 /// Without LibVMI, its bindings are not built, and whoever tries is told what to do.
 fn missing_libvmi(dir: &Path) -> Result<()> {
-    let (empty, target) = (dir.join("no-packages"), dir.join("no-libvmi"));
+    let empty = dir.join("no-packages");
     fs::create_dir_all(&empty).with_context(|| format!("cannot create {}", empty.display()))?;
     eprintln!("== libvmi-sys without LibVMI");
     let mut command = crate::tools::cargo();
-    // In a directory of its own, lest what was built with LibVMI is built again.
-    command.args(["check", "-p", "libvmi-sys", "--target-dir"]).arg(target);
+    command.args(["check", "-p", "libvmi-sys"]);
+    if has_libvmi() {
+        // In a directory of its own, lest what was built with it is built again.
+        command.arg("--target-dir").arg(dir.join("no-libvmi"));
+    }
     command.env("PKG_CONFIG_PATH", "").env("PKG_CONFIG_LIBDIR", &empty);
     let output = command.output().context("cannot run cargo")?;
     let said = String::from_utf8_lossy(&output.stderr);

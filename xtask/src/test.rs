@@ -69,6 +69,9 @@ const LINT_OF_FUZZ: Step<'_> = (
         // As cargo-fuzz does.
         "--config",
         "build.rustflags=['--cfg', 'fuzzing']",
+        // Nothing is linked, so libFuzzer need not be compiled: it would be taken from here.
+        "--config",
+        "env.CUSTOM_LIBFUZZER_PATH='/none/libfuzzer.a'",
         "--",
         "-D",
         "warnings",
