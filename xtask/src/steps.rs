@@ -142,7 +142,7 @@ mod tests {
         steps.took("format", at(0), Duration::from_millis(900));
         let failed: Result<(), ()> = steps.time("test", || Err(()));
         assert!(failed.is_err());
-        let table = " begun   took  step\n  0:00   0:00  test (failed)\n  0:01   1:09  lint\n  1:10   2:10  machine\n               < 1 s  each: format\n";
+        let table = " begun   took  step\n  0:00   0:00  test (failed)\n  0:01   1:09  lint\n  1:10   2:10  machine\n        < 1 s  each: format\n";
         assert_eq!(steps.table(), table);
     }
 }
