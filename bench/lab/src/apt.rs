@@ -88,6 +88,9 @@ fn source(uri: &str, suite: &str) -> Source {
     Source { uri: uri.trim_end_matches('/').to_owned(), suite: suite.to_owned() }
 }
 
+/// What ends the name of a metapackage that is not meant itself.
+const DEPENDS: &str = "/depends";
+
 /// A package in the version that was chosen.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Package {
@@ -205,29 +208,40 @@ impl Apt {
     /// The newest versions of `names`. A name that ends in `/depends` stands for what that metapackage depends on.
     ///
     /// # Errors
-    /// [`Error::Build`] when a name is unknown.
+    /// [`Error::Build`] or [`Error::Unexpected`] when a name is unknown.
     pub fn resolve(&self, names: &[String], log: &Log) -> Result<Vec<Package>> {
-        let mut packages = Vec::new();
-        for name in names {
-            let (name, meta) = name.strip_suffix("/depends").map_or((&**name, false), |name| (name, true));
-            let shown = self.show(name, log)?;
-            packages.push(match meta {
-                false => shown.0,
-                true => self.show(shown.1.split([' ', ',']).next().unwrap_or_default(), log)?.0,
-            });
-        }
+        let plain: Vec<&str> = names.iter().map(|name| name.strip_suffix(DEPENDS).unwrap_or(name)).collect();
+        let (metas, others): (Vec<_>, Vec<_>) =
+            names.iter().zip(self.show(&plain, log)?).partition(|(name, _)| name.ends_with(DEPENDS));
+        let first = |depends: &str| depends.split([' ', ',']).next().unwrap_or_default().to_owned();
+        let behind: Vec<String> = metas.iter().map(|(_, (_, depends))| first(depends)).collect();
+        let behind = self.show(&behind.iter().map(String::as_str).collect::<Vec<_>>(), log)?;
+        let mut packages: Vec<Package> =
+            others.into_iter().map(|(_, shown)| shown).chain(behind).map(|(package, _)| package).collect();
         packages.sort();
         Ok(packages)
     }
 
-    /// A package's newest version, and its dependencies.
-    fn show(&self, name: &str, log: &Log) -> Result<(Package, String)> {
-        let text = log.output(self.command("apt-cache").args(["show", "--no-all-versions", name]))?;
-        let field = |field: &str| {
-            let value = text.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(": "));
+    /// The packages' newest versions, and their dependencies. All at once, for each time apt reads all there is.
+    fn show(&self, names: &[&str], log: &Log) -> Result<Vec<(Package, String)>> {
+        if names.is_empty() {
+            return Ok(Vec::new());
+        }
+        let text = log.output(self.command("apt-cache").args(["show", "--no-all-versions"]).args(names))?;
+        let field = |stanza: &str, field: &str| {
+            let value = stanza.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(": "));
             value.unwrap_or_default().to_owned()
         };
-        Ok((Package { name: name.to_owned(), version: field("Version") }, field("Depends")))
+        let one = |name: &&str| {
+            // Of a name that it does not know, beside others, it only says so.
+            let stanza = text.split("\n\n").find(|stanza| field(stanza, "Package") == *name);
+            let problem = || format!("there is no package {name} in these lists");
+            let stanza =
+                stanza.ok_or_else(|| Error::Unexpected { path: self.dir.join("lists"), problem: problem() })?;
+            let package = Package { name: (*name).to_owned(), version: field(stanza, "Version") };
+            Ok((package, field(stanza, "Depends")))
+        };
+        names.iter().map(one).collect()
     }
 
     /// Downloads and verifies packages into `dir`.

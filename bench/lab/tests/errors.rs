@@ -215,7 +215,7 @@ fn a_mirror_that_stopped_answering_is_only_missed_for_an_update() {
     let fake = Fake::new();
     let offline = fake.dir.path().join("offline");
     fake.program("apt-get", &format!("! test -e {}", offline.display()));
-    fake.program("apt-cache", "printf 'Version: 1\\nDepends: linux-image-6.1 (= 1)\\n'");
+    fake.program("apt-cache", "printf 'Package: %s\\nVersion: 1\\nDepends: linux-image-6.1 (= 1)\\n\\n' \"$@\"");
     let first = fake.unpack(false).unwrap();
     fs::write(&offline, "").unwrap();
     // Within a day nobody is asked; later, the last answer has to do.
