@@ -270,7 +270,7 @@ impl Bench<'_> {
     /// `checks` with a line for each, which begins with `ok: ` or `FAILED: `.
     #[must_use]
     pub fn checks(&self, runner: &Path, cpus: u32) -> Job {
-        let mut job = self.job(format!("checks-{cpus}"), CHECKS, cpus, Duration::from_secs(900));
+        let mut job = self.job(format!("checks-{cpus}"), CHECKS, cpus, Duration::from_secs(3600));
         job.programs.push(runner.to_owned());
         job
     }

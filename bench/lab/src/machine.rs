@@ -60,6 +60,9 @@ impl Machine {
     /// [`Error::Stopped`] and [`Error::Results`], whatever comes first. The emulator is stopped before this returns, and if this process is
     /// killed, the emulator is too.
     pub fn run(&self, host: &Host, image: &Path, job: &Job, progress: &Progress, stop: &AtomicBool) -> Result<Outcome> {
+        if stop.load(Ordering::Relaxed) {
+            return Err(Error::Stopped { job: job.name.clone() });
+        }
         let task = progress.start(&job.name);
         task.doing("booting Xen, half a minute");
         let dir = self.runs.join(&job.name);
