@@ -68,7 +68,7 @@ fn share(of: u64, all: u64) -> u64 {
 }
 
 /// Of a CPU, in millionths: what a monitor may take more than another one before that is told apart from chance.
-const SLACK: u64 = 1_000;
+const SLACK: u64 = 100;
 /// The same: what a monitor without hits may take.
 const IDLE: u64 = 10_000;
 
@@ -128,7 +128,8 @@ pub fn waiting_table(rows: &[Waited]) -> String {
         let thousandths = |n: u64| format!("{}.{:03}", n / 1_000, n % 1_000);
         let percent = |ns| format!("{} %", thousandths(share(ns, row.elapsed_ns) / 10));
         let seconds = thousandths(row.elapsed_ns / 1_000_000);
-        let rate = grouped(share(row.hits, row.elapsed_ns / 1_000));
+        // To the nearest: three hits in a little over three seconds are one a second.
+        let rate = grouped((share(row.hits, row.elapsed_ns / 1_000_000) + 500) / 1_000);
         let times = [row.watched, row.watched_in_vain, row.halted, row.halted_in_vain, row.slept].map(grouped);
         let cells = [load.to_owned(), manner.to_owned(), seconds, rate, percent(row.dom0_ns), percent(row.guest_ns)];
         table.add_row(cells.into_iter().chain(times));

@@ -43,6 +43,8 @@ pub struct EventChannel {
     waiting: Waiting,
     /// It sleeps since then, but for waking up without an event.
     asleep: Option<Instant>,
+    /// There was an event: only after one can another come soon.
+    any: bool,
     halt: Option<Halt>,
     /// There were events since, whose signals nobody has waited for.
     signalled: bool,
@@ -75,6 +77,7 @@ impl EventChannel {
             looks: None,
             waiting: Waiting::new(!ways.watch.is_zero()),
             asleep: None,
+            any: false,
             halt: ways.halt.then(halt).flatten(),
             signalled: false,
             unread: 0,
@@ -184,9 +187,9 @@ impl EventChannel {
             true => self.masked = Some(port),
             false => unmask(device, port)?,
         }
-        self.waiting.slept(self.asleep.map(|since| event && since.elapsed() < Self::SOON));
+        self.waiting.slept(self.asleep.map(|since| event && self.any && since.elapsed() < Self::SOON));
         if event {
-            self.asleep = None;
+            (self.asleep, self.any) = (None, true);
         }
         Ok(true)
     }
@@ -345,8 +348,9 @@ mod tests {
         }
     }
 
+    /// It has seen an event before.
     fn channel() -> EventChannel {
-        EventChannel::new(Ways::SLEEP)
+        EventChannel { any: true, ..EventChannel::new(Ways::SLEEP) }
     }
 
     /// As if it had blocked until now: the kernel sees the write that came before the read.
