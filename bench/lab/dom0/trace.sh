@@ -19,6 +19,12 @@ until_said() {
             echo "the guest is gone before it said \"$1\""
             return 1
         fi
+        # It stays where it is then.
+        if grep -q "Kernel panic" "$console"; then
+            grep '^\[' "$console"
+            echo "the guest's kernel has panicked before it said \"$1\""
+            return 1
+        fi
         round=$(grep '^round ' "$console" | tail -n 1 | tr -d '\r')
         [ "$round" = "$told" ] || echo "@progress ${round##* } $SECONDS $round s"
         told=$round
