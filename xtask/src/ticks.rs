@@ -101,6 +101,7 @@ pub(crate) fn present(breakdown: Option<Breakdown>, out: &Path) -> Result<()> {
             _ => Ok(()),
         };
     };
+    fs::create_dir_all(out).with_context(|| format!("cannot make the directory {}", out.display()))?;
     fs::write(&file, breakdown.to_json()?).with_context(|| format!("cannot write {}", file.display()))?;
     println!("\n{}", breakdown.table());
     println!("Ticks:    {}", file.display());
