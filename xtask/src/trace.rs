@@ -35,7 +35,8 @@ const COUNTED: &[(&str, &[&str])] = &[
     ("vfs_read", &["sys_read", "sys_pread64"]),
     ("vfs_write", &["sys_write", "sys_pwrite64"]),
     ("do_sys_openat2", &["sys_open", "sys_openat", "sys_openat2", "sys_creat"]),
-    ("kernel_clone", &["sched_process_fork"]),
+    // Not by sched_process_fork: a fork in which a signal comes is begun again (ERESTARTNOINTR), and only then is one.
+    ("kernel_clone", &["sys_clone", "sys_clone3", "sys_fork", "sys_vfork"]),
     ("begin_new_exec", &["sched_process_exec"]),
     ("do_exit", &["sched_process_exit"]),
     ("exc_page_fault", &["page_fault_user", "page_fault_kernel"]),
