@@ -151,9 +151,10 @@ pub(crate) fn attach(domain: &mut Domain, times: u32) -> Result<usize> {
         storm.hash_mismatches + storm.rewrite_mismatches == 0,
         "the guest saw something that is not its own: {storm:?}"
     );
-    // A virtual CPU that is still stepped takes an exit at every instruction.
+    // A virtual CPU that is still stepped takes an exit at every instruction: hundreds of times as long. With two CPUs the same
+    // work takes 3 000 to 4 100 ticks in the emulator, by what the other one does meanwhile.
     let after = speed(&guest)?;
-    ensure!(after <= quiet + quiet / 4, "the guest's own work takes {after} ticks, and {quiet} before");
+    ensure!(after / 2 <= quiet, "the guest's own work takes {after} ticks, and {quiet} before");
     if failed == 0 {
         println!("ok: attached and detached {times} times, {} hits lost nothing", storm.executions.iter().sum::<u64>());
     }
