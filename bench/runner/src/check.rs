@@ -151,10 +151,9 @@ pub(crate) fn attach(domain: &mut Domain, times: u32) -> Result<usize> {
         storm.hash_mismatches + storm.rewrite_mismatches == 0,
         "the guest saw something that is not its own: {storm:?}"
     );
-    // A virtual CPU that is still stepped takes an exit at every instruction: hundreds of times as long. With two CPUs the same
-    // work takes 3 000 to 4 100 ticks in the emulator, by what the other one does meanwhile.
+    // A virtual CPU that is still stepped takes an exit at every instruction.
     let after = speed(&guest)?;
-    ensure!(after / 2 <= quiet, "the guest's own work takes {after} ticks, and {quiet} before");
+    ensure!(after <= quiet + quiet / 4, "the guest's own work takes {after} ticks, and {quiet} before");
     if failed == 0 {
         println!("ok: attached and detached {times} times, {} hits lost nothing", storm.executions.iter().sum::<u64>());
     }
@@ -169,7 +168,9 @@ fn attach_once(domain: &mut Domain, guest: &Guest, mechanism: Mechanism, idle: &
 
 /// Ticks of running through the page under test, without a monitor.
 fn speed(guest: &Guest) -> Result<u64> {
-    const SAMPLES: u32 = 21;
+    // In the emulator, work takes fewer ticks while the other CPU is busy, too. So most of it is to be done when dom0, which has
+    // asked for it, has fallen asleep.
+    const SAMPLES: u32 = 201;
     guest.wait_until_done(STUCK)?;
     guest.request(Workload::ExecPage, SAMPLES);
     guest.wait_until_done(STUCK)?;
