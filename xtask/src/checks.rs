@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use hyperbp_lab::plan::{self, Selection};
 use hyperbp_lab::{Bench, Elsewhere, Job, Lab, Program};
-use hyperbp_report::{Collection, Results, Run, Workload};
+use hyperbp_report::{Collection, Results, Workload};
 
 use crate::budgets::{self, Table};
 use crate::steps::Steps;
@@ -213,17 +213,11 @@ fn storms(dir: &Path, checks: &mut Checks) -> Result<()> {
     Ok(())
 }
 
-/// The run of a workload under a mechanism.
-fn find<'a>(results: &'a Results, host: &str, backend: &str, mechanism: &str, workload: Workload) -> Option<&'a Run> {
-    let is = |run: &&Run| run.host == host && run.backend == backend && run.mechanism == mechanism;
-    results.runs.iter().filter(is).find(|run| run.workload == workload)
-}
-
 /// Checks that everything was measured in DRAKVUF, and what the core costs there.
 /// (Hits and reads were checked with those of all hosts.)
 fn in_drakvuf(results: &Results, drakvuf: &Elsewhere, checks: &mut Checks) {
     let ticks = |backend, mechanism: &str| {
-        let run = |workload| find(results, plan::DRAKVUF, backend, mechanism, workload);
+        let run = |workload| results.run(plan::DRAKVUF, backend, mechanism, workload);
         let all = Workload::ALL.iter().all(|workload| run(*workload).is_some());
         all.then(|| run(Workload::ExecBp).map_or(0, |run| run.ticks.median))
     };
@@ -249,7 +243,7 @@ fn in_drakvuf(results: &Results, drakvuf: &Elsewhere, checks: &mut Checks) {
 /// Checks that everything was measured with vmi-rs.
 /// (Hits and reads were checked with those of all hosts.)
 fn in_vmi_rs(results: &Results, checks: &mut Checks) {
-    let run = |workload: &Workload| find(results, plan::VMI_RS, plan::ORIGINAL, "view-fast-step", *workload);
+    let run = |workload: &Workload| results.run(plan::VMI_RS, plan::ORIGINAL, "view-fast-step", *workload);
     checks
         .check("every workload was measured with vmi-rs", Workload::ALL.iter().all(|workload| run(workload).is_some()));
 }
@@ -258,10 +252,10 @@ fn in_vmi_rs(results: &Results, checks: &mut Checks) {
 /// (Hits and reads were checked with those of all hosts.)
 fn in_smartvmi(results: &Results, smartvmi: &Elsewhere, checks: &mut Checks) {
     let all = |backend, mechanism: &str| {
-        Workload::ALL.iter().all(|workload| find(results, plan::SMARTVMI, backend, mechanism, *workload).is_some())
+        Workload::ALL.iter().all(|workload| results.run(plan::SMARTVMI, backend, mechanism, *workload).is_some())
     };
     let ticks = |backend, mechanism, workload| {
-        find(results, plan::SMARTVMI, backend, mechanism, workload).map_or(0, |run| run.ticks.median)
+        results.run(plan::SMARTVMI, backend, mechanism, workload).map_or(0, |run| run.ticks.median)
     };
     checks.check("every workload was measured in SmartVMI as it is", all(plan::ORIGINAL, "repair"));
     for (mechanism, _) in hyperbp::Mechanism::NAMED.iter().filter(|_| smartvmi.has_hyperbp) {
@@ -279,7 +273,7 @@ fn in_smartvmi(results: &Results, smartvmi: &Elsewhere, checks: &mut Checks) {
 fn results(results: &Results, checks: &mut Checks) {
     let find = |backend: &str, mechanism: &str, workload| {
         let host = if backend == "floor" { "floor" } else { "runner" };
-        find(results, host, backend, mechanism, workload)
+        results.run(host, backend, mechanism, workload)
     };
     for mechanism in PUBLISHED_ORDER {
         let all = Workload::ALL.iter().all(|w| ["hyperbp", "floor"].iter().all(|b| find(b, mechanism, *w).is_some()));

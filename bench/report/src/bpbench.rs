@@ -10,9 +10,9 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::Collection;
 use crate::collection::{to_csv, write_file};
 use crate::format::{monitor, unit};
+use crate::{Collection, Machine};
 
 /// Writes the samples as `DIR/results/<machine_label>_<monitor>/result_<date>_<variant>/<workload>.csv`, with a
 /// `readme.txt` for each machine. `repair`, `view-step`, `view-fast-step` and `emulate` get the study's names `repair`,
@@ -34,6 +34,7 @@ pub fn write_bpbench(directory: &Path, machine_label: &str, date: &str, collecti
         );
     }
     let results = directory.join("results");
+    let measured_on = &collection.results().machine;
     let mut machines = BTreeMap::new();
     let mut variants = BTreeSet::new();
     for (run, samples) in collection.runs() {
@@ -47,12 +48,11 @@ pub fn write_bpbench(directory: &Path, machine_label: &str, date: &str, collecti
         );
         let variant = variant(&run.mechanism);
         if variants.insert((machine.clone(), variant)) {
-            write_file(&machine.join("readme.txt"), &readme(collection, &run.host, &run.backend))?;
+            write_file(&machine.join("readme.txt"), &readme(measured_on, &run.host, &run.backend))?;
             remove_earlier(&machine, variant)?;
         }
         let folder = machine.join(format!("result_{date}_{variant}"));
-        let machine = &collection.results().machine;
-        let times: Option<Vec<u64>> = samples.iter().map(|ticks| machine.nanoseconds(*ticks)).collect();
+        let times: Option<Vec<u64>> = samples.iter().map(|ticks| measured_on.nanoseconds(*ticks)).collect();
         let csv = to_csv(times.as_deref().unwrap_or(samples));
         write_file(&folder.join(run.workload.file_name()).with_extension("csv"), &csv)?;
     }
@@ -84,8 +84,7 @@ fn remove_earlier(machine: &Path, variant: &str) -> Result<()> {
     Ok(())
 }
 
-fn readme(collection: &Collection, host: &str, backend: &str) -> String {
-    let machine = &collection.results().machine;
+fn readme(machine: &Machine, host: &str, backend: &str) -> String {
     let numbers = match machine.nanoseconds(0) {
         Some(_) => "nanoseconds".to_owned(),
         None => format!("not nanoseconds but ticks: {}", unit(machine.ticks_are)),
@@ -105,7 +104,7 @@ mod tests {
 
     use super::*;
     use crate::samples::{bochs, collection, measurement};
-    use crate::{Machine, Measurement, TicksAre, Workload};
+    use crate::{Measurement, TicksAre, Workload};
 
     fn listing(directory: &Path) -> Vec<String> {
         let mut names: Vec<_> =

@@ -31,6 +31,13 @@ impl Results {
         Self { schema: SCHEMA, machine, runs: Vec::new() }
     }
 
+    /// The run of a workload under a mechanism, in a host with a backend.
+    #[must_use]
+    pub fn run(&self, host: &str, backend: &str, mechanism: &str, workload: Workload) -> Option<&Run> {
+        let is = |run: &&Run| run.host == host && run.backend == backend && run.mechanism == mechanism;
+        self.runs.iter().filter(is).find(|run| run.workload == workload)
+    }
+
     /// Reads JSON.
     ///
     /// # Errors

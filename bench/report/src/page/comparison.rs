@@ -8,7 +8,7 @@ use super::explanations::{explanation, text};
 use super::published::{BASE, Compared, Ours, PUBLISHED, Published};
 use super::{scroll, stack};
 use crate::format::grouped;
-use crate::{Breakdown, BreakdownRow, Instructions, Results};
+use crate::{Breakdown, BreakdownRow, Results};
 
 pub(super) fn section(results: &Results, breakdown: Option<&Breakdown>) -> Markup {
     let explain = |ours, published: &Published, compared: &Compared| {
@@ -112,12 +112,12 @@ fn counted(breakdown: &Breakdown, beyond: &[Beyond], number: usize) -> Markup {
             caption { "Counted in " (workload.name()) ", per hit" }
             thead { tr {
                 th scope="col" { "monitor and mechanism" }
-                @for (name, _) in Instructions::default().named() { th.num scope="col" { (name) } }
+                (stack::heads())
                 @for name in ["VM exits", "hypercalls", "system calls"] { th.num scope="col" { (name) } }
             } }
             tbody { @for row in rows { tr {
                 th scope="row" { (stack::title(row)) }
-                @for (_, ticks) in row.instructions.named() { td.num { (grouped(ticks.round() as u64)) } }
+                (stack::cells(row))
                 @for counts in [&row.exits, &row.hypercalls, &row.syscalls] { td.num { (sum(counts)) } }
             } } }
         } },

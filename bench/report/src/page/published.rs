@@ -83,8 +83,7 @@ impl Ours {
     /// The median of a workload.
     fn median(self, results: &Results, mechanism: &str, workload: Workload) -> Option<u64> {
         let (host, backend) = self.monitor(mechanism);
-        let is = |run: &&crate::Run| run.host == host && run.backend == backend && run.mechanism == mechanism;
-        results.runs.iter().filter(is).find(|run| run.workload == workload).map(|run| run.ticks.median)
+        results.run(host, backend, mechanism, workload).map(|run| run.ticks.median)
     }
 
     /// Why there is nothing to compare.

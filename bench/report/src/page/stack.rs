@@ -6,7 +6,7 @@ use super::drawing::{Axis, drawing};
 use super::monitor::Monitor;
 use super::scroll;
 use crate::format::grouped;
-use crate::{Breakdown, BreakdownRow, Workload};
+use crate::{Breakdown, BreakdownRow, Instructions, Workload};
 
 const LEFT: f64 = 260.0;
 const RIGHT: f64 = 690.0;
@@ -59,23 +59,30 @@ fn parts(row: &BreakdownRow) -> Vec<(u64, u64, &'static str)> {
     row.instructions.named().into_iter().zip(COLOURS).map(part).collect()
 }
 
+/// The heads of the columns with the parts.
+pub(super) fn heads() -> Markup {
+    html! { @for (name, _) in Instructions::default().named() { th.num scope="col" { (name) } } }
+}
+
+/// The parts of a row, below these heads.
+pub(super) fn cells(row: &BreakdownRow) -> Markup {
+    html! { @for (_, ticks) in row.instructions.named() { td.num { (grouped(ticks.round() as u64)) } } }
+}
+
 /// The numbers.
 pub(super) fn numbers(breakdown: &Breakdown) -> Markup {
-    let number = |number: f64| grouped(number.round() as u64);
     scroll(
         "where the ticks of a hit go",
         html! { table {
             caption { "Means per hit: timers and Xen's scheduler are in them, so they are a little more than the medians above. Of VM exits, hypercalls and system calls those that at least every tenth hit has." }
             thead { tr {
                 th scope="col" { "monitor and mechanism" } th scope="col" { "workload" }
-                @if let Some(row) = breakdown.rows.first() {
-                    @for (name, _) in row.instructions.named() { th.num scope="col" { (name) } }
-                }
+                (heads())
                 th scope="col" { "VM exits" } th scope="col" { "hypercalls" } th scope="col" { "system calls" }
             } }
             tbody { @for row in &breakdown.rows { tr {
                 th scope="row" { (title(row)) } td { (row.workload.name()) }
-                @for (_, ticks) in row.instructions.named() { td.num { (number(ticks)) } }
+                (cells(row))
                 @for counts in [&row.exits, &row.hypercalls, &row.syscalls] { td.why { (crate::breakdown::counts(counts)) } }
             } } }
         } },
