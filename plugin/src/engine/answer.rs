@@ -27,18 +27,9 @@ impl Engine {
         on_hit: &mut impl FnMut(&mut Self, &mut H, &Hit<'_>) -> Verdict,
         reply: &mut Reply,
     ) {
-        match self.quiet_step(event) {
-            Some(index) => self.end_step(hv, index, reply),
-            None => self.answer_whole(hv, event, on_hit, reply),
+        if !(matches!(event.reason, Reason::Step) && self.stepped(hv, event.vcpu, reply)) {
+            self.answer_whole(hv, event, on_hit, reply);
         }
-    }
-
-    /// The slot of a virtual CPU whose single-step is over, if nobody is to be told of it.
-    #[inline]
-    fn quiet_step(&self, event: &Event) -> Option<usize> {
-        let index = usize::from(event.vcpu.0);
-        let quiet = matches!(event.reason, Reason::Step) && self.vcpus.get(index)?.accessing.is_none();
-        quiet.then_some(index)
     }
 
     #[inline(never)]
@@ -199,6 +190,7 @@ impl Engine {
 
     /// The whole of the end of a single-step, without the rest of its event, of which it needs nothing. False if somebody is
     /// to be told of it, or there is no such virtual CPU: then nothing has been done, and the event is to be begun.
+    #[inline]
     pub fn stepped<H: Hypervisor>(&mut self, hv: &mut H, vcpu: VcpuId, reply: &mut Reply) -> bool {
         let index = usize::from(vcpu.0);
         let quiet = self.vcpus.get(index).is_some_and(|vcpu| vcpu.accessing.is_none());
