@@ -11,6 +11,7 @@ const LIBRARIES: [&str; 4] = ["xenctrl", "xenevtchn", "xenforeignmemory", "xenst
 const FUNCTIONS: &[&str] = &[
     "xc_interface_(open|close)",
     "xc_domain_(getinfolist|pause|unpause|maximum_gpfn|setmaxmem|debug_control|get_tsc_info)",
+    "xc_domain_hvm_getcontext_partial",
     "xc_domain_(populate_physmap|decrease_reservation)_exact",
     "xc_hvm_(param_get|inject_trap)",
     "xc_physinfo",
@@ -22,7 +23,7 @@ const FUNCTIONS: &[&str] = &[
     "xs_(open|close|read|directory)",
 ];
 
-const TYPES: &[&str] = &["vm_event_(request_t|response_t|sring|sring_entry)", "xenmem_access_t"];
+const TYPES: &[&str] = &["vm_event_(request_t|response_t|sring|sring_entry)", "xenmem_access_t", "hvm_hw_cpu"];
 
 const CONSTANTS: &[&str] = &[
     "VM_EVENT_(INTERFACE_VERSION|FLAG_.*|REASON_.*)",

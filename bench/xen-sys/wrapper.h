@@ -9,5 +9,6 @@
 #include <xenstore.h>
 
 #include <xen/hvm/params.h>
+#include <xen/hvm/save.h>
 #include <xen/memory.h>
 #include <xen/vm_event.h>

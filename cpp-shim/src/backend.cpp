@@ -181,6 +181,16 @@ hyperbp_session_t* hyperbp_open(vmi_instance_t vmi, const char* mechanism, const
     });
 }
 
+bool hyperbp_leave(hyperbp_session_t* session) noexcept
+{
+    if (session == nullptr)
+        return true;
+    return guarded(false, [&] {
+        session->session->leave();
+        return true;
+    });
+}
+
 bool hyperbp_close(hyperbp_session_t* session) noexcept
 {
     if (session == nullptr)

@@ -283,6 +283,22 @@ TEST_P(BackendMechanism, TheGuestsOwnInt3IsDelivered)
     close();
 }
 
+TEST_P(BackendMechanism, LeavesBeforeItIsClosed)
+{
+    open(GetParam().c_str());
+    ASSERT_TRUE(hyperbp_insert(session, AT));
+    run_to(AFTER);
+    EXPECT_TRUE(hyperbp_leave(session)) << hyperbp_error();
+    EXPECT_FALSE(hyperbp_insert(session, AT));
+    EXPECT_FALSE(hyperbp_remove(session, AT));
+    machine.vcpu(0).general.rip = CODE;
+    run_to(AFTER);
+    EXPECT_EQ(told.size(), 1U) << "there are no breakpoints any more";
+    EXPECT_TRUE(hyperbp_leave(session)) << hyperbp_error();
+    close();
+    EXPECT_TRUE(hyperbp_leave(nullptr));
+}
+
 TEST_P(BackendMechanism, ClosedInTheMiddleOfAStep)
 {
     open(GetParam().c_str());

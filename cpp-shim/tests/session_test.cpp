@@ -271,6 +271,30 @@ TEST_P(Mechanism, ClosedInTheMiddleOfAHit)
     expect_restored();
 }
 
+TEST_P(Mechanism, LeavesWhenEveryVirtualCpuHasGoneOn)
+{
+    session().insert(AT);
+    host.run_to(AT);
+    // It has not gone on yet with what it is answered.
+    host.answer(*host.machine.run(0));
+    session().remove(AT);
+    session().insert(AT);
+    session().leave();
+    // Neither a breakpoint of ours nor anything that Xen could be late with: it is tried again.
+    write_code(host.machine, AFTER, {fake::BREAKPOINT});
+    host.before = host.machine.memory();
+    general().rip = AFTER;
+    host.machine.vcpu(0).stepping = false;
+    const auto event = host.machine.run(0);
+    ASSERT_TRUE(event);
+    host.answer(*event);
+    EXPECT_EQ(general().rip, AFTER);
+    EXPECT_EQ(host.machine.delivered(), 0U);
+    EXPECT_THROW(session().insert(AT), rust::Error);
+    session().close();
+    EXPECT_EQ(host.machine.traces(), fake::Traces {});
+}
+
 TEST_P(Mechanism, NothingIsDoneAfterItIsClosed)
 {
     session().close();

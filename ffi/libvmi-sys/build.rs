@@ -10,13 +10,14 @@ const FUNCTIONS: &[&str] = &[
     "vmi_get_num_vcpus",
     "vmi_are_events_pending",
     LATE,
+    "vmi_get_vcpureg",
     "vmi_(pause|resume)_vm",
     "vmi_slat_(create|destroy|switch|change_gfn)",
     "vmi_set_mem_event",
     "vmi_(get_singlestep_event|stop_single_step_vcpu|register_event)",
 ];
 
-const CONSTANTS: &[&str] = &["VMI_MEMACCESS_.*", "VMI_EVENTS_VERSION", "MAX_SINGLESTEP_VCPUS"];
+const CONSTANTS: &[&str] = &["VMI_MEMACCESS_.*", "VMI_EVENTS_VERSION", "MAX_SINGLESTEP_VCPUS", "RIP"];
 
 const TYPES: &[&str] = &["vmi_instance_t", "vmi_event_t", "status_t"];
 

@@ -232,6 +232,7 @@ pub(crate) mod ffi {
             mechanism: &str,
         ) -> Result<Box<Session>>;
 
+        fn leave(self: &mut Session) -> Result<()>;
         fn close(self: &mut Session) -> Result<()>;
         fn insert(self: &mut Session, pa: u64) -> Result<()>;
         fn remove(self: &mut Session, pa: u64) -> Result<()>;
@@ -282,6 +283,7 @@ pub(crate) mod ffi {
         fn remap(self: Pin<&mut Hypervisor>, view: u16, gfn: u64, to: u64) -> Result<()>;
         fn unmap(self: Pin<&mut Hypervisor>, view: u16, gfn: u64) -> Result<()>;
         fn set_rights(self: Pin<&mut Hypervisor>, view: u16, gfn: u64, rights: Rights) -> Result<()>;
+        fn rip(self: Pin<&mut Hypervisor>, vcpu: u16) -> Result<u64>;
         fn stop_step(self: Pin<&mut Hypervisor>, vcpu: u16) -> Result<()>;
         fn pause(self: Pin<&mut Hypervisor>) -> Result<()>;
         fn resume(self: Pin<&mut Hypervisor>) -> Result<()>;

@@ -80,6 +80,10 @@ impl Hypervisor for Foreign {
         Ok(self.it().set_rights(view.0, gfn.0, convert::rights(rights))?)
     }
 
+    fn rip(&mut self, vcpu: VcpuId) -> Result<u64, Error> {
+        Ok(self.it().rip(vcpu.0)?)
+    }
+
     fn stop_step(&mut self, vcpu: VcpuId) -> Result<(), Error> {
         Ok(self.it().stop_step(vcpu.0)?)
     }

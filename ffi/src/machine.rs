@@ -105,6 +105,10 @@ impl Hypervisor for Machine {
         whichever!(self, it => it.set_rights(view, gfn, rights))
     }
 
+    fn rip(&mut self, vcpu: VcpuId) -> Result<u64, Error> {
+        whichever!(self, it => it.rip(vcpu))
+    }
+
     fn stop_step(&mut self, vcpu: VcpuId) -> Result<(), Error> {
         whichever!(self, it => it.stop_step(vcpu))
     }

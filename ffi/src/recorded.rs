@@ -163,6 +163,10 @@ impl<H: Hypervisor> Hypervisor for Recorded<H> {
         Ok(())
     }
 
+    fn rip(&mut self, vcpu: VcpuId) -> Result<u64, H::Error> {
+        self.inner.rip(vcpu)
+    }
+
     fn stop_step(&mut self, vcpu: VcpuId) -> Result<(), H::Error> {
         self.inner.stop_step(vcpu)
     }

@@ -3,6 +3,8 @@
 use std::any::Any;
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::thread;
+use std::time::Duration;
 
 use cxx::UniquePtr;
 use hyperbp::{
@@ -20,6 +22,9 @@ use crate::recorded::Recorded;
 
 /// INT3.
 const INT3: u8 = 0xcc;
+/// How long a virtual CPU may take to go on with what it was answered, and how often it is looked after meanwhile.
+const PATIENCE: Duration = Duration::from_secs(1);
+const LOOKS: u32 = 1000;
 
 /// Why a call failed.
 #[derive(Debug, thiserror::Error)]
@@ -82,6 +87,8 @@ pub(crate) struct Session {
     view: ViewId,
     breakpoints: HashMap<Gpa, BreakpointId>,
     state: State,
+    /// [`leave`](Self::leave) was called: there are no breakpoints any more.
+    left: bool,
     clock: Clock,
     /// The last event.
     event: Event,
@@ -172,6 +179,7 @@ impl Session {
             view: ViewId::HOST,
             breakpoints: HashMap::new(),
             state: State::Open,
+            left: false,
             event: Event {
                 vcpu: VcpuId(0),
                 view: ViewId::HOST,
@@ -187,17 +195,42 @@ impl Session {
         Ok(session)
     }
 
-    /// Removes everything from the domain. The domain should be paused, and no event of it be queued.
+    /// Removes all breakpoints and watches. The domain should run: it is waited until every virtual CPU has gone on with what
+    /// it was answered, of which there is seldom one that has not. From then on none is answered with more than to go on.
+    ///
+    /// # Errors
+    /// If the hypervisor refuses something. The rest has been undone; it may be called again.
+    pub(crate) fn leave(&mut self) -> Result<(), Error> {
+        self.attempt(|session| {
+            session.left = true;
+            session.breakpoints.clear();
+            let Self { engine, machine, .. } = session;
+            let left = engine.leave(machine);
+            if engine.is_settled(machine) {
+                return Ok(left?);
+            }
+            if !(0..LOOKS).any(|_| {
+                thread::sleep(PATIENCE / LOOKS);
+                engine.is_settled(machine)
+            }) {
+                log::warn!("a virtual CPU does not go on with what it was answered: is the domain paused?");
+            }
+            // The pages that could not be given back before.
+            Ok(engine.leave(machine)?)
+        })
+    }
+
+    /// Removes everything from the domain. The domain should be paused, and no event of it be queued; before it was paused,
+    /// [`leave`](Self::leave) should have been called.
     ///
     /// # Errors
     /// If the hypervisor refuses something. The rest has been undone; it may be called again.
     pub(crate) fn close(&mut self) -> Result<(), Error> {
         let mut result = Ok(());
         if matches!(self.state, State::Open) {
-            let left = self.attempt(|session| {
-                let left = session.engine.leave(&mut session.machine);
-                Ok(left.and(session.engine.finish(&mut session.machine))?)
-            });
+            let left = self.leave();
+            let finished = self.attempt(|session| Ok(session.engine.finish(&mut session.machine)?));
+            let left = left.and(finished);
             // If there was a panic now, `fail` has undone everything, and what it left is looked for below.
             result = left.or_else(|error| if let Error::Failed(_) = error { Ok(()) } else { Err(error) });
         }
@@ -276,6 +309,11 @@ impl Session {
 
     fn begin_event(&mut self, reply: &mut ffi::Reply) -> ffi::Observed {
         self.told = Observed::Answered;
+        if self.left && matches!(self.event.reason, Reason::Int3(_)) {
+            // Whatever it was, it is the guest's own now. To deliver it would be one more answer on its way.
+            convert::reply(&Reply::default(), reply);
+            return convert::observed(ffi::Kind::Answered);
+        }
         if matches!(self.state, State::Open)
             && let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.observe(reply)))
         {

@@ -33,7 +33,8 @@ pub(crate) fn begin<H: Hypervisor>(
         vcpu.emulating = Some(Emulating::Access(access.gpa.gfn()));
         Ok(Reply { action, ..Reply::default() })
     };
-    if !(access.write || access.page_walk || vcpu.stepping) {
+    // Without breakpoints it is to be given back, as soon as there is no answer that takes Xen a while.
+    if !(access.write || access.page_walk || vcpu.stepping || page.breakpoints.is_empty()) {
         let emulable = !event.registers.has_debugger();
         match (page.conceal, views) {
             (Conceal::ViewFastStep, Some(views)) => {

@@ -22,6 +22,9 @@ pub enum Error {
     /// The page has breakpoints with another placement or concealment.
     #[error("the page of {0} has breakpoints with another placement or concealment: use theirs, or remove them first")]
     PageConflict(Gpa),
+    /// The page had breakpoints with another placement or concealment, and is not given back yet.
+    #[error("the page of {0} has had breakpoints with another placement or concealment until a moment ago: try again")]
+    NotGivenBack(Gpa),
     /// What a watch and breakpoints want of a page cannot be had together.
     #[error(
         "{0} cannot have breakpoints in place while somebody watches what is executed there: use the placement shadow, or \

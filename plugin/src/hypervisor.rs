@@ -107,6 +107,13 @@ pub trait Hypervisor {
     /// If the view or the page does not exist.
     fn set_rights(&mut self, view: ViewId, gfn: Gfn, rights: Rights) -> Result<(), Self::Error>;
 
+    /// The instruction pointer of a virtual CPU. What a reply says counts only when it has gone on: until then it is that
+    /// of the event.
+    ///
+    /// # Errors
+    /// If there is no such virtual CPU.
+    fn rip(&mut self, vcpu: VcpuId) -> Result<u64, Self::Error>;
+
     /// Ends any single-step of a virtual CPU, fast or not, without an event.
     ///
     /// # Errors

@@ -122,6 +122,10 @@ impl Hypervisor for Memory {
         Ok(())
     }
 
+    fn rip(&mut self, _: VcpuId) -> Result<u64, Infallible> {
+        Ok(0)
+    }
+
     fn stop_step(&mut self, _: VcpuId) -> Result<(), Infallible> {
         Ok(())
     }

@@ -33,11 +33,12 @@ impl Life {
         let registers = Registers { rip: rip.0, mode: CodeMode::Bits64, ..Registers::default() };
         let event = Event { vcpu: VcpuId(vcpu), view, registers, reason };
         let reply = self.call(|engine, machine| engine.handle(machine, &event, &mut |_, _, _| Verdict::Keep));
-        self.machine.carry_out(vcpu.into(), &reply, true);
+        self.machine.carry_out(vcpu.into(), rip.0, &reply, true);
     }
 
     fn through(&mut self, vcpu: u16) {
         let cpu = &mut self.machine.cpus[usize::from(vcpu)];
+        cpu.held = None;
         match cpu.fast.take() {
             Some(back) => cpu.view = back,
             None if cpu.stepping => self.event(vcpu, AT, Reason::Step),
@@ -79,13 +80,14 @@ fn a_single_refusal_leaves_nothing_behind() {
             let mut life = Life { machine, engine };
             life.machine.refuse = (refused, 1);
             life.live(mechanism);
-            if life.call(|engine, machine| engine.leave(machine)).is_ok() && life.engine.is_idle() {
+            if life.call(|engine, machine| engine.leave(machine)).is_ok() && life.engine.is_idle(&mut life.machine) {
                 let _ = life.call(|engine, machine| engine.finish(machine));
             }
             life.machine.refuse = (0, 0);
             life.call(|engine, machine| engine.leave(machine)).unwrap();
             (0..2).for_each(|vcpu| life.through(vcpu));
-            assert!(life.engine.is_idle());
+            life.call(|engine, machine| engine.leave(machine)).unwrap();
+            assert!(life.engine.is_idle(&mut life.machine));
             life.call(|engine, machine| engine.finish(machine)).unwrap();
             assert!(life.engine.breakpoints().is_empty());
             life.machine.check_left();

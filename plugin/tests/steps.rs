@@ -61,6 +61,10 @@ impl Hypervisor for Page {
         Ok(())
     }
 
+    fn rip(&mut self, _: VcpuId) -> Result<u64, Infallible> {
+        Ok(0)
+    }
+
     fn stop_step(&mut self, _: VcpuId) -> Result<(), Infallible> {
         Ok(())
     }
@@ -98,7 +102,7 @@ fn a_step_that_runs_into_the_next_breakpoint_sets_the_first_again() {
     let third = handle(&mut engine, &mut page, 3, Reason::Step);
     assert_eq!((third.step, page.0[..3].to_vec()), (Step::Off, vec![0xcc, 0xa2, 0xcc]));
     engine.leave(&mut page).unwrap();
-    assert!(engine.is_idle());
+    assert!(engine.is_idle(&mut page));
     engine.finish(&mut page).unwrap();
     assert_eq!(page.0, original);
 }

@@ -156,11 +156,13 @@ fn leave(domain: &mut Domain, monitor: &mut Monitor, engine: &mut Engine) -> Res
     engine.leave(domain)?;
     for _ in 0..ROUNDS {
         // Without an event for a while, none is queued.
-        if !serve(domain, monitor, engine, PATIENCE, &mut |_, _| {})? && engine.is_idle() {
+        if !serve(domain, monitor, engine, PATIENCE, &mut |_, _| {})? && engine.is_idle(domain) {
             return Ok(engine.finish(domain)?);
         }
+        engine.leave(domain)?;
     }
-    let result = engine.finish(domain);
-    ensure!(engine.is_idle(), "a virtual CPU does not come out of its step: is the domain paused?");
-    Ok(result?)
+    let idle = engine.is_idle(domain);
+    engine.finish(domain)?;
+    ensure!(idle, "a virtual CPU does not go on, or does not come out of its step: is the domain paused?");
+    Ok(())
 }

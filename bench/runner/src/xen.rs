@@ -37,6 +37,9 @@ const TYPE_SOFTWARE_EXCEPTION: u8 = 6;
 /// The exception pushes no error code.
 const NO_ERROR_CODE: u32 = u32::MAX;
 
+/// `HVM_SAVE_CODE(CPU)`, xen/include/public/arch-x86/hvm/save.h.
+const SAVED_CPU: u16 = 2;
+
 /// A call to one of Xen's libraries failed.
 #[derive(Debug, thiserror::Error)]
 #[error("{call}: {source}")]
@@ -664,6 +667,16 @@ impl Hypervisor for Domain {
             _ => self.guarded.push(gfn),
         }
         Ok(())
+    }
+
+    fn rip(&mut self, vcpu: VcpuId) -> Result<u64, Error> {
+        let call = "xc_domain_hvm_getcontext_partial";
+        let mut cpu = sys::hvm_hw_cpu::default();
+        let (into, size) = (std::ptr::from_mut(&mut cpu).cast(), size_of_val(&cpu) as u32);
+        // SAFETY: the handle is open, and there is room for as much as is said.
+        let result =
+            unsafe { sys::xc_domain_hvm_getcontext_partial(self.xc.raw(), self.id, SAVED_CPU, vcpu.0, into, size) };
+        check(call, result).map(|()| cpu.rip)
     }
 
     fn stop_step(&mut self, vcpu: VcpuId) -> Result<(), Error> {

@@ -151,9 +151,18 @@ bool hyperbp_check_mechanism(const char* name) HYPERBP_NOEXCEPT;
 hyperbp_session_t* hyperbp_open(vmi_instance_t vmi, const char* mechanism,
                                 const hyperbp_memory_t* memory) HYPERBP_NOEXCEPT;
 
-/* Gives everything back to the domain, and frees the session. The domain is to be paused, and the events that are
- * queued to have been handled before. Also after a failure. If it returns false, the domain is not quite as it was, and
- * there is nothing more that can be done; the session is freed nevertheless. NULL is closed already. */
+/* Takes all breakpoints and watches away, and gives their pages back. To be called before the domain is paused to close
+ * the session: it is waited until every virtual CPU has gone on with what it was answered last, of which there is
+ * seldom one that has not, and none for longer than a second. (Xen does what a response asks for when the virtual CPU
+ * goes on, and too late if a page has been given back meanwhile: then the guest might crash.) Then pause the domain,
+ * handle the events that are queued, as ever, and close. Until then, an INT3 of the guest's own is not delivered but
+ * tried again. If it returns false, hyperbp_close tries the rest once more. NULL has left already. */
+bool hyperbp_leave(hyperbp_session_t* session) HYPERBP_NOEXCEPT;
+
+/* Gives everything back to the domain, and frees the session. hyperbp_leave is to have been called before (else it is
+ * now), the domain to be paused, and the events that are queued to have been handled. Also after a failure. If it
+ * returns false, the domain is not quite as it was, and there is nothing more that can be done; the session is freed
+ * nevertheless. NULL is closed already. */
 bool hyperbp_close(hyperbp_session_t* session) HYPERBP_NOEXCEPT;
 
 /* Sets a breakpoint on the instruction at a guest-physical address. If there is one already, that is it: whoever has

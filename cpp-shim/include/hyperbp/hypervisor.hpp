@@ -62,6 +62,10 @@ public:
     /// Sets what a view permits on a page.
     virtual void set_rights(std::uint16_t view, std::uint64_t gfn, ffi::Rights rights) = 0;
 
+    /// The instruction pointer of a virtual CPU. What a reply says counts only when it has gone on: until then it is
+    /// that of the event.
+    virtual std::uint64_t rip(std::uint16_t vcpu) = 0;
+
     /// Ends any single-step of a virtual CPU, fast or not, without an event.
     virtual void stop_step(std::uint16_t vcpu) = 0;
 

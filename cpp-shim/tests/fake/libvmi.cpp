@@ -243,6 +243,13 @@ vmi_event_t* vmi_get_singlestep_event(vmi_instance_t vmi, uint32_t vcpu) noexcep
     return found != vmi->steps.end() ? found->second : nullptr;
 }
 
+status_t vmi_get_vcpureg(vmi_instance_t vmi, uint64_t* value, reg_t reg, unsigned long vcpu) noexcept
+{
+    if (reg != RIP)
+        return VMI_FAILURE;
+    return attempt([&] { *value = vmi->machine.rip(static_cast<std::uint16_t>(vcpu)); });
+}
+
 status_t vmi_stop_single_step_vcpu(vmi_instance_t vmi, vmi_event_t* event, uint32_t vcpu) noexcept
 {
     event->ss_event.vcpus &= ~(1U << vcpu);

@@ -98,6 +98,7 @@ Machine::~Machine()
 std::optional<ffi::Event> Machine::run(std::uint16_t number)
 {
     Vcpu& vcpu = cpus_.at(number);
+    vcpu.held.reset();
     if (std::exchange(vcpu.emulation_failed, false))
         return event(number, ffi::Reason::EmulationFailed);
     if (auto instead = execute(number))
@@ -171,6 +172,8 @@ ffi::Event Machine::event(std::uint16_t number, ffi::Reason reason)
 void Machine::answer(const ffi::Event& event, const ffi::Reply& reply)
 {
     Vcpu& vcpu = cpus_.at(event.vcpu);
+    if (reply.action != ffi::Action::Resume)
+        vcpu.held = vcpu.general.rip;
     std::uint8_t instruction[LONGEST_INSTRUCTION];
     for (std::size_t n = 0; n < LONGEST_INSTRUCTION; ++n)
         instruction[n] = shown(0, vcpu.general.rip + n);
@@ -389,6 +392,9 @@ void Machine::unmap(std::uint16_t view, std::uint64_t gfn)
 {
     allowed("a page for itself");
     must_exist(view);
+    for (const Vcpu& vcpu : cpus_)
+        if (vcpu.held)
+            throw std::logic_error("a virtual CPU has not gone on: Xen would be late with its answer");
     remapped_.erase({view, gfn});
     rights_.erase({view, gfn});
 }
@@ -402,6 +408,13 @@ void Machine::set_rights(std::uint16_t view, std::uint64_t gfn, ffi::Rights righ
         rights_.erase({view, gfn});
     else
         rights_[{view, gfn}] = rights;
+}
+
+std::uint64_t Machine::rip(std::uint16_t vcpu)
+{
+    allowed("a register");
+    auto& held = cpus_.at(vcpu).held;
+    return held ? *std::exchange(held, std::nullopt) : cpus_.at(vcpu).general.rip;
 }
 
 void Machine::stop_step(std::uint16_t vcpu)
@@ -523,6 +536,11 @@ void Connection::unmap(std::uint16_t view, std::uint64_t gfn)
 void Connection::set_rights(std::uint16_t view, std::uint64_t gfn, ffi::Rights rights)
 {
     machine_.set_rights(view, gfn, rights);
+}
+
+std::uint64_t Connection::rip(std::uint16_t vcpu)
+{
+    return machine_.rip(vcpu);
 }
 
 void Connection::stop_step(std::uint16_t vcpu)

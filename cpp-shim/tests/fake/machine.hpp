@@ -48,6 +48,8 @@ struct Vcpu
     std::optional<std::uint16_t> fast;
     /// What the emulator could not do is to be reported.
     bool emulation_failed = false;
+    /// Where it was when it was answered with what Xen does only when it goes on: it has not gone on yet.
+    std::optional<std::uint64_t> held;
 };
 
 /// What changes in a domain that somebody looks into, but not by what the guest does.
@@ -103,6 +105,8 @@ public:
     void remap(std::uint16_t view, std::uint64_t gfn, std::uint64_t to);
     void unmap(std::uint16_t view, std::uint64_t gfn);
     void set_rights(std::uint16_t view, std::uint64_t gfn, ffi::Rights rights);
+    /// Where a virtual CPU is. If it has not gone on yet, it does so after this look.
+    std::uint64_t rip(std::uint16_t vcpu);
     void stop_step(std::uint16_t vcpu);
     void pause();
     void resume();
@@ -172,6 +176,7 @@ public:
     void remap(std::uint16_t view, std::uint64_t gfn, std::uint64_t to) override;
     void unmap(std::uint16_t view, std::uint64_t gfn) override;
     void set_rights(std::uint16_t view, std::uint64_t gfn, ffi::Rights rights) override;
+    std::uint64_t rip(std::uint16_t vcpu) override;
     void stop_step(std::uint16_t vcpu) override;
     void pause() override;
     void resume() override;

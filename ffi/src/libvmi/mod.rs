@@ -148,6 +148,13 @@ impl Hypervisor for Domain {
         check("vmi_set_mem_event", unsafe { sys::vmi_set_mem_event(self.vmi, gfn.0, access, view.0) })
     }
 
+    fn rip(&mut self, vcpu: VcpuId) -> Result<u64, Error> {
+        let (mut rip, register) = (0, u64::from(sys::RIP));
+        // SAFETY: the instance lives, and there is room for the register.
+        let read = unsafe { sys::vmi_get_vcpureg(self.vmi, &mut rip, register as sys::reg_t, vcpu.0.into()) };
+        check("vmi_get_vcpureg", read).map(|()| rip)
+    }
+
     fn stop_step(&mut self, vcpu: VcpuId) -> Result<(), Error> {
         let number = u32::from(vcpu.0);
         // SAFETY: the instance lives.

@@ -2,13 +2,15 @@
 
 use std::collections::BTreeMap;
 
-use hyperbp::{Gfn, Gpa, Hypervisor, PAGE_SIZE, Reply, Rights, Step, VcpuId, ViewId};
+use hyperbp::{Action, Gfn, Gpa, Hypervisor, PAGE_SIZE, Reply, Rights, Step, VcpuId, ViewId};
 
 /// Pages of the guest, from frame 0 on.
 pub const PAGES: u64 = 4;
 /// Frames from this one on are for shadows.
 pub const SHADOWS: u64 = 100;
 const INT3: u8 = 0xcc;
+/// Where a virtual CPU is that has gone on.
+const ELSEWHERE: u64 = 0x7fff_0000;
 /// What there is room for.
 const MOST_SHADOWS: u64 = 6;
 const MOST_VIEWS: usize = 10;
@@ -24,6 +26,8 @@ pub struct Cpu {
     pub stepping: bool,
     /// A fast step is on, and ends in this view.
     pub fast: Option<ViewId>,
+    /// Where it was when it was answered with what is done only when it goes on: it has not gone on yet.
+    pub held: Option<u64>,
 }
 
 /// It refuses.
@@ -157,12 +161,13 @@ impl Machine {
 
     /// A virtual CPU carries out a reply. Whether it is asked for what it already does is only known if all events
     /// so far were possible.
-    pub fn carry_out(&mut self, vcpu: usize, reply: &Reply, possible: bool) {
+    pub fn carry_out(&mut self, vcpu: usize, rip: u64, reply: &Reply, possible: bool) {
         assert!(reply.view.is_none_or(|view| self.has(view)), "a switch to a view that is not there");
         if let Step::Fast(back) = reply.step {
             assert!(self.has(back), "a fast step back to a view that is not there");
         }
         let cpu = &mut self.cpus[vcpu];
+        cpu.held = (!matches!(reply.action, Action::Resume)).then_some(rip);
         match reply.step {
             Step::Keep => {}
             Step::On => {
@@ -276,7 +281,11 @@ impl Hypervisor for Machine {
         let view = self.views.get_mut(&view).ok_or(Refused)?;
         match to {
             Some(to) => view.insert(gfn, (to, Rights::All)),
-            None => view.remove(&gfn),
+            None => {
+                let late = self.cpus.iter().find(|cpu| cpu.held.is_some());
+                assert!(late.is_none() || self.stubborn, "Xen would be late with the last answer: {late:?}");
+                view.remove(&gfn)
+            }
         };
         Ok(())
     }
@@ -287,6 +296,12 @@ impl Hypervisor for Machine {
         let to = self.lookup(view, gfn).0;
         self.views.get_mut(&view).ok_or(Refused)?.insert(gfn, (to, rights));
         Ok(())
+    }
+
+    fn rip(&mut self, vcpu: VcpuId) -> Result<u64, Refused> {
+        self.call()?;
+        let cpu = self.cpus.get(usize::from(vcpu.0)).ok_or(Refused)?;
+        Ok(cpu.held.unwrap_or(ELSEWHERE))
     }
 
     fn stop_step(&mut self, vcpu: VcpuId) -> Result<(), Refused> {

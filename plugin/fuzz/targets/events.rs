@@ -164,7 +164,7 @@ impl World {
             Act::Refuse(after, times) => machine.refuse = (after, times % 8),
             Act::Leave => self.left = engine.leave(machine).is_ok(),
             // Not before.
-            Act::Finish if self.left && engine.is_idle() => drop(engine.finish(machine)),
+            Act::Finish if self.left && engine.is_idle(machine) => drop(engine.finish(machine)),
             Act::Finish => {}
         }
     }
@@ -185,6 +185,9 @@ impl World {
             cpu.view = cpu.fast.take().unwrap_or(cpu.view);
             self.rips[vcpu] = registers.rip;
         }
+        if let Some(cpu) = self.machine.cpus.get_mut(vcpu) {
+            cpu.held = None;
+        }
         let cpu = self.machine.cpus.get(vcpu).copied().unwrap_or_default();
         let reason = match what.what {
             What::Int3(length) => Reason::Int3(Int3 { gpa, length }),
@@ -203,6 +206,7 @@ impl World {
     fn through(&mut self, vcpu: usize) {
         let vcpu = vcpu % self.machine.cpus.len();
         let cpu = &mut self.machine.cpus[vcpu];
+        cpu.held = None;
         if let Some(back) = cpu.fast.take() {
             cpu.view = back;
             assert!(self.machine.has(back), "a fast step goes back to a view that is not there");
@@ -241,7 +245,7 @@ impl World {
             })
         };
         if vcpu < self.machine.cpus.len() {
-            self.machine.carry_out(vcpu, &reply, self.possible);
+            self.machine.carry_out(vcpu, event.registers.rip, &reply, self.possible);
         } else {
             assert_eq!(reply, Reply::default(), "there is no such virtual CPU");
         }
@@ -257,7 +261,10 @@ impl World {
             self.called(|world| world.through(vcpu));
             self.called(|world| world.through(vcpu));
         }
-        assert!(self.engine.is_idle() || !self.possible, "a step is in flight that nobody makes");
+        let left = self.called(|world| world.engine.leave(&mut world.machine));
+        assert!(left.is_ok() || self.machine.stubborn, "leaving fails, and nothing is refused: {left:?}");
+        let idle = self.called(|world| world.engine.is_idle(&mut world.machine));
+        assert!(idle || !self.possible || self.machine.stubborn, "a step is in flight that nobody makes");
         let finished = self.called(|world| world.engine.finish(&mut world.machine));
         let machine = &self.machine;
         if machine.stubborn {

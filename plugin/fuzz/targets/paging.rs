@@ -142,6 +142,10 @@ impl Hypervisor for Memory {
         unreachable!("a walk only reads")
     }
 
+    fn rip(&mut self, _: VcpuId) -> Result<u64, Nowhere> {
+        unreachable!("a walk only reads")
+    }
+
     fn stop_step(&mut self, _: VcpuId) -> Result<(), Nowhere> {
         unreachable!("a walk only reads")
     }

@@ -23,6 +23,8 @@ impl Engine {
         let watched = self.registry.claims.watches().get(gfn).is_some_and(|watch| watch.accesses.include(access));
         let stepped = self.registry.is_watched(gfn) || self.registry.page(gfn).is_some();
         let breakpoint = if stepped { self.fetched(hv, event, access) } else { None };
+        // It may have been told of before: then it is still the same hit.
+        let breakpoint = breakpoint.filter(|at| !self.vcpus[index].is_over(*at));
         if let Some(at) = breakpoint.and_then(|at| self.registry.locate(at)) {
             self.counters.hits += 1;
             self.hit_at = hv.now();
@@ -118,8 +120,8 @@ impl Engine {
                 return Ok(step::step_on_own_pages(vcpu, views));
             }
             self.counters.unexplained += 1;
-            if views.is_some_and(|views| !views.all().contains(&event.view)) {
-                // It was queued when the virtual CPU was in another view.
+            if self.leaving || views.is_some_and(|views| !views.all().contains(&event.view)) {
+                // It was queued when the virtual CPU was in another view, or when the page was ours.
                 return Ok(Reply::default());
             }
             // Not ours, or not any more. Xen emulates only if the access is still denied, so the guest goes on.

@@ -102,7 +102,7 @@ impl Engine {
             Observed::Answered
         });
         match observed {
-            Observed::Answered => self.conclude(hv, index, reply),
+            Observed::Answered => self.conclude(hv, index, event, reply),
             _ => self.telling = true,
         }
         observed
@@ -185,7 +185,7 @@ impl Engine {
         if let (Some(registers), Action::Resume) = (changed, &reply.action) {
             reply.action = Action::SetRegisters(*registers);
         }
-        self.conclude(hv, index, reply);
+        self.conclude(hv, index, event, reply);
     }
 
     /// The whole of the end of a single-step, without the rest of its event, of which it needs nothing. False if somebody is
@@ -203,10 +203,10 @@ impl Engine {
     #[inline(never)]
     fn end_step<H: Hypervisor>(&mut self, hv: &mut H, index: usize, reply: &mut Reply) {
         let vcpu = &mut self.vcpus[index];
-        (vcpu.emulating, vcpu.fast) = (None, None);
+        (vcpu.emulating, vcpu.fast, vcpu.answered) = (None, None, None);
         *reply = Reply::default();
         self.on_step(hv, index, reply);
-        self.conclude(hv, index, reply);
+        self.follow_up(hv, index, reply);
     }
 
     /// The slot of the event's virtual CPU, with a fast step that is over forgotten, and whether it is being stepped.
@@ -220,6 +220,7 @@ impl Engine {
         if !matches!(event.reason, Reason::EmulationFailed) {
             vcpu.emulating = None;
         }
+        vcpu.answered = None;
         let stepping = vcpu.stepping;
         // Still at the instruction, it may not be through.
         if vcpu.fast.take() == Some(event.registers.rip) {
@@ -243,12 +244,21 @@ impl Engine {
 
     /// The last of an answer.
     #[inline(always)]
-    fn conclude<H: Hypervisor>(&mut self, hv: &mut H, index: usize, reply: &mut Reply) {
+    fn conclude<H: Hypervisor>(&mut self, hv: &mut H, index: usize, event: &Event, reply: &mut Reply) {
+        self.follow_up(hv, index, reply);
+        if !matches!(reply.action, Action::Resume) {
+            self.vcpus[index].answered = Some(event.registers.rip);
+        }
+    }
+
+    #[inline(always)]
+    fn follow_up<H: Hypervisor>(&mut self, hv: &mut H, index: usize, reply: &mut Reply) {
         let vcpu = &mut self.vcpus[index];
         if vcpu.late {
             vcpu.late = false;
-            if matches!(reply.action, Action::Emulate | Action::EmulateRead(_) | Action::EmulateInstruction(_)) {
+            if !matches!(reply.action, Action::Resume | Action::SetRegisters(_)) {
                 // It tries again, and then it is not too late any more.
+                self.counters.reinjected -= u64::from(matches!(reply.action, Action::Reinject));
                 reply.action = Action::Resume;
             }
         }
@@ -260,9 +270,12 @@ impl Engine {
         }
     }
 
-    /// Gives pages back, with an answer that Xen is not late with.
+    /// Gives pages back, with an answer that Xen is not late with, if it is not late with the others' either.
     #[cold]
     fn vacate_after<H: Hypervisor>(&mut self, hv: &mut H, index: usize) {
+        if !self.is_settled(hv) {
+            return;
+        }
         if let Err(error) = self.vacate_all(hv) {
             log::warn!("a page could not be given back: {error}");
             self.counters.failures += 1;

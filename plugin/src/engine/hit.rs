@@ -159,8 +159,9 @@ impl Engine {
         let (vcpu, views) = (&mut self.vcpus[index], self.views.as_ref());
         let (page, spot, claims) = self.registry.parts(found);
         let breakpoint = &mut page.breakpoints[spot];
+        let at = breakpoint.gpa;
         if breakpoint.displaced.byte() == INT3 {
-            *reply = self.reinjected();
+            *reply = self.reinjected_after_hit(index, at, found);
             return Ok(());
         }
         let at_once = match breakpoint.step_over.steps() || vcpu.late || crowded {

@@ -4,6 +4,7 @@ use super::Engine;
 use crate::breakpoint::Located;
 use crate::insn::paging;
 use crate::placement::INT3;
+use crate::step::Over;
 use crate::views::Views;
 use crate::{Action, Event, Gpa, Hypervisor, Int3, PAGE_SIZE, Reply, conceal, step};
 
@@ -73,6 +74,9 @@ impl Engine {
         if let Some(found) = self.registry.locate(at) {
             let (vcpu, views) = (&mut self.vcpus[index], self.views.as_ref());
             let (page, breakpoint) = self.registry.located(found);
+            if breakpoint.displaced.byte() == INT3 {
+                return Ok(self.reinjected());
+            }
             if page.lifted == 0 {
                 let rip = event.registers.rip;
                 step::step(hv, views, vcpu, page.placement, (found, breakpoint), rip, &mut reply)?;
@@ -86,6 +90,18 @@ impl Engine {
     pub(super) fn reinjected(&mut self) -> Reply {
         self.counters.reinjected += 1;
         Reply { action: Action::Reinject, ..Reply::default() }
+    }
+
+    /// The same under a breakpoint that was hit. If Xen would be late with it, the virtual CPU meets it again, and it is
+    /// known to be the same hit.
+    #[cold]
+    pub(super) fn reinjected_after_hit(&mut self, index: usize, at: Gpa, found: Located) -> Reply {
+        let vcpu = &mut self.vcpus[index];
+        if !vcpu.late {
+            return self.reinjected();
+        }
+        vcpu.over = Some(Over { at, found });
+        Reply { step: vcpu.step(), ..Reply::default() }
     }
 
     /// Runs an instruction that ends in the breakpoint at `at`, on the guest's own bytes.

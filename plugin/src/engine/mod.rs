@@ -8,6 +8,7 @@ mod int3;
 mod observed;
 mod presence;
 mod setting;
+mod settled;
 mod stepped;
 mod watching;
 
@@ -39,7 +40,7 @@ const VACANT: usize = 16;
 /// - Several may subscribe to the same instruction. Each is told of every hit, in the order they came.
 /// - An instruction that faults and is run again by the guest (a page fault, say) is a hit each time.
 ///
-/// To leave a domain: [`leave`](Self::leave), go on handling the events that are still queued until
+/// To leave a domain: [`leave`](Self::leave), go on handling the events that are still queued, and leave again, until
 /// [`is_idle`](Self::is_idle), then [`finish`](Self::finish).
 #[derive(Debug)]
 pub struct Engine {
@@ -49,7 +50,8 @@ pub struct Engine {
     views: Option<Views>,
     /// Pages whose last breakpoint is gone, but that the hypervisor has refused to make the guest's own again.
     unclosed: Vec<Page>,
-    /// Pages whose last breakpoint was gone, between the two halves of an event, and that are to be made so after it.
+    /// Pages whose last breakpoint was gone when they could not be [given back](Self::is_settled), and that are to be after
+    /// an event.
     vacant: Vec<Gfn>,
     /// Between the two halves of an event.
     telling: bool,

@@ -77,7 +77,8 @@ impl Engine {
         })
     }
 
-    /// Removes every breakpoint. Events may still be queued, and virtual CPUs stay in our views until
+    /// Removes every breakpoint, and gives their pages back, or does so when it is called again, if now it
+    /// [cannot](Self::is_settled). Events may still be queued, and virtual CPUs stay in our views until
     /// [`finish`](Self::finish): in the host view they could see the shadows' frames.
     ///
     /// # Errors
@@ -91,18 +92,29 @@ impl Engine {
         for id in self.registry.ids() {
             result = result.and(self.remove(hv, id));
         }
-        result = result.and(self.vacate_all(hv).doing("give a page back"));
-        result.and(self.close_again(hv, |_| true).doing("give a page back"))
+        if self.is_settled(hv) {
+            result = result.and(self.vacate_all(hv).doing("give a page back"));
+            result = result.and(self.close_again(hv, |_| true).doing("give a page back"));
+        }
+        result
     }
 
-    /// No virtual CPU is in the middle of a monitored step.
+    /// No virtual CPU is in the middle of a monitored step, none has [still to go on](Self::is_settled), and no page is
+    /// still to be given back.
     #[must_use]
-    pub fn is_idle(&self) -> bool {
+    pub fn is_idle<H: Hypervisor>(&mut self, hv: &mut H) -> bool {
         self.vcpus.iter().all(|vcpu| !vcpu.stepping)
+            && self.vacant.is_empty()
+            && self.unclosed.is_empty()
+            && self.is_settled(hv)
     }
 
     /// After [`leave`](Self::leave), when the engine [is idle](Self::is_idle) and no event is queued: ends fast steps,
     /// drops the views and gives the shadows' memory back. Nothing of the engine is left in the domain.
+    ///
+    /// If the engine is not idle, that is done all the same. It harms no virtual CPU that was in the middle of a step; but
+    /// one that has still to go on with an answer may do that too late, if the domain is not paused until nobody monitors
+    /// it any more: then Xen forgets the answer (`vm_event_cleanup_domain`, xen/arch/x86/vm_event.c).
     ///
     /// # Errors
     /// If the hypervisor refuses; it may be called again.
@@ -117,6 +129,11 @@ impl Engine {
         })?;
         self.views = None;
         self.vcpus.iter_mut().for_each(|vcpu| vcpu.late = false);
+        // What could not be given back until now went with the views.
+        for gfn in std::mem::take(&mut self.vacant) {
+            self.registry.remove_page(gfn);
+        }
+        self.unclosed.retain(|page| page.shadow.is_none());
         Ok(())
     }
 }

@@ -20,6 +20,9 @@ impl Engine {
         self.catch_up(hv, gpa.gfn()).doing("settle the page")?;
         let other = |p: &Page| p.placement != mechanism.placement() || p.conceal != mechanism.conceal();
         if self.registry.page(gpa.gfn()).is_some_and(|page| page.breakpoints.is_empty() && other(page)) {
+            if !self.is_settled(hv) {
+                return Err(Error::NotGivenBack(gpa));
+            }
             self.vacate(hv, gpa.gfn()).doing("prepare the page")?;
         }
         let page = self.registry.page(gpa.gfn());
@@ -38,12 +41,9 @@ impl Engine {
             self.open(hv, gpa.gfn(), mechanism)?;
         }
         let armed = self.arm(hv, gpa, mechanism.step_over());
-        if armed.is_err()
-            && new
-            && let Some(page) = self.registry.remove_page(gpa.gfn())
-        {
+        if armed.is_err() && new {
             // What failed is what the caller is to hear about, not that undoing it failed too.
-            let _ = self.close(hv, page);
+            let _ = self.give_back(hv, gpa.gfn());
         }
         armed
     }
@@ -63,10 +63,14 @@ impl Engine {
         if placement == Placement::InPlace && watch.is_some_and(|watch| watch.accesses.execute) {
             return Err(Error::WatchConflict(gfn));
         }
-        self.close_again(hv, |page| page.gfn == gfn).doing("prepare the page")?;
+        if self.unclosed.iter().any(|page| page.gfn == gfn) {
+            if !self.is_settled(hv) {
+                return Err(Error::NotGivenBack(gfn.at(0)));
+            }
+            self.close_again(hv, |page| page.gfn == gfn).doing("prepare the page")?;
+        }
         // Nobody is to write to the page while we look at it, nor to run between two of the steps.
-        let unmappings = self.unmappings();
-        let shadow = paused(hv, |hv| {
+        let opened = paused(hv, |hv| {
             if placement == Placement::Shadow {
                 self.ensure_views(hv)?;
             }
@@ -74,28 +78,22 @@ impl Engine {
             if self.views.as_ref().is_some_and(|views| views.hides(gfn)) {
                 return Err(Error::NoMemory(gfn.at(0)));
             }
-            placement::open(hv, self.views.as_mut(), gfn, placement).doing("prepare the page")
+            let shadow = placement::prepare(hv, self.views.as_mut(), gfn, placement).doing("prepare the page")?;
+            let (breakpoints, conceal) = (Vec::new(), mechanism.conceal());
+            self.registry.add_page(Page { gfn, placement, conceal, shadow, breakpoints, lifted: 0, unsettled: false });
+            let opened = placement::open(hv, self.views.as_ref(), gfn, shadow).doing("prepare the page");
+            opened.inspect_err(|_| {
+                if shadow.is_none() {
+                    self.registry.remove_page(gfn);
+                }
+            })
         });
-        self.note_unmappings(unmappings);
-        let shadow = shadow?;
-        let conceal = mechanism.conceal();
-        self.registry.add_page(Page {
-            gfn,
-            placement,
-            conceal,
-            shadow,
-            breakpoints: Vec::new(),
-            lifted: 0,
-            unsettled: false,
-        });
-        if let Err(error) = self.restrict(hv, gfn)
-            && let Some(page) = self.registry.remove_page(gfn)
-        {
+        let opened = opened.and_then(|()| self.restrict(hv, gfn).doing("watch the page"));
+        if opened.is_err() {
             // What failed is what the caller is to hear about, not that undoing it failed too.
-            let _ = self.close(hv, page);
-            return Err(error).doing("watch the page");
+            let _ = self.give_back(hv, gfn);
         }
-        Ok(())
+        opened
     }
 
     /// Sets a breakpoint in a page that is prepared.
@@ -106,9 +104,7 @@ impl Engine {
         if let Some(page) = self.registry.page(gpa.gfn()).filter(|page| page.lifted == 0)
             && let Err(error) = placement::arm(hv, page, gpa, displaced.byte())
         {
-            if page.breakpoints.len() > 1 {
-                self.registry.unsubscribe(id);
-            }
+            self.registry.unsubscribe(id);
             return Err(error).doing("write the breakpoint");
         }
         Ok(id)
@@ -140,11 +136,20 @@ impl Engine {
         }
         let Some(page) = self.registry.unsubscribe(id) else { return Ok(()) };
         let gfn = page.gfn;
-        if self.telling && page.shadow.is_some() {
-            self.vacant.push(gfn);
+        self.give_back(hv, gfn).doing("give the page back")
+    }
+
+    /// Makes a page without breakpoints the guest's own again: as soon as no answer is on its way that Xen would be late
+    /// with. Until then it is one without breakpoints.
+    fn give_back<H: Hypervisor>(&mut self, hv: &mut H, gfn: Gfn) -> Result<(), H::Error> {
+        let shadowed = self.registry.page(gfn).is_some_and(|page| page.shadow.is_some());
+        if shadowed && (self.telling || !self.is_settled(hv)) {
+            if !self.vacant.contains(&gfn) {
+                self.vacant.push(gfn);
+            }
             return Ok(());
         }
-        self.vacate(hv, gfn).doing("give the page back")
+        self.vacate(hv, gfn)
     }
 
     /// Makes a page without breakpoints the guest's own again.
@@ -155,7 +160,7 @@ impl Engine {
         self.close(hv, page)
     }
 
-    /// The same with all that have none after an event.
+    /// The same with all that were kept until now.
     #[cold]
     pub(super) fn vacate_all<H: Hypervisor>(&mut self, hv: &mut H) -> Result<(), H::Error> {
         let mut result = Ok(());

@@ -16,20 +16,32 @@ use crate::{Gfn, Gpa, Hypervisor, PAGE_SIZE, Placement};
 /// INT3.
 pub(crate) const INT3: u8 = 0xcc;
 
-/// Prepares a page for its first breakpoint. Returns its shadow, if the placement has one. No virtual CPU may run.
-pub(crate) fn open<H: Hypervisor>(
+/// Makes the shadow of a page that is to be [opened](open), if the placement has one. No virtual CPU may run from here on.
+pub(crate) fn prepare<H: Hypervisor>(
     hv: &mut H,
     views: Option<&mut Views>,
     gfn: Gfn,
     placement: Placement,
 ) -> Result<Option<Gfn>, H::Error> {
     match (placement, views) {
-        (Placement::Shadow, Some(views)) => shadow::open(hv, views, gfn).map(Some),
+        (Placement::Shadow, Some(views)) => shadow::copy(hv, views, gfn).map(Some),
+        _ => Ok(None),
+    }
+}
+
+/// Makes a page one that breakpoints can be in. If the hypervisor refuses, and it has a shadow, it is to be [closed](close).
+pub(crate) fn open<H: Hypervisor>(
+    hv: &mut H,
+    views: Option<&Views>,
+    gfn: Gfn,
+    shadow: Option<Gfn>,
+) -> Result<(), H::Error> {
+    match (shadow, views) {
+        (Some(shadow), Some(views)) => views.show(hv, shadow, gfn),
         (_, views) => {
-            let views = views.as_deref();
             let guarded = in_place::guard(hv, views, gfn);
             // What failed is what the caller is to hear about, not that undoing it failed too.
-            guarded.inspect_err(|_| drop(in_place::unguard(hv, views, gfn))).map(|()| None)
+            guarded.inspect_err(|_| drop(in_place::unguard(hv, views, gfn)))
         }
     }
 }

@@ -5,18 +5,11 @@ use crate::breakpoint::Page;
 use crate::views::Views;
 use crate::{Gfn, Hypervisor, PAGE_SIZE};
 
-/// No virtual CPU may run: it could write to the page between two of these calls.
-pub(super) fn open<H: Hypervisor>(hv: &mut H, views: &mut Views, gfn: Gfn) -> Result<Gfn, H::Error> {
+/// No virtual CPU may run until the copy is shown: it could write to the page.
+pub(super) fn copy<H: Hypervisor>(hv: &mut H, views: &mut Views, gfn: Gfn) -> Result<Gfn, H::Error> {
     let mut bytes = [0; PAGE_SIZE];
     hv.read(gfn.at(0), &mut bytes)?;
-    let shadow = views.take_frame(hv, &bytes)?;
-    if let Err(error) = views.show(hv, shadow, gfn) {
-        // What failed is what the caller is to hear about, not that undoing it failed too.
-        let _ = views.unshow(hv, gfn);
-        let _ = views.give_frame(hv, shadow);
-        return Err(error);
-    }
-    Ok(shadow)
+    views.take_frame(hv, &bytes)
 }
 
 pub(super) fn close<H: Hypervisor>(hv: &mut H, views: &mut Views, gfn: Gfn, shadow: Gfn) -> Result<(), H::Error> {

@@ -67,6 +67,9 @@ pub(crate) struct Vcpu {
     pub(crate) monitored: bool,
     /// A view has let go of a page since it was last answered ([`Views::unmappings`]).
     pub(crate) late: bool,
+    /// Where it was when it was last answered, if the answer has something to be done when it goes on: RIP is another one
+    /// as soon as that is done. None if that is known to be.
+    pub(crate) answered: Option<u64>,
 }
 
 /// A breakpoint that a virtual CPU is stepped over.
@@ -99,6 +102,7 @@ impl Vcpu {
             accessing: None,
             monitored,
             late: false,
+            answered: None,
         }
     }
 

@@ -57,6 +57,8 @@ pub(crate) struct Vcpu {
     /// A view has let go of a page since it was last answered (`mapcache_invalidate`): the next answer's registers and
     /// emulation will not be carried out when it goes on, but at some later time.
     unmapped: bool,
+    /// Where it was when it was answered with what is done only when it goes on: it has not gone on yet.
+    held: Option<u64>,
     /// Exceptions that were delivered to it, and the last one: which, and where.
     pub(crate) exceptions: u64,
     pub(crate) last_exception: Option<(u8, u64)>,
@@ -119,6 +121,7 @@ impl Machine {
             fast: None,
             waiting: None,
             unmapped: false,
+            held: None,
             exceptions: 0,
             last_exception: None,
         };
@@ -199,6 +202,7 @@ impl Machine {
         if gfn.0 < SHADOWS || self.host.remove(&gfn).is_none() {
             return false;
         }
+        self.unmapped();
         for view in self.views.values_mut() {
             match view.remapped {
                 Some((low, high)) if (low..=high).contains(&gfn) => *view = View::default(),
@@ -245,7 +249,7 @@ impl Machine {
             (None, _) => {
                 // `p2m_remove_entry`
                 if view.entries.remove(&gfn).is_some() {
-                    self.vcpus.iter_mut().for_each(|vcpu| vcpu.unmapped = true);
+                    self.unmapped();
                 }
                 true
             }
@@ -269,6 +273,24 @@ impl Machine {
         true
     }
 
+    /// `ioreq_request_mapcache_invalidate`: the next time each virtual CPU goes on, nothing of an answer is done.
+    fn unmapped(&mut self) {
+        for vcpu in &mut self.vcpus {
+            assert_eq!(vcpu.held, None, "Xen would be late with what it was answered");
+            vcpu.unmapped = true;
+        }
+    }
+
+    pub(crate) fn rip(&self, vcpu: VcpuId) -> u64 {
+        let vcpu = &self.vcpus[usize::from(vcpu.0)];
+        vcpu.held.unwrap_or(vcpu.registers.rip)
+    }
+
+    /// All virtual CPUs have had the time to go on.
+    pub(crate) fn go_on(&mut self) {
+        self.vcpus.iter_mut().for_each(|vcpu| vcpu.held = None);
+    }
+
     pub(crate) fn stop_step(&mut self, vcpu: VcpuId) {
         let vcpu = &mut self.vcpus[usize::from(vcpu.0)];
         (vcpu.stepping, vcpu.fast) = (false, None);
@@ -279,8 +301,9 @@ impl Machine {
 impl Machine {
     /// Lets a virtual CPU that does not wait do one instruction.
     pub(crate) fn run(&mut self, index: usize) -> Ran {
-        let vcpu = &self.vcpus[index];
+        let vcpu = &mut self.vcpus[index];
         assert!(vcpu.waiting.is_none() && self.pauses == 0);
+        vcpu.held = None;
         let (registers, view) = (vcpu.registers, vcpu.view);
         let mut bus = Memory::new(self, Through::View(view), &registers, None);
         let done = if bus.machine.starts.contains(&registers.rip) {
@@ -368,13 +391,13 @@ impl Machine {
         }
         let unmapped = std::mem::take(&mut self.vcpus[index].unmapped);
         let at_once = match &reply.action {
-            Action::Resume | Action::Reinject => true,
+            Action::Resume => true,
             Action::Emulate | Action::EmulateRead(_) => !denied,
-            Action::EmulateInstruction(_) | Action::SetRegisters(_) => false,
+            Action::EmulateInstruction(_) | Action::SetRegisters(_) | Action::Reinject => false,
         };
         // `hvm_do_resume`
         assert!(at_once || !unmapped, "Xen would do it too late: {reply:?}");
-        match &reply.action {
+        let through = match &reply.action {
             Action::Resume => false,
             Action::Emulate => denied && self.emulate(index, None, None, fails),
             Action::EmulateRead(data) => denied && self.emulate(index, None, Some(data), fails),
@@ -389,7 +412,11 @@ impl Machine {
                 self.except(index, BP, int3.length);
                 true
             }
-        }
+        };
+        // The model has done it at once; but nobody can tell yet, unless there is an event already.
+        let vcpu = &mut self.vcpus[index];
+        vcpu.held = (!at_once && vcpu.waiting.is_none()).then_some(event.registers.rip);
+        through
     }
 
     /// Lets a virtual CPU that waits try again.

@@ -201,18 +201,19 @@ impl Session<'_> {
         self.failing = false;
         for _ in 0..PATIENCE {
             let waiting = self.world.machine.vcpus.iter().any(|vcpu| vcpu.waiting.is_some());
-            if !waiting && self.engine.is_idle() {
+            if !waiting && self.engine.is_idle(&mut self.world) {
                 self.engine.finish(&mut self.world).unwrap();
                 assert_eq!(self.engine.counters().failures, 0);
                 return;
             }
             for index in 0..self.world.machine.vcpus.len() {
                 self.answer(index);
-                if !self.engine.is_idle() {
+                if !self.engine.is_idle(&mut self.world) {
                     self.world.run(index);
                 }
             }
             self.world.check();
+            self.engine.leave(&mut self.world).unwrap();
         }
         panic!("a virtual CPU does not come out of its step");
     }
@@ -241,7 +242,9 @@ fn insert(engine: &mut Engine, world: &mut World, sites: &[Gpa], palette: &[Mech
     let mechanism = palette[usize::from(mechanism) % palette.len()];
     match engine.insert(world, gpa, mechanism) {
         Ok(breakpoint) => world.subscribed(breakpoint, mechanism.placement()),
-        Err(Error::PageConflict(at) | Error::StepOverConflict(at)) => assert!(at == gpa && palette.len() > 1),
+        Err(Error::PageConflict(at) | Error::StepOverConflict(at) | Error::NotGivenBack(at)) => {
+            assert!(at == gpa && palette.len() > 1)
+        }
         Err(Error::WatchConflict(gfn)) => assert!(gfn == gpa.gfn() && mechanism.placement() == Placement::InPlace),
         Err(error) => panic!("{error}"),
     }

@@ -272,6 +272,7 @@ impl World {
         self.kill_in = None;
         self.answering = None;
         self.machine.monitored = false;
+        self.machine.go_on();
         let pauses = std::mem::take(&mut self.machine.pauses);
         for index in 0..self.machine.vcpus.len() {
             self.machine.stop_step(VcpuId(index as u16));
@@ -442,6 +443,11 @@ impl Hypervisor for World {
             self.erase(Note::Guard(gfn));
         }
         Ok(())
+    }
+
+    fn rip(&mut self, vcpu: VcpuId) -> Result<u64, NoPage> {
+        self.call()?;
+        Ok(self.machine.rip(vcpu))
     }
 
     fn stop_step(&mut self, vcpu: VcpuId) -> Result<(), NoPage> {

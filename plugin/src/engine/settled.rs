@@ -1,0 +1,19 @@
+//! Whether virtual CPUs have gone on with what they were answered.
+
+use super::Engine;
+use crate::{Hypervisor, VcpuId};
+
+impl Engine {
+    /// Whether nothing is still to be done of an answer: registers, an emulation, an INT3 of the guest's own. Xen does these
+    /// only when the virtual CPU goes on, and where many share a CPU that takes milliseconds. If a page is taken out of a
+    /// view meanwhile, it does them too late ([`Views::unmappings`](crate::views::Views::unmappings)).
+    ///
+    /// A virtual CPU has gone on if it is not at the instruction any more that it was answered for, or has raised an event.
+    /// One whose instruction jumps to itself does neither, once its breakpoint is gone.
+    pub fn is_settled<H: Hypervisor>(&mut self, hv: &mut H) -> bool {
+        (0..).map(VcpuId).zip(&mut self.vcpus).all(|(vcpu, slot)| {
+            slot.answered = slot.answered.filter(|at| hv.rip(vcpu).is_ok_and(|rip| rip == *at));
+            slot.answered.is_none()
+        })
+    }
+}
