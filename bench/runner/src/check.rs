@@ -1,6 +1,7 @@
 //! Checks on a live guest: every combination of the three choices counts right, hides itself, delivers the guest's own
 //! INT3s and leaves nothing behind. No times are taken.
 
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
@@ -10,7 +11,7 @@ use hyperbp_bench_abi::{SITES, Workload};
 
 use crate::bench::Subject;
 use crate::cli::{Backend, Host};
-use crate::core::{self, Idle};
+use crate::core::{self, Idle, OnHit, Outcome};
 use crate::elsewhere::{self, Original, Program};
 use crate::guest::Guest;
 use crate::recover::Traces;
@@ -118,22 +119,30 @@ fn watched(
 /// # Errors
 /// If the domain does not run the guest, or its storm does not end.
 pub(crate) fn attach(domain: &mut Domain, times: u32) -> Result<usize> {
-    /// Calls of the storms the guest is kept busy with, and how long it is served.
+    /// Calls of the storms the guest is kept busy with.
     const CALLS: u32 = 40;
-    const SERVED: Duration = Duration::from_millis(3);
+    /// After so many hits the monitor leaves, at most: when a virtual CPU has been answered that has not gone on yet.
+    const HITS: u32 = 31;
     let guest = Guest::find(domain)?;
+    // The first time takes the page of the ring out of the domain.
+    Monitor::attach(domain).context("cannot monitor the domain")?;
     let before = Traces::of(domain)?;
     let quiet = speed(&guest)?;
+    let (begin, mut storms) = (guest.storm(), 0);
     let mechanisms: Vec<_> = Mechanism::all().collect();
     let mut failed = 0;
     for time in 0..times as usize {
         let mechanism = mechanisms[time % mechanisms.len()];
-        if guest.is_done() {
-            guest.request(Workload::Storm, CALLS);
-        }
-        let start = Instant::now();
-        let mut idle = || (start.elapsed() < SERVED).then_some(PATIENCE);
-        let served = attach_once(domain, &guest, mechanism, &mut idle);
+        let hits = Cell::new(0);
+        let mut idle = || {
+            if guest.is_done() {
+                guest.request(Workload::Storm, CALLS);
+                storms += 1;
+            }
+            (hits.get() <= time as u32 % HITS).then_some(PATIENCE)
+        };
+        let mut on_hit = |_, _: &dyn Fn() -> Result<Outcome>| hits.set(hits.get() + 1);
+        let served = attach_once(domain, &guest, mechanism, &mut on_hit, &mut idle);
         let after = Traces::of(domain);
         let result = served.and(after).and_then(|after| {
             ensure!(after == before, "{after:?} is left, of {before:?}");
@@ -147,6 +156,9 @@ pub(crate) fn attach(domain: &mut Domain, times: u32) -> Result<usize> {
     guest.wait_until_done(STUCK)?;
     guest.check(domain)?;
     let storm = guest.storm();
+    // What a virtual CPU was answered may have been done too late: then it has gone back to where it was before.
+    let executed = storm.executions.iter().zip(begin.executions).map(|(after, before)| after - before);
+    check_executions(&guest, executed, storms, u64::from(CALLS))?;
     ensure!(
         storm.hash_mismatches + storm.rewrite_mismatches == 0,
         "the guest saw something that is not its own: {storm:?}"
@@ -160,9 +172,15 @@ pub(crate) fn attach(domain: &mut Domain, times: u32) -> Result<usize> {
     Ok(failed)
 }
 
-fn attach_once(domain: &mut Domain, guest: &Guest, mechanism: Mechanism, idle: &mut Idle<'_>) -> Result<()> {
+fn attach_once(
+    domain: &mut Domain,
+    guest: &Guest,
+    mechanism: Mechanism,
+    on_hit: &mut OnHit<'_>,
+    idle: &mut Idle<'_>,
+) -> Result<()> {
     let mut monitor = Monitor::attach(domain).context("cannot monitor the domain")?;
-    core::run(domain, &mut monitor, mechanism, &guest.sites(), idle)?;
+    core::watch(domain, &mut monitor, mechanism, &guest.sites(), on_hit, idle)?;
     Ok(())
 }
 
@@ -190,18 +208,24 @@ pub(crate) fn settle(domain: &mut Domain, calls: u32) -> Result<()> {
     guest.wait_until_done(STUCK)?;
     guest.check(domain)?;
     let storms = u64::from(guest.requests());
-    let hammering = u64::from(if guest.vcpus() > 2 { guest.vcpus() - 1 } else { guest.vcpus() });
     let storm = guest.storm();
-    for (site, executions) in storm.executions.iter().enumerate() {
-        // Calls take the sites in turn, and one to a site runs through those before it in the list.
-        let of_one: u64 = (0..u64::from(calls)).filter(|call| call % SITES.len() as u64 >= site as u64).count() as u64;
-        let expected = storms * hammering * of_one;
-        ensure!(*executions == expected, "site {site} was executed {executions} times, not {expected}");
-    }
+    check_executions(&guest, storm.executions.iter().copied(), storms, u64::from(calls))?;
     ensure!(storm.hash_mismatches == 0, "{} hashes of the page were wrong", storm.hash_mismatches);
     ensure!(storm.rewrite_mismatches == 0, "{} writes were lost", storm.rewrite_mismatches);
     Traces::of(domain)?;
     println!("The guest has ended {storms} storms as if nobody had watched.");
+    Ok(())
+}
+
+/// Checks that each site was executed as often as so many storms of so many calls do.
+fn check_executions(guest: &Guest, executed: impl Iterator<Item = u64>, storms: u64, calls: u64) -> Result<()> {
+    let hammering = u64::from(if guest.vcpus() > 2 { guest.vcpus() - 1 } else { guest.vcpus() });
+    for (site, executions) in (0..).zip(executed) {
+        // Calls take the sites in turn, and one to a site runs through those before it in the list.
+        let of_one = (0..calls).filter(|call| call % SITES.len() as u64 >= site).count() as u64;
+        let expected = storms * hammering * of_one;
+        ensure!(executions == expected, "site {site} was executed {executions} times, not {expected}");
+    }
     Ok(())
 }
 
