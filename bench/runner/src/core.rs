@@ -1,6 +1,7 @@
 //! The backend `hyperbp`: the core, driven by the ring.
 
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use hdrhistogram::Histogram;
@@ -150,16 +151,29 @@ fn serve(
     Ok(any)
 }
 
+/// How long a virtual CPU may take to go on with what it was answered. Where many share a CPU it takes milliseconds.
+const SETTLED: Duration = Duration::from_millis(100);
+
+/// Waits until every virtual CPU has gone on. None is answered meanwhile: one that waits does not keep the others from it.
+fn settle(domain: &mut Domain, engine: &mut Engine) {
+    const LOOK: Duration = Duration::from_micros(500);
+    let start = Instant::now();
+    while !engine.is_settled(domain) && start.elapsed() < SETTLED {
+        thread::sleep(LOOK);
+    }
+}
+
 fn leave(domain: &mut Domain, monitor: &mut Monitor, engine: &mut Engine) -> Result<()> {
-    /// Each ends with [`PATIENCE`] at most.
+    /// Each ends with [`SETTLED`] and [`PATIENCE`] at most.
     const ROUNDS: u32 = 500;
     engine.leave(domain)?;
     for _ in 0..ROUNDS {
+        settle(domain, engine);
+        engine.leave(domain)?;
         // Without an event for a while, none is queued.
         if !serve(domain, monitor, engine, PATIENCE, &mut |_, _| {})? && engine.is_idle(domain) {
             return Ok(engine.finish(domain)?);
         }
-        engine.leave(domain)?;
     }
     let idle = engine.is_idle(domain);
     engine.finish(domain)?;
