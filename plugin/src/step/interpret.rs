@@ -1,7 +1,7 @@
 //! We compute what the instruction does: one event, no step, and no emulator.
 
 use crate::breakpoint::Claims;
-use crate::insn::interpret::{Memory, Op};
+use crate::insn::interpret::{Memory, Op, Operand};
 use crate::insn::paging::{self, Intent};
 use crate::views::Views;
 use crate::{Action, Gfn, Gpa, Hypervisor, Registers, Reply};
@@ -33,6 +33,15 @@ impl<H: Hypervisor> Guest<'_, H> {
         self.is_plain(gpa.gfn()).then_some(gpa)
     }
 
+    /// Whether the operand could be accessed: a write goes nowhere.
+    pub(super) fn is_accessible(&mut self, operand: Operand) -> bool {
+        let (linear, size) = (operand.linear, usize::from(operand.size));
+        match operand.intent {
+            Intent::Read => [0; 8].get_mut(..size).and_then(|into| self.read(linear, into)).is_some(),
+            Intent::Write => self.locate(linear, size, Intent::Write).is_some(),
+        }
+    }
+
     fn is_plain(&self, gfn: Gfn) -> bool {
         self.claims.spare(gfn) && !self.views.is_some_and(|views| views.hides(gfn))
     }
@@ -48,18 +57,5 @@ impl<H: Hypervisor> Memory for Guest<'_, H> {
     fn write(&mut self, linear: u64, bytes: &[u8]) -> Option<()> {
         let gpa = self.locate(linear, bytes.len(), Intent::Write)?;
         self.hv.write(gpa, bytes).ok()
-    }
-}
-
-/// The same, but what is written goes nowhere: to see whether an instruction would go through.
-pub(super) struct Rehearsal<'a, 'g, H>(pub(super) &'a mut Guest<'g, H>);
-
-impl<H: Hypervisor> Memory for Rehearsal<'_, '_, H> {
-    fn read(&mut self, linear: u64, into: &mut [u8]) -> Option<()> {
-        self.0.read(linear, into)
-    }
-
-    fn write(&mut self, linear: u64, bytes: &[u8]) -> Option<()> {
-        self.0.locate(linear, bytes.len(), Intent::Write).map(|_| ())
     }
 }
