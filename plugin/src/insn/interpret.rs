@@ -57,9 +57,9 @@ pub(crate) struct Op {
     from: Place,
     /// An immediate, sign-extended; or how far a branch goes, from the next instruction; or what RET pops besides.
     immediate: i64,
-    /// Whether it reads memory or writes it, and how many bytes. None does both.
+    /// Whether it reads memory or writes it, and how many bytes. None does both, or either twice.
     access: Option<(Intent, u8)>,
-    /// Where that is; or what LEA computes.
+    /// Where that is; for LEA, what it computes.
     memory: Address,
 }
 
@@ -106,14 +106,22 @@ enum Place {
     Memory,
 }
 
-/// `base + index * scale + displacement`; with RIP for the base, that of the instruction itself.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// `base + index * scale + displacement`, of which the bits of the mask are left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Address {
-    base: Option<u8>,
+    base: Base,
     index: Option<u8>,
     scale: u8,
-    rip: bool,
     displacement: i64,
+    mask: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Base {
+    Register(u8),
+    Nothing,
+    /// RIP of the instruction itself.
+    Rip,
 }
 
 impl Op {
@@ -138,7 +146,7 @@ impl Op {
             from: Place::Nowhere,
             immediate: 0,
             access: None,
-            memory: Address::default(),
+            memory: Address { base: Base::Nothing, index: None, scale: 0, displacement: 0, mask: mask(long) },
         };
         op.fill(&instruction)?;
         op.access = op.accesses();
@@ -194,9 +202,9 @@ impl Op {
                     return None;
                 }
                 self.memory = match self.kind {
-                    Kind::Push => Address::of(SP, -i64::from(self.size)),
-                    Kind::Pop => Address::of(SP, 0),
-                    _ => Address::of(BP, 0),
+                    Kind::Push => self.stack(SP, -i64::from(self.size)),
+                    Kind::Pop => self.stack(SP, 0),
+                    _ => self.stack(BP, 0),
                 };
                 if self.kind == Kind::Leave {
                     let plain = if self.long { Code::Leaveq } else { Code::Leaved };
@@ -225,6 +233,12 @@ impl Op {
         Some(())
     }
 
+    /// An address on the stack.
+    const fn stack(&self, register: u8, displacement: i64) -> Address {
+        Address { base: Base::Register(register), index: None, scale: 0, displacement, mask: mask(self.long) }
+    }
+
+    /// What the other fields say of [`access`](Self::access).
     fn accesses(&self) -> Option<(Intent, u8)> {
         let memory = self.to == Place::Memory || self.from == Place::Memory;
         match self.kind {
@@ -257,7 +271,7 @@ impl Op {
             }
             FlowControl::Call if instruction.is_call_near() => {
                 self.kind = Kind::Call;
-                self.memory = Address::of(SP, -i64::from(self.size));
+                self.memory = self.stack(SP, -i64::from(self.size));
                 near(self)
             }
             FlowControl::IndirectBranch | FlowControl::IndirectCall => {
@@ -267,7 +281,7 @@ impl Op {
                 }
                 let jump = instruction.flow_control() == FlowControl::IndirectBranch;
                 self.kind = if jump { Kind::Jump } else { Kind::Call };
-                self.memory = Address::of(SP, -i64::from(self.size));
+                self.memory = self.stack(SP, -i64::from(self.size));
                 self.from = self.place(instruction, 0)?;
                 Some(())
             }
@@ -277,7 +291,7 @@ impl Op {
                     false => (Code::Retnd, Code::Retnd_imm16),
                 };
                 self.kind = Kind::Return;
-                self.memory = Address::of(SP, 0);
+                self.memory = self.stack(SP, 0);
                 self.immediate = match instruction.code() {
                     code if code == plain => 0,
                     code if code == popping => instruction.immediate16().into(),
@@ -335,7 +349,6 @@ impl Op {
         {
             return None;
         }
-        let rip = instruction.memory_base() == Register::RIP;
         let size = if self.long { 8 } else { 4 };
         let number = |register: Register| match register {
             Register::None => Some(None),
@@ -343,37 +356,36 @@ impl Op {
             _ if register_size(register)? == size => Some(Some(number_of(register)?)),
             _ => None,
         };
-        let base = if rip { None } else { number(instruction.memory_base())? };
+        let base = match instruction.memory_base() {
+            Register::RIP => Base::Rip,
+            register => number(register)?.map_or(Base::Nothing, Base::Register),
+        };
         let index = number(instruction.memory_index())?;
-        if self.long && base.is_none() && index.is_none() && !rip && instruction.memory_displ_size() != 8 {
+        if self.long && base == Base::Nothing && index.is_none() && instruction.memory_displ_size() != 8 {
             // An absolute address of 32 bits: with an address-size prefix it is not sign-extended, so leave it alone.
             return None;
         }
         let (scale, displacement) =
             (instruction.memory_index_scale() as u8, instruction.memory_displacement64() as i64);
-        Some(Address { base, index, scale, rip, displacement })
+        Some(Address { base, index, scale, displacement, mask: mask(self.long) })
     }
 
-    /// What it accesses of memory, if it does, and nothing about it is unusual.
-    #[inline]
+    /// What it would access of memory. `None` if that is nothing, or if [`run`](Self::run) would not do it for another reason
+    /// than the access itself. (But for where a jump goes: that is not looked at.)
+    #[inline(always)]
     pub(crate) fn operand(&self, registers: &Registers) -> Option<Operand> {
-        let (intent, size) = self.access.filter(|_| self.is_usual(registers) && is_unchecked(registers))?;
-        Some(Operand { linear: self.memory.linear(registers) & self.mask(), size, intent })
+        let (intent, size) = self.access?;
+        let usual = self.is_usual(registers) && is_unchecked(registers);
+        usual.then(|| Operand { linear: self.memory.of(registers), size, intent })
     }
 
-    /// Whether the CPU would do with it what we do.
+    /// Whether the CPU would do with it what we do, in the mode that it was decoded for.
     fn is_usual(&self, registers: &Registers) -> bool {
-        let mode = if self.long { CodeMode::Bits64 } else { CodeMode::Bits32 };
-        registers.mode == mode
-            && registers.rflags & (TF | VM) == 0
+        debug_assert_eq!(registers.mode == CodeMode::Bits64, self.long, "decoded for another mode");
+        registers.rflags & (TF | VM) == 0
             && !registers.has_debugger()
             && registers.cr4 & CR4_CET == 0
             && (self.long || registers.flat)
-    }
-
-    /// What addresses are taken modulo, less one.
-    fn mask(&self) -> u64 {
-        if self.long { u64::MAX } else { u32::MAX.into() }
     }
 
     /// Does it: on `Some`, `new`, which is a copy of the `old` registers, and memory are as after the instruction. On `None`,
@@ -387,16 +399,17 @@ impl Op {
 }
 
 impl Address {
-    fn of(register: u8, displacement: i64) -> Self {
-        Self { base: Some(register), displacement, ..Self::default() }
-    }
-
-    /// Before it is taken modulo anything.
-    fn linear(&self, registers: &Registers) -> u64 {
-        let register = |number: Option<u8>| number.map_or(0, |number| registers.gpr[usize::from(number & 15)]);
-        let origin = if self.rip { registers.rip } else { register(self.base) };
-        let scaled = register(self.index).wrapping_mul(self.scale.into());
-        origin.wrapping_add(scaled).wrapping_add(self.displacement as u64)
+    /// What it is with these registers.
+    #[inline(always)]
+    fn of(&self, registers: &Registers) -> u64 {
+        let register = |number: u8| registers.gpr[usize::from(number & 15)];
+        let base = match self.base {
+            Base::Nothing => 0,
+            Base::Register(number) => register(number),
+            Base::Rip => registers.rip,
+        };
+        let scaled = self.index.map_or(0, |number| register(number).wrapping_mul(self.scale.into()));
+        base.wrapping_add(scaled).wrapping_add(self.displacement as u64) & self.mask
     }
 }
 
@@ -510,14 +523,14 @@ impl<M: Memory> Machine<'_, M> {
 
     /// The instruction pointer, so far from this instruction's.
     fn instruction_pointer(&self, distance: i64) -> Option<u64> {
-        self.checked(self.old.rip.wrapping_add(distance as u64) & self.op.mask())
+        self.checked(self.old.rip.wrapping_add(distance as u64) & self.op.memory.mask)
     }
 
     /// An address, if it is one that code can be at.
     fn checked(&self, address: u64) -> Option<u64> {
         match self.op.long {
             true => is_canonical(address, self.old).then_some(address),
-            false => Some(address & self.op.mask()),
+            false => Some(address & self.op.memory.mask),
         }
     }
 
@@ -533,7 +546,7 @@ impl<M: Memory> Machine<'_, M> {
 
     /// The memory operand's address.
     fn effective(&self) -> u64 {
-        self.op.memory.linear(self.old) & self.op.mask()
+        self.op.memory.of(self.old)
     }
 
     fn read(&mut self, size: u8) -> Option<u64> {
@@ -639,6 +652,11 @@ impl<M: Memory> Machine<'_, M> {
         let set = flags.into_iter().filter(|(_, set)| *set).fold(0, |all, (flag, _)| all | flag);
         self.new.rflags = self.new.rflags & !STATUS | set;
     }
+}
+
+/// What addresses are taken modulo, less one.
+const fn mask(long: bool) -> u64 {
+    if long { u64::MAX } else { u32::MAX as u64 }
 }
 
 /// Whether nobody asks if addresses are aligned.

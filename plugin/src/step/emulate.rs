@@ -11,6 +11,7 @@ use crate::insn::{Form, MemoryUse};
 use crate::{Action, Hypervisor, Reply};
 
 /// Whether the emulator can be let loose: what the instruction accesses is [plain](Guest), or most certainly is.
+#[inline(never)]
 pub(super) fn is_right<H: Hypervisor>(guest: &mut Guest<'_, H>, form: &Form) -> bool {
     match form.memory {
         MemoryUse::None => true,

@@ -1,11 +1,13 @@
 //! We compute what the instruction does: one event, no step, and no emulator.
 
 use crate::breakpoint::Claims;
+use crate::insn::Walks;
 use crate::insn::interpret::{Memory, Op, Operand};
-use crate::insn::paging::{self, Intent};
+use crate::insn::paging::Intent;
 use crate::views::Views;
 use crate::{Action, Gfn, Gpa, Hypervisor, Registers, Reply};
 
+#[inline(never)]
 pub(super) fn begin<H: Hypervisor>(guest: &mut Guest<'_, H>, op: &Op, reply: &mut Reply) -> Option<()> {
     let registers = guest.registers;
     // There, and nowhere else before: they are large.
@@ -25,15 +27,27 @@ pub(super) struct Guest<'a, H> {
     pub(super) claims: &'a Claims,
     pub(super) views: Option<&'a Views>,
     pub(super) registers: &'a Registers,
+    pub(super) walks: &'a mut Walks,
 }
 
 impl<H: Hypervisor> Guest<'_, H> {
+    #[inline(always)]
     fn locate(&mut self, linear: u64, length: usize, intent: Intent) -> Option<Gpa> {
-        let gpa = paging::access(self.hv, self.registers, linear, length, intent)?;
+        match self.walks.again(self.hv, self.registers, linear, length, intent) {
+            Some(gpa) => self.is_plain(gpa.gfn()).then_some(gpa),
+            None => self.locate_anew(linear, length, intent),
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn locate_anew(&mut self, linear: u64, length: usize, intent: Intent) -> Option<Gpa> {
+        let gpa = self.walks.anew(self.hv, self.registers, linear, length, intent)?;
         self.is_plain(gpa.gfn()).then_some(gpa)
     }
 
-    /// Whether the operand could be accessed: a write goes nowhere.
+    /// Whether an instruction's operand could be accessed. A write is not made.
+    #[inline(always)]
     pub(super) fn is_accessible(&mut self, operand: Operand) -> bool {
         let (linear, size) = (operand.linear, usize::from(operand.size));
         match operand.intent {
@@ -42,6 +56,7 @@ impl<H: Hypervisor> Guest<'_, H> {
         }
     }
 
+    #[inline(always)]
     fn is_plain(&self, gfn: Gfn) -> bool {
         self.claims.spare(gfn) && !self.views.is_some_and(|views| views.hides(gfn))
     }

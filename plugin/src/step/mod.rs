@@ -10,6 +10,7 @@ pub(crate) use view_fast_step::begin as fast_step_in_own_view;
 pub(crate) use view_step::{begin as step_on_own_pages, view_of};
 
 use crate::breakpoint::{Breakpoint, Claims, Located};
+use crate::insn::Walks;
 use crate::views::Views;
 use crate::{Access, Gfn, Gpa, Hypervisor, Placement, Registers, Reply, Step, StepOver};
 
@@ -67,6 +68,8 @@ pub(crate) struct Vcpu {
     pub(crate) monitored: bool,
     /// A view has let go of a page since it was last answered ([`Views::unmappings`]).
     pub(crate) late: bool,
+    /// How it gets to memory.
+    pub(crate) walks: Walks,
 }
 
 /// A breakpoint that a virtual CPU is stepped over.
@@ -99,6 +102,7 @@ impl Vcpu {
             accessing: None,
             monitored,
             late: false,
+            walks: Walks::NONE,
         }
     }
 
@@ -132,7 +136,7 @@ impl Vcpu {
 }
 
 /// The ways to let the instruction under a breakpoint run that need no step, if one of them is chosen and right.
-#[inline(never)]
+#[inline(always)]
 pub(crate) fn at_once<H: Hypervisor>(
     hv: &mut H,
     views: Option<&Views>,
@@ -155,7 +159,7 @@ pub(crate) fn at_once<H: Hypervisor>(
         (StepOver::Auto, Placement::Shadow) => (true, form.certain),
         _ => (false, form.emulable),
     };
-    let mut guest = interpret::Guest { hv, claims, views, registers };
+    let mut guest = interpret::Guest { hv, claims, views, registers, walks: &mut vcpu.walks };
     if interpret
         && let Some(op) = breakpoint.displaced.op(registers.mode)
         && interpret::begin(&mut guest, op, reply).is_some()
