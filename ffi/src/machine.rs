@@ -69,6 +69,10 @@ impl Hypervisor for Machine {
         whichever!(self, it => it.read(gpa, into))
     }
 
+    fn read_word(&mut self, gpa: Gpa) -> Result<u64, Error> {
+        whichever!(self, it => it.read_word(gpa))
+    }
+
     fn write(&mut self, gpa: Gpa, bytes: &[u8]) -> Result<(), Error> {
         whichever!(self, it => it.write(gpa, bytes))
     }

@@ -104,6 +104,10 @@ impl<H: Hypervisor> Hypervisor for Recorded<H> {
         self.inner.read(gpa, into)
     }
 
+    fn read_word(&mut self, gpa: Gpa) -> Result<u64, H::Error> {
+        self.inner.read_word(gpa)
+    }
+
     fn write(&mut self, gpa: Gpa, bytes: &[u8]) -> Result<(), H::Error> {
         self.inner.write(gpa, bytes)
     }

@@ -147,7 +147,7 @@ pub(crate) struct Claims {
 
 impl Claims {
     /// Whether a page has no breakpoints, and nobody wants to hear of its accesses.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn spare(&self, gfn: Gfn) -> bool {
         let within = self.bounds.is_some_and(|(first, last)| first <= gfn && gfn <= last);
         !within || !(self.index.contains_key(&gfn) || self.watches.get(gfn).is_some())

@@ -2,23 +2,35 @@
 
 use crate::insn::interpret::{self, Op};
 use crate::insn::paging::{self, Intent};
-use crate::{CodeMode, Gpa, Hypervisor, Registers};
+use crate::{CodeMode, Gpa, Hypervisor, Registers, insn};
 
 /// The guest-physical address of a linear address, permissions or not.
 pub fn translate<H: Hypervisor>(hv: &mut H, registers: &Registers, linear: u64) -> Option<Gpa> {
     paging::translate(hv, registers, linear)
 }
 
-/// Where a read, or a write, of `length` bytes goes, if the CPU would make it at once.
-pub fn access<H: Hypervisor>(
-    hv: &mut H,
-    registers: &Registers,
-    linear: u64,
-    length: usize,
-    write: bool,
-) -> Option<Gpa> {
-    let intent = if write { Intent::Write } else { Intent::Read };
-    paging::access(hv, registers, linear, length, intent)
+/// What a virtual CPU remembers of its accesses to memory.
+#[derive(Clone, Copy, Debug)]
+pub struct Walks(insn::Walks);
+
+impl Default for Walks {
+    fn default() -> Self {
+        Self(insn::Walks::NONE)
+    }
+}
+
+impl Walks {
+    /// Where a read, or a write, of `length` bytes goes, if the CPU would make it at once.
+    pub fn access<H: Hypervisor>(
+        &mut self,
+        hv: &mut H,
+        registers: &Registers,
+        linear: u64,
+        length: usize,
+        write: bool,
+    ) -> Option<Gpa> {
+        self.0.access(hv, registers, linear, length, if write { Intent::Write } else { Intent::Read })
+    }
 }
 
 /// What the interpreter asks of guest memory, by linear address. `None` if it cannot be accessed.

@@ -38,6 +38,16 @@ pub trait Hypervisor {
     /// If there is no such page.
     fn read(&mut self, gpa: Gpa, into: &mut [u8]) -> Result<(), Self::Error>;
 
+    /// Reads eight bytes of guest memory, at a multiple of eight, the lowest first: an entry of a page table.
+    ///
+    /// # Errors
+    /// Those of [`read`](Self::read).
+    fn read_word(&mut self, gpa: Gpa) -> Result<u64, Self::Error> {
+        let mut bytes = [0; 8];
+        self.read(gpa, &mut bytes)?;
+        Ok(u64::from_le_bytes(bytes))
+    }
+
     /// Writes guest memory, whatever a view permits. The range lies within one page.
     ///
     /// # Errors

@@ -150,6 +150,7 @@ impl Views {
     }
 
     /// Whether the frame is not the guest's.
+    #[inline(always)]
     pub(crate) fn hides(&self, gfn: Gfn) -> bool {
         gfn >= self.lowest && self.frames.contains(&gfn)
     }

@@ -75,6 +75,13 @@ impl Hypervisor for Machine {
     }
 
     #[inline(never)]
+    fn read_word(&mut self, gpa: Gpa) -> Result<u64, Infallible> {
+        let mut bytes = [0; 8];
+        bytes.copy_from_slice(&self.memory[gpa.0 as usize..][..8]);
+        Ok(u64::from_le_bytes(bytes))
+    }
+
+    #[inline(never)]
     fn write(&mut self, gpa: Gpa, bytes: &[u8]) -> Result<(), Infallible> {
         self.memory[gpa.0 as usize..][..bytes.len()].copy_from_slice(bytes);
         Ok(())

@@ -53,6 +53,15 @@ impl<M> GuestPage<M> {
         }
     }
 
+    /// Eight bytes at a multiple of eight, at once, as this machine orders them.
+    ///
+    /// # Panics
+    /// If it is none, or if they reach over the page's end.
+    #[must_use]
+    pub fn load(&self, offset: usize) -> u64 {
+        self.word::<AtomicU64>(offset).load(Relaxed)
+    }
+
     /// Copies bytes into the page. What is naturally aligned and of 8, 4, 2 or 1 bytes is stored at once: no virtual CPU
     /// sees a part of it.
     ///

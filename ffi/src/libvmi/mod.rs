@@ -93,6 +93,10 @@ impl Hypervisor for Domain {
         Ok(())
     }
 
+    fn read_word(&mut self, gpa: Gpa) -> Result<u64, Error> {
+        Ok(self.page(gpa, 8)?.load(gpa.offset().into()))
+    }
+
     fn write(&mut self, gpa: Gpa, bytes: &[u8]) -> Result<(), Error> {
         self.page(gpa, bytes.len())?.write(gpa.offset().into(), bytes);
         Ok(())

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use arbitrary::Arbitrary;
-use hyperbp::fuzzing::{access, translate};
+use hyperbp::fuzzing::{Walks, translate};
 use hyperbp::{Gfn, Gpa, Hypervisor, PAGE_SIZE, Registers, Rights, VcpuId, ViewId};
 use hyperbp_fuzz::AnyRegisters;
 use libfuzzer_sys::fuzz_target;
@@ -163,7 +163,8 @@ impl Hypervisor for Memory {
 fn walk<T>(memory: &Memory, work: impl FnOnce(&mut Memory) -> Option<T>) -> (Option<T>, Vec<(u64, usize)>) {
     let mut memory = Memory { reads: Vec::new(), ..memory.clone() };
     let found = work(&mut memory);
-    assert!(memory.reads.len() <= LEVELS, "more reads than there are levels");
+    // What is remembered of a walk is read before another is made.
+    assert!(memory.reads.len() <= 2 * LEVELS, "more reads than there are levels");
     (found, memory.reads)
 }
 
@@ -176,12 +177,16 @@ fuzz_target!(|input: Input| {
     let (linear, write) = (input.linear, input.write);
     let length = usize::from(input.length);
     let translated = |memory: &Memory| walk(memory, |memory| translate(memory, &registers, linear));
-    let accessed =
-        |memory: &Memory, length, write| walk(memory, |memory| access(memory, &registers, linear, length, write)).0;
+    let access = |memory: &Memory, walks: &mut Walks, length, write| {
+        walk(memory, |memory| walks.access(memory, &registers, linear, length, write)).0
+    };
+    let accessed = |memory: &Memory, length, write| access(memory, &mut Walks::default(), length, write);
 
     let (place, entries) = translated(&memory);
     assert!(place.is_none_or(|gpa| gpa.0 & 0xfff == linear & 0xfff), "the offset in the page is not translated");
-    let granted = accessed(&memory, length, write);
+    let mut walks = Walks::default();
+    let granted = access(&memory, &mut walks, length, write);
+    assert_eq!(access(&memory, &mut walks, length, write), granted, "and again");
     if granted.is_some() {
         assert_eq!(granted, place, "an access goes where the address does");
         assert_eq!(accessed(&memory, 1, write), granted, "and so does its first byte");
@@ -196,6 +201,7 @@ fuzz_target!(|input: Input| {
         let mut without = memory.clone();
         *without.entry(Gpa(at)) &= !(PRESENT << (at % 8 * 8));
         assert_eq!(translated(&without).0, None, "an entry at {at:#x} that is not present");
-        assert_eq!(accessed(&without, length, write), None, "an entry at {at:#x} that is not present");
+        let accessed = access(&without, &mut walks.clone(), length, write);
+        assert_eq!(accessed, None, "an entry at {at:#x} that is not present");
     }
 });

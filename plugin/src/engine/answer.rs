@@ -102,7 +102,7 @@ impl Engine {
             Observed::Answered
         });
         match observed {
-            Observed::Answered => self.conclude(hv, index, event, reply),
+            Observed::Answered => self.conclude(hv, index, event.registers.rip, reply),
             _ => self.telling = true,
         }
         observed
@@ -185,7 +185,7 @@ impl Engine {
         if let (Some(registers), Action::Resume) = (changed, &reply.action) {
             reply.action = Action::SetRegisters(*registers);
         }
-        self.conclude(hv, index, event, reply);
+        self.conclude(hv, index, event.registers.rip, reply);
     }
 
     /// The whole of the end of a single-step, without the rest of its event, of which it needs nothing. False if somebody is
@@ -206,7 +206,7 @@ impl Engine {
         (vcpu.emulating, vcpu.fast, vcpu.answered) = (None, None, None);
         *reply = Reply::default();
         self.on_step(hv, index, reply);
-        self.follow_up(hv, index, reply);
+        self.conclude(hv, index, 0, reply);
     }
 
     /// The slot of the event's virtual CPU, with a fast step that is over forgotten, and whether it is being stepped.
@@ -242,17 +242,9 @@ impl Engine {
         }
     }
 
-    /// The last of an answer.
+    /// The last of an answer to a virtual CPU that is at `rip`.
     #[inline(always)]
-    fn conclude<H: Hypervisor>(&mut self, hv: &mut H, index: usize, event: &Event, reply: &mut Reply) {
-        self.follow_up(hv, index, reply);
-        if !matches!(reply.action, Action::Resume) {
-            self.vcpus[index].answered = Some(event.registers.rip);
-        }
-    }
-
-    #[inline(always)]
-    fn follow_up<H: Hypervisor>(&mut self, hv: &mut H, index: usize, reply: &mut Reply) {
+    fn conclude<H: Hypervisor>(&mut self, hv: &mut H, index: usize, rip: u64, reply: &mut Reply) {
         let vcpu = &mut self.vcpus[index];
         if vcpu.late {
             vcpu.late = false;
@@ -261,6 +253,9 @@ impl Engine {
                 self.counters.reinjected -= u64::from(matches!(reply.action, Action::Reinject));
                 reply.action = Action::Resume;
             }
+        }
+        if !matches!(reply.action, Action::Resume) {
+            vcpu.answered = Some(rip);
         }
         if vcpu.home && !vcpu.stepping {
             self.bring_home(index, reply);

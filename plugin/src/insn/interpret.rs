@@ -7,6 +7,7 @@
 
 use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register};
 
+use super::paging::Intent;
 use crate::{CodeMode, Registers};
 
 const CF: u64 = 1;
@@ -34,35 +35,12 @@ pub(crate) trait Memory {
     fn write(&mut self, linear: u64, bytes: &[u8]) -> Option<()>;
 }
 
-/// Where the interpreter puts the results that are registers.
-pub(crate) trait Results {
-    fn set_rip(&mut self, rip: u64);
-    fn change_rflags(&mut self, change: impl FnOnce(u64) -> u64);
-    fn change(&mut self, register: u8, change: impl FnOnce(u64) -> u64);
-}
-
-impl Results for Registers {
-    fn set_rip(&mut self, rip: u64) {
-        self.rip = rip;
-    }
-
-    fn change_rflags(&mut self, change: impl FnOnce(u64) -> u64) {
-        self.rflags = change(self.rflags);
-    }
-
-    fn change(&mut self, register: u8, change: impl FnOnce(u64) -> u64) {
-        let register = &mut self.gpr[usize::from(register & 15)];
-        *register = change(*register);
-    }
-}
-
-/// For whom only wants to know whether it would be done.
-pub(crate) struct Forgotten;
-
-impl Results for Forgotten {
-    fn set_rip(&mut self, _: u64) {}
-    fn change_rflags(&mut self, _: impl FnOnce(u64) -> u64) {}
-    fn change(&mut self, _: u8, _: impl FnOnce(u64) -> u64) {}
+/// The memory that an instruction reads or writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Operand {
+    pub(crate) linear: u64,
+    pub(crate) size: u8,
+    pub(crate) intent: Intent,
 }
 
 /// An instruction that can be done exactly, decoded once.
@@ -79,6 +57,9 @@ pub(crate) struct Op {
     from: Place,
     /// An immediate, sign-extended; or how far a branch goes, from the next instruction; or what RET pops besides.
     immediate: i64,
+    /// Whether it reads memory or writes it, and how many bytes. None does both, or either twice.
+    access: Option<(Intent, u8)>,
+    /// Where that is; for LEA, what it computes.
     memory: Address,
 }
 
@@ -125,14 +106,22 @@ enum Place {
     Memory,
 }
 
-/// `base + index * scale + displacement`; with RIP for the base, that of the instruction itself.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// `base + index * scale + displacement`, of which the bits of the mask are left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Address {
-    base: Option<u8>,
+    base: Base,
     index: Option<u8>,
     scale: u8,
-    rip: bool,
     displacement: i64,
+    mask: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Base {
+    Register(u8),
+    Nothing,
+    /// RIP of the instruction itself.
+    Rip,
 }
 
 impl Op {
@@ -156,9 +145,11 @@ impl Op {
             to: Place::Nowhere,
             from: Place::Nowhere,
             immediate: 0,
-            memory: Address::default(),
+            access: None,
+            memory: Address { base: Base::Nothing, index: None, scale: 0, displacement: 0, mask: mask(long) },
         };
         op.fill(&instruction)?;
+        op.access = op.accesses();
         // With an operand-size prefix, branches differ between Intel's and AMD's CPUs.
         let legacy = |byte: &u8| matches!(byte, 0x26 | 0x2e | 0x36 | 0x3e | 0x64..=0x67);
         let rex = |byte: &u8| long && matches!(byte, 0x40..=0x4f);
@@ -210,6 +201,11 @@ impl Op {
                 {
                     return None;
                 }
+                self.memory = match self.kind {
+                    Kind::Push => self.stack(SP, -i64::from(self.size)),
+                    Kind::Pop => self.stack(SP, 0),
+                    _ => self.stack(BP, 0),
+                };
                 if self.kind == Kind::Leave {
                     let plain = if self.long { Code::Leaveq } else { Code::Leaved };
                     return (instruction.code() == plain).then_some(());
@@ -237,6 +233,24 @@ impl Op {
         Some(())
     }
 
+    /// An address on the stack.
+    const fn stack(&self, register: u8, displacement: i64) -> Address {
+        Address { base: Base::Register(register), index: None, scale: 0, displacement, mask: mask(self.long) }
+    }
+
+    /// What the other fields say of [`access`](Self::access).
+    fn accesses(&self) -> Option<(Intent, u8)> {
+        let memory = self.to == Place::Memory || self.from == Place::Memory;
+        match self.kind {
+            Kind::Push | Kind::Call => Some((Intent::Write, self.size)),
+            Kind::Pop | Kind::Leave | Kind::Return => Some((Intent::Read, self.size)),
+            Kind::Mov if self.to == Place::Memory => Some((Intent::Write, self.size)),
+            Kind::MovZero(size) | Kind::MovSign(size) => memory.then_some((Intent::Read, size)),
+            Kind::Lea => None,
+            _ => memory.then_some((Intent::Read, self.size)),
+        }
+    }
+
     fn fill_branch(&mut self, instruction: &Instruction) -> Option<()> {
         let near = |op: &mut Self| {
             // Not with an operand-size prefix.
@@ -257,6 +271,7 @@ impl Op {
             }
             FlowControl::Call if instruction.is_call_near() => {
                 self.kind = Kind::Call;
+                self.memory = self.stack(SP, -i64::from(self.size));
                 near(self)
             }
             FlowControl::IndirectBranch | FlowControl::IndirectCall => {
@@ -266,6 +281,7 @@ impl Op {
                 }
                 let jump = instruction.flow_control() == FlowControl::IndirectBranch;
                 self.kind = if jump { Kind::Jump } else { Kind::Call };
+                self.memory = self.stack(SP, -i64::from(self.size));
                 self.from = self.place(instruction, 0)?;
                 Some(())
             }
@@ -275,6 +291,7 @@ impl Op {
                     false => (Code::Retnd, Code::Retnd_imm16),
                 };
                 self.kind = Kind::Return;
+                self.memory = self.stack(SP, 0);
                 self.immediate = match instruction.code() {
                     code if code == plain => 0,
                     code if code == popping => instruction.immediate16().into(),
@@ -332,7 +349,6 @@ impl Op {
         {
             return None;
         }
-        let rip = instruction.memory_base() == Register::RIP;
         let size = if self.long { 8 } else { 4 };
         let number = |register: Register| match register {
             Register::None => Some(None),
@@ -340,48 +356,76 @@ impl Op {
             _ if register_size(register)? == size => Some(Some(number_of(register)?)),
             _ => None,
         };
-        let base = if rip { None } else { number(instruction.memory_base())? };
+        let base = match instruction.memory_base() {
+            Register::RIP => Base::Rip,
+            register => number(register)?.map_or(Base::Nothing, Base::Register),
+        };
         let index = number(instruction.memory_index())?;
-        if self.long && base.is_none() && index.is_none() && !rip && instruction.memory_displ_size() != 8 {
+        if self.long && base == Base::Nothing && index.is_none() && instruction.memory_displ_size() != 8 {
             // An absolute address of 32 bits: with an address-size prefix it is not sign-extended, so leave it alone.
             return None;
         }
         let (scale, displacement) =
             (instruction.memory_index_scale() as u8, instruction.memory_displacement64() as i64);
-        Some(Address { base, index, scale, rip, displacement })
+        Some(Address { base, index, scale, displacement, mask: mask(self.long) })
+    }
+
+    /// What it would access of memory. `None` if that is nothing, or if [`run`](Self::run) would not do it for another reason
+    /// than the access itself. (But for where a jump goes: that is not looked at.)
+    #[inline(always)]
+    pub(crate) fn operand(&self, registers: &Registers) -> Option<Operand> {
+        let (intent, size) = self.access?;
+        let usual = self.is_usual(registers) && is_unchecked(registers);
+        usual.then(|| Operand { linear: self.memory.of(registers), size, intent })
+    }
+
+    /// Whether the CPU would do with it what we do, in the mode that it was decoded for.
+    fn is_usual(&self, registers: &Registers) -> bool {
+        debug_assert_eq!(registers.mode == CodeMode::Bits64, self.long, "decoded for another mode");
+        registers.rflags & (TF | VM) == 0
+            && !registers.has_debugger()
+            && registers.cr4 & CR4_CET == 0
+            && (self.long || registers.flat)
     }
 
     /// Does it: on `Some`, `new`, which is a copy of the `old` registers, and memory are as after the instruction. On `None`,
     /// memory has not changed, and `new` is of no use.
     #[inline]
-    pub(crate) fn run(&self, old: &Registers, new: &mut impl Results, memory: &mut impl Memory) -> Option<()> {
-        let mode = if self.long { CodeMode::Bits64 } else { CodeMode::Bits32 };
-        if old.mode != mode
-            || old.rflags & (TF | VM) != 0
-            || old.has_debugger()
-            || old.cr4 & CR4_CET != 0
-            || !(self.long || old.flat)
-        {
-            return None;
-        }
-        new.change_rflags(|flags| flags & !RF);
+    pub(crate) fn run(&self, old: &Registers, new: &mut Registers, memory: &mut impl Memory) -> Option<()> {
+        self.is_usual(old).then_some(())?;
+        new.rflags &= !RF;
         Machine { op: self, old, new, memory }.run()
     }
 }
 
+impl Address {
+    /// What it is with these registers.
+    #[inline(always)]
+    fn of(&self, registers: &Registers) -> u64 {
+        let register = |number: u8| registers.gpr[usize::from(number & 15)];
+        let base = match self.base {
+            Base::Nothing => 0,
+            Base::Register(number) => register(number),
+            Base::Rip => registers.rip,
+        };
+        let scaled = self.index.map_or(0, |number| register(number).wrapping_mul(self.scale.into()));
+        base.wrapping_add(scaled).wrapping_add(self.displacement as u64) & self.mask
+    }
+}
+
 /// An instruction in the middle of being done. Memory is written last.
-struct Machine<'a, R, M> {
+struct Machine<'a, M> {
     op: &'a Op,
     old: &'a Registers,
-    new: &'a mut R,
+    new: &'a mut Registers,
     memory: &'a mut M,
 }
 
-impl<R: Results, M: Memory> Machine<'_, R, M> {
+impl<M: Memory> Machine<'_, M> {
     fn run(&mut self) -> Option<()> {
         let op = self.op;
         let next = self.instruction_pointer(i64::from(op.length))?;
-        self.new.set_rip(next);
+        self.new.rip = next;
         match op.kind {
             Kind::Nop => {}
             Kind::Mov => {
@@ -416,7 +460,7 @@ impl<R: Results, M: Memory> Machine<'_, R, M> {
                     _ => self.subtract(0, value),
                 };
                 if op.kind != Kind::Neg {
-                    self.new.change_rflags(|flags| flags & !CF | carry);
+                    self.new.rflags = self.new.rflags & !CF | carry;
                 }
                 self.put(op.to, op.size, result)?;
             }
@@ -443,34 +487,35 @@ impl<R: Results, M: Memory> Machine<'_, R, M> {
                 self.push(value)?;
             }
             Kind::Pop => {
-                let value = self.pop(self.old.gpr[usize::from(SP)])?;
+                let value = self.pop()?;
                 // After RSP has moved: POP RSP keeps what it has popped.
                 self.put(op.to, op.size, value)?;
             }
             Kind::Leave => {
-                let value = self.pop(self.old.gpr[usize::from(BP)])?;
+                let value = self.pop()?;
                 self.put(Place::Register(BP), op.size, value)?;
             }
             Kind::Jump => {
                 let target = self.target()?;
-                self.new.set_rip(target);
+                self.new.rip = target;
             }
             Kind::JumpIf(condition) => {
                 if holds(condition, self.old.rflags) {
                     let target = self.target()?;
-                    self.new.set_rip(target);
+                    self.new.rip = target;
                 }
             }
             Kind::Call => {
                 let target = self.target()?;
-                self.new.set_rip(target);
+                self.new.rip = target;
                 self.push(next)?;
             }
             Kind::Return => {
-                let target = self.pop(self.old.gpr[usize::from(SP)])?;
+                let target = self.pop()?;
                 let target = self.checked(target)?;
-                self.new.set_rip(target);
-                self.new.change(SP, |stack| stack.wrapping_add(op.immediate as u64) & ones(op.size));
+                self.new.rip = target;
+                let stack = &mut self.new.gpr[usize::from(SP)];
+                *stack = stack.wrapping_add(op.immediate as u64) & ones(op.size);
             }
         }
         Some(())
@@ -478,20 +523,15 @@ impl<R: Results, M: Memory> Machine<'_, R, M> {
 
     /// The instruction pointer, so far from this instruction's.
     fn instruction_pointer(&self, distance: i64) -> Option<u64> {
-        self.checked(self.old.rip.wrapping_add(distance as u64) & self.mask())
+        self.checked(self.old.rip.wrapping_add(distance as u64) & self.op.memory.mask)
     }
 
     /// An address, if it is one that code can be at.
     fn checked(&self, address: u64) -> Option<u64> {
         match self.op.long {
             true => is_canonical(address, self.old).then_some(address),
-            false => Some(address & self.mask()),
+            false => Some(address & self.op.memory.mask),
         }
-    }
-
-    /// What addresses are taken modulo, less one.
-    fn mask(&self) -> u64 {
-        if self.op.long { u64::MAX } else { u32::MAX.into() }
     }
 
     fn target(&mut self) -> Option<u64> {
@@ -504,30 +544,22 @@ impl<R: Results, M: Memory> Machine<'_, R, M> {
         }
     }
 
+    /// The memory operand's address.
     fn effective(&self) -> u64 {
-        let Address { base, index, scale, rip, displacement } = self.op.memory;
-        let register = |number: Option<u8>| number.map_or(0, |number| self.old.gpr[usize::from(number & 15)]);
-        let origin = if rip { self.old.rip } else { register(base) };
-        let scaled = register(index).wrapping_mul(scale.into());
-        origin.wrapping_add(scaled).wrapping_add(displacement as u64) & self.mask()
+        self.op.memory.of(self.old)
     }
 
-    fn read(&mut self, linear: u64, size: u8) -> Option<u64> {
-        self.is_unchecked().then_some(())?;
+    fn read(&mut self, size: u8) -> Option<u64> {
+        is_unchecked(self.old).then_some(())?;
         let mut bytes = [0; 8];
-        self.memory.read(linear, bytes.get_mut(..usize::from(size))?)?;
+        self.memory.read(self.effective(), bytes.get_mut(..usize::from(size))?)?;
         Some(u64::from_le_bytes(bytes))
     }
 
     #[inline(always)]
-    fn write(&mut self, linear: u64, size: u8, value: u64) -> Option<()> {
-        self.is_unchecked().then_some(())?;
-        self.memory.write(linear, value.to_le_bytes().get(..usize::from(size))?)
-    }
-
-    /// Whether nobody asks if addresses are aligned.
-    fn is_unchecked(&self) -> bool {
-        self.old.rflags & AC == 0 || self.old.cr0 & CR0_AM == 0 || self.old.cpl != 3
+    fn write(&mut self, size: u8, value: u64) -> Option<()> {
+        is_unchecked(self.old).then_some(())?;
+        self.memory.write(self.effective(), value.to_le_bytes().get(..usize::from(size))?)
     }
 
     #[inline(always)]
@@ -537,7 +569,7 @@ impl<R: Results, M: Memory> Machine<'_, R, M> {
             Place::Register(number) => self.old.gpr[usize::from(number & 15)],
             Place::High(number) => self.old.gpr[usize::from(number & 15)] >> 8,
             Place::Immediate => self.op.immediate as u64,
-            Place::Memory => self.read(self.effective(), size)?,
+            Place::Memory => self.read(size)?,
         };
         Some(value & ones(size))
     }
@@ -547,10 +579,14 @@ impl<R: Results, M: Memory> Machine<'_, R, M> {
         match place {
             Place::Register(number) => {
                 // Results of 32 bits are zero-extended; of fewer, the rest stays (Intel SDM volume 1, section 3.4.1.1).
-                self.new.change(number, |register| if size >= 4 { value } else { register & !ones(size) | value });
+                let register = &mut self.new.gpr[usize::from(number & 15)];
+                *register = if size >= 4 { value } else { *register & !ones(size) | value };
             }
-            Place::High(number) => self.new.change(number, |register| register & !0xff00 | value << 8),
-            Place::Memory => self.write(self.effective(), size, value)?,
+            Place::High(number) => {
+                let register = &mut self.new.gpr[usize::from(number & 15)];
+                *register = *register & !0xff00 | value << 8;
+            }
+            Place::Memory => self.write(size, value)?,
             Place::Nowhere | Place::Immediate => return None,
         }
         Some(())
@@ -559,16 +595,15 @@ impl<R: Results, M: Memory> Machine<'_, R, M> {
     #[inline(always)]
     fn push(&mut self, value: u64) -> Option<()> {
         let size = self.op.size;
-        let stack = self.old.gpr[usize::from(SP)].wrapping_sub(size.into()) & self.mask();
-        self.put(Place::Register(SP), size, stack)?;
-        self.write(stack, size, value)
+        self.put(Place::Register(SP), size, self.effective())?;
+        self.write(size, value)
     }
 
-    /// Reads what is at `stack`, and leaves the stack pointer behind it.
-    fn pop(&mut self, stack: u64) -> Option<u64> {
-        let (size, stack) = (self.op.size, stack & self.mask());
-        let value = self.read(stack, size)?;
-        self.put(Place::Register(SP), size, stack.wrapping_add(size.into()) & self.mask())?;
+    /// Reads what is on the stack, and leaves the stack pointer behind it.
+    fn pop(&mut self) -> Option<u64> {
+        let size = self.op.size;
+        let value = self.read(size)?;
+        self.put(Place::Register(SP), size, self.effective().wrapping_add(size.into()))?;
         Some(value)
     }
 
@@ -615,8 +650,18 @@ impl<R: Results, M: Memory> Machine<'_, R, M> {
             (OF, sign(overflow)),
         ];
         let set = flags.into_iter().filter(|(_, set)| *set).fold(0, |all, (flag, _)| all | flag);
-        self.new.change_rflags(|flags| flags & !STATUS | set);
+        self.new.rflags = self.new.rflags & !STATUS | set;
     }
+}
+
+/// What addresses are taken modulo, less one.
+const fn mask(long: bool) -> u64 {
+    if long { u64::MAX } else { u32::MAX as u64 }
+}
+
+/// Whether nobody asks if addresses are aligned.
+fn is_unchecked(registers: &Registers) -> bool {
+    registers.rflags & AC == 0 || registers.cr0 & CR0_AM == 0 || registers.cpl != 3
 }
 
 /// The lowest so many bytes.

@@ -5,8 +5,12 @@ pub(crate) mod interpret;
 #[cfg(all(test, target_os = "linux", target_arch = "x86_64"))]
 mod native;
 pub(crate) mod paging;
+#[cfg(test)]
+mod tables;
+mod walks;
 
 pub(crate) use displaced::{Displaced, Form, MemoryUse};
+pub(crate) use walks::Walks;
 
 use iced_x86::{Decoder, DecoderOptions, Instruction, InstructionInfoFactory, OpAccess};
 

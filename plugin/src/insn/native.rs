@@ -13,7 +13,8 @@ use nix::sys::signal::{Signal, kill, raise};
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, fork};
 
-use super::interpret::{Memory, Op};
+use super::interpret::{Memory, Op, Operand};
+use super::paging::Intent;
 use crate::{CodeMode, Registers};
 
 /// Below 4 GiB, so that 32-bit code reaches it: two pages of data, one of code.
@@ -112,6 +113,7 @@ impl Random {
 /// The region as the parent sees it, and what the interpreter would write.
 struct Region<'a> {
     bytes: &'a [u8; SIZE],
+    accessed: Option<Operand>,
     written: Option<(u64, [u8; 8], usize)>,
 }
 
@@ -121,17 +123,23 @@ impl Region<'_> {
         let end = start.checked_add(length)?;
         (end <= SIZE).then_some(start..end)
     }
+
+    fn note(&mut self, linear: u64, size: usize, intent: Intent) {
+        assert!(self.accessed.is_none(), "an instruction accesses memory once");
+        self.accessed = Some(Operand { linear, size: size as u8, intent });
+    }
 }
 
 impl Memory for Region<'_> {
     fn read(&mut self, linear: u64, into: &mut [u8]) -> Option<()> {
         into.copy_from_slice(&self.bytes[Self::range(linear, into.len())?]);
+        self.note(linear, into.len(), Intent::Read);
         Some(())
     }
 
     fn write(&mut self, linear: u64, bytes: &[u8]) -> Option<()> {
         Self::range(linear, bytes.len())?;
-        assert!(self.written.is_none(), "an instruction writes once");
+        self.note(linear, bytes.len(), Intent::Write);
         let mut all = [0; 8];
         all[..bytes.len()].copy_from_slice(bytes);
         self.written = Some((linear, all, bytes.len()));
@@ -277,10 +285,11 @@ fn compare(mode: CodeMode, cases: u64) -> nix::Result<Coverage> {
         image[code..code + bytes.len()].copy_from_slice(bytes);
 
         let mut ours = registers;
-        let mut region = Region { bytes: &image, written: None };
+        let mut region = Region { bytes: &image, accessed: None, written: None };
         if op.run(&registers, &mut ours, &mut region).is_none() {
             continue;
         }
+        assert_eq!(region.accessed, op.operand(&registers), "what {bytes:02x?} accesses from {registers:x?}");
         if let Some((linear, bytes, length)) = region.written {
             let range = Region::range(linear, length).unwrap();
             tracee.memory().copy_from_slice(&image);

@@ -4,7 +4,7 @@
 //! bounded by the number of levels, and whatever is unusual is no translation.
 
 use super::interpret::is_canonical;
-use crate::{Gpa, Hypervisor, PAGE_SIZE, Registers};
+use crate::{Gpa, Hypervisor, Registers};
 
 const CR0_PG: u64 = 1 << 31;
 const CR4_PAE: u64 = 1 << 5;
@@ -45,26 +45,33 @@ pub(crate) enum Intent {
     Write,
 }
 
-/// Where an access to data, made with the privilege of `registers`, goes: if the CPU would make it at once, without a fault
-/// and without setting an accessed or dirty bit. (A stale TLB may still know another translation; a guest that has not
-/// flushed it cannot rely on either.)
-#[inline]
-pub(crate) fn access<H: Hypervisor>(
+/// The entries of a walk through four levels of 8-byte entries, and where they are, that of the page first. Where a large page
+/// ends the walk, its entry takes the place of those that there are none of.
+pub(super) type Path = [Step; 4];
+
+/// No path.
+pub(super) const NOWHERE: Path = [Step { at: Gpa(0), entry: 0 }; 4];
+
+/// An entry that a walk has read, and where.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Step {
+    pub(super) at: Gpa,
+    pub(super) entry: u64,
+}
+
+/// Where an access goes that is within one page: see [`Walks::anew`](super::Walks::anew). And the way there, if it is a [`Path`].
+pub(super) fn access<H: Hypervisor>(
     hv: &mut H,
     registers: &Registers,
     linear: u64,
-    length: usize,
     intent: Intent,
-) -> Option<Gpa> {
-    if (linear % PAGE_SIZE as u64) as usize + length > PAGE_SIZE {
-        return None;
-    }
+) -> Option<(Gpa, Option<Path>)> {
     let reachable = match registers.efer & EFER_LMA {
         0 => linear <= u32::MAX.into(),
         _ => is_canonical(linear, registers),
     };
     if registers.cr0 & CR0_PG == 0 {
-        return (linear <= u32::MAX.into()).then_some(Gpa(linear));
+        return (linear <= u32::MAX.into()).then_some((Gpa(linear), None));
     }
     // Protection keys may keep it from a page: then it is not for us to say.
     let keys = match registers.cr4 & (CR4_PKE | CR4_PKS) {
@@ -75,7 +82,7 @@ pub(crate) fn access<H: Hypervisor>(
         return None;
     }
     let walked = walk(hv, registers, linear)?;
-    walked.permits(registers, intent).then_some(walked.gpa)
+    walked.permits(registers, intent).then_some((walked.gpa, walked.path))
 }
 
 /// Where a walk has come, and what it has met.
@@ -90,11 +97,11 @@ struct Walked {
     leaf: u64,
     /// Bits of it that are reserved, or of an address above 4 GiB where it has 4 bytes (PSE-36).
     odd: u64,
+    path: Option<Path>,
 }
 
 impl Walked {
     /// Whether the CPU would go through with it.
-    #[inline]
     fn permits(&self, registers: &Registers, intent: Intent) -> bool {
         let user = registers.cpl == 3;
         let write = intent == Intent::Write;
@@ -136,11 +143,13 @@ fn walk_otherwise<H: Hypervisor>(hv: &mut H, registers: &Registers, linear: u64)
 
 /// Through so many levels of 8-byte entries, from the table at `table`.
 #[inline(always)]
-fn walk_long<H: Hypervisor, const LEVELS: u32>(hv: &mut H, mut table: u64, linear: u64) -> Option<Walked> {
-    let (mut all, mut any) = (u64::MAX, 0);
+fn walk_long<H: Hypervisor, const LEVELS: usize>(hv: &mut H, mut table: u64, linear: u64) -> Option<Walked> {
+    let (mut all, mut any, mut path) = (u64::MAX, 0, NOWHERE);
     for level in (0..LEVELS).rev() {
         let shift = 12 + 9 * level;
-        let entry = entry(hv, table | (linear >> (shift - 3) & 0xff8))?;
+        let at = table | (linear >> (shift - 3) & 0xff8);
+        let entry = entry(hv, at)?;
+        path.iter_mut().take(level + 1).for_each(|step| *step = Step { at: Gpa(at), entry });
         all &= entry;
         any |= entry;
         if level == 0 || entry & LARGE != 0 {
@@ -148,7 +157,8 @@ fn walk_long<H: Hypervisor, const LEVELS: u32>(hv: &mut H, mut table: u64, linea
             let within = (1 << shift) - 1;
             let gpa = Gpa((entry & ADDRESS & !within) | (linear & within));
             let odd = if level == 0 { 0 } else { ADDRESS & within & !LARGE_PAT };
-            return (level <= 2).then_some(Walked { gpa, all, any, leaf: entry, odd });
+            let path = (LEVELS == path.len()).then_some(path);
+            return (level <= 2).then_some(Walked { gpa, all, any, leaf: entry, odd, path });
         }
         table = entry & ADDRESS;
     }
@@ -157,9 +167,7 @@ fn walk_long<H: Hypervisor, const LEVELS: u32>(hv: &mut H, mut table: u64, linea
 
 /// An entry of 8 bytes, if it is present.
 fn entry<H: Hypervisor>(hv: &mut H, at: u64) -> Option<u64> {
-    let mut bytes = [0; 8];
-    hv.read(Gpa(at), &mut bytes).ok()?;
-    Some(u64::from_le_bytes(bytes)).filter(|entry| entry & PRESENT != 0)
+    hv.read_word(Gpa(at)).ok().filter(|entry| entry & PRESENT != 0)
 }
 
 /// Through two levels of 4-byte entries.
@@ -174,9 +182,9 @@ fn walk_32<H: Hypervisor>(hv: &mut H, registers: &Registers, linear: u64) -> Opt
         // PSE-36: bits 20 to 13 are bits 39 to 32 of the address.
         let high = (directory >> 13 & 0xff) << 32;
         let gpa = Gpa(high | (directory & 0xffc0_0000) | (linear & 0x003f_ffff));
-        return Some(Walked { gpa, all: directory, any: directory, leaf: directory, odd: 0x003f_e000 });
+        return Some(Walked { gpa, all: directory, any: directory, leaf: directory, odd: 0x003f_e000, path: None });
     }
     let page = entry((directory & 0xffff_f000) + (linear >> 12 & 0x3ff) * 4)?;
     let gpa = Gpa((page & 0xffff_f000) | (linear & 0xfff));
-    Some(Walked { gpa, all: directory & page, any: directory | page, leaf: page, odd: 0 })
+    Some(Walked { gpa, all: directory & page, any: directory | page, leaf: page, odd: 0, path: None })
 }

@@ -4,20 +4,20 @@
 //! not write to a page with breakpoints, for a shadow would not follow, nor read one with breakpoints in place. Nor does it
 //! look at the guest's own data breakpoints.
 
-use super::interpret::{Guest, Rehearsal};
+use super::interpret::Guest;
 use super::{Emulating, Vcpu};
 use crate::breakpoint::Breakpoint;
-use crate::insn::interpret::Forgotten;
 use crate::insn::{Form, MemoryUse};
 use crate::{Action, Hypervisor, Reply};
 
 /// Whether the emulator can be let loose: what the instruction accesses is [plain](Guest), or most certainly is.
+#[inline(never)]
 pub(super) fn is_right<H: Hypervisor>(guest: &mut Guest<'_, H>, form: &Form) -> bool {
     match form.memory {
         MemoryUse::None => true,
         _ if guest.registers.has_debugger() => false,
         MemoryUse::Reads | MemoryUse::Writes => match &form.op {
-            Some(op) => op.run(guest.registers, &mut Forgotten, &mut Rehearsal(guest)).is_some(),
+            Some(op) => op.operand(guest.registers).is_some_and(|operand| guest.is_accessible(operand)),
             // Then it reads the stack, the code, or what is a thread's.
             None => form.certain && !guest.claims.has_in_place(),
         },

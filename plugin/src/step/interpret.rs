@@ -1,11 +1,13 @@
 //! We compute what the instruction does: one event, no step, and no emulator.
 
 use crate::breakpoint::Claims;
-use crate::insn::interpret::{Memory, Op};
-use crate::insn::paging::{self, Intent};
+use crate::insn::Walks;
+use crate::insn::interpret::{Memory, Op, Operand};
+use crate::insn::paging::Intent;
 use crate::views::Views;
 use crate::{Action, Gfn, Gpa, Hypervisor, Registers, Reply};
 
+#[inline(never)]
 pub(super) fn begin<H: Hypervisor>(guest: &mut Guest<'_, H>, op: &Op, reply: &mut Reply) -> Option<()> {
     let registers = guest.registers;
     // There, and nowhere else before: they are large.
@@ -25,14 +27,36 @@ pub(super) struct Guest<'a, H> {
     pub(super) claims: &'a Claims,
     pub(super) views: Option<&'a Views>,
     pub(super) registers: &'a Registers,
+    pub(super) walks: &'a mut Walks,
 }
 
 impl<H: Hypervisor> Guest<'_, H> {
+    #[inline(always)]
     fn locate(&mut self, linear: u64, length: usize, intent: Intent) -> Option<Gpa> {
-        let gpa = paging::access(self.hv, self.registers, linear, length, intent)?;
+        match self.walks.again(self.hv, self.registers, linear, length, intent) {
+            Some(gpa) => self.is_plain(gpa.gfn()).then_some(gpa),
+            None => self.locate_anew(linear, length, intent),
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn locate_anew(&mut self, linear: u64, length: usize, intent: Intent) -> Option<Gpa> {
+        let gpa = self.walks.anew(self.hv, self.registers, linear, length, intent)?;
         self.is_plain(gpa.gfn()).then_some(gpa)
     }
 
+    /// Whether an instruction's operand could be accessed. A write is not made.
+    #[inline(always)]
+    pub(super) fn is_accessible(&mut self, operand: Operand) -> bool {
+        let (linear, size) = (operand.linear, usize::from(operand.size));
+        match operand.intent {
+            Intent::Read => [0; 8].get_mut(..size).and_then(|into| self.read(linear, into)).is_some(),
+            Intent::Write => self.locate(linear, size, Intent::Write).is_some(),
+        }
+    }
+
+    #[inline(always)]
     fn is_plain(&self, gfn: Gfn) -> bool {
         self.claims.spare(gfn) && !self.views.is_some_and(|views| views.hides(gfn))
     }
@@ -48,18 +72,5 @@ impl<H: Hypervisor> Memory for Guest<'_, H> {
     fn write(&mut self, linear: u64, bytes: &[u8]) -> Option<()> {
         let gpa = self.locate(linear, bytes.len(), Intent::Write)?;
         self.hv.write(gpa, bytes).ok()
-    }
-}
-
-/// The same, but what is written goes nowhere: to see whether an instruction would go through.
-pub(super) struct Rehearsal<'a, 'g, H>(pub(super) &'a mut Guest<'g, H>);
-
-impl<H: Hypervisor> Memory for Rehearsal<'_, '_, H> {
-    fn read(&mut self, linear: u64, into: &mut [u8]) -> Option<()> {
-        self.0.read(linear, into)
-    }
-
-    fn write(&mut self, linear: u64, bytes: &[u8]) -> Option<()> {
-        self.0.locate(linear, bytes.len(), Intent::Write).map(|_| ())
     }
 }

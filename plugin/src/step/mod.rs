@@ -10,6 +10,7 @@ pub(crate) use view_fast_step::begin as fast_step_in_own_view;
 pub(crate) use view_step::{begin as step_on_own_pages, view_of};
 
 use crate::breakpoint::{Breakpoint, Claims, Located};
+use crate::insn::Walks;
 use crate::views::Views;
 use crate::{Access, Gfn, Gpa, Hypervisor, Placement, Registers, Reply, Step, StepOver};
 
@@ -70,6 +71,8 @@ pub(crate) struct Vcpu {
     /// Where it was when it was last answered, if the answer has something to be done when it goes on: RIP is another one
     /// as soon as that is done. None if that is known to be.
     pub(crate) answered: Option<u64>,
+    /// How it gets to memory.
+    pub(crate) walks: Walks,
 }
 
 /// A breakpoint that a virtual CPU is stepped over.
@@ -103,6 +106,7 @@ impl Vcpu {
             monitored,
             late: false,
             answered: None,
+            walks: Walks::NONE,
         }
     }
 
@@ -136,7 +140,7 @@ impl Vcpu {
 }
 
 /// The ways to let the instruction under a breakpoint run that need no step, if one of them is chosen and right.
-#[inline(never)]
+#[inline(always)]
 pub(crate) fn at_once<H: Hypervisor>(
     hv: &mut H,
     views: Option<&Views>,
@@ -159,7 +163,7 @@ pub(crate) fn at_once<H: Hypervisor>(
         (StepOver::Auto, Placement::Shadow) => (true, form.certain),
         _ => (false, form.emulable),
     };
-    let mut guest = interpret::Guest { hv, claims, views, registers };
+    let mut guest = interpret::Guest { hv, claims, views, registers, walks: &mut vcpu.walks };
     if interpret
         && let Some(op) = breakpoint.displaced.op(registers.mode)
         && interpret::begin(&mut guest, op, reply).is_some()
