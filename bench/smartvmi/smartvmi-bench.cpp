@@ -252,6 +252,10 @@ std::vector<std::uint64_t> serve(const Arguments& arguments)
     std::fflush(stdout);
     vmicore.wait_for_events();
 
+#ifdef VMICORE_HYPERBP
+    if (vmicore.hyperbp)
+        vmicore.hyperbp->leave();
+#endif
     vmicore.vmi->pauseVm();
     for (const auto& breakpoint : breakpoints)
         breakpoint->remove();

@@ -49,6 +49,8 @@ static event_response_t response;
 static bool refuses;
 /* Whether the last event was finished with registers. */
 static bool sets_registers;
+/* Whether the domain runs. */
+static bool runs;
 
 const char* hyperbp_error(void)
 {
@@ -65,6 +67,13 @@ hyperbp_session_t* hyperbp_open(vmi_instance_t vmi, const char* mechanism, const
     NOTE("open %s;", mechanism);
     pages = *memory;
     return refuses ? NULL : &session;
+}
+
+bool hyperbp_leave(hyperbp_session_t* left)
+{
+    assert(left == &session && runs);
+    NOTE("leave;");
+    return !refuses;
 }
 
 bool hyperbp_close(hyperbp_session_t* closed)
@@ -319,6 +328,7 @@ bool xen_set_altp2m_params(xen_interface_t* xen, domid_t domain)
 }
 bool xen_pause(xen_interface_t* xen, domid_t domain)
 {
+    runs = false;
     return true;
 }
 void xen_resume(xen_interface_t* xen, domid_t domain) {}
@@ -337,9 +347,13 @@ void free_remapped_gfn(gpointer remapped)
 {
     assert(!"DRAKVUF's own shadow pages are not made");
 }
-void drakvuf_force_resume(drakvuf_t drakvuf) {}
+void drakvuf_force_resume(drakvuf_t drakvuf)
+{
+    runs = true;
+}
 bool drakvuf_pause(drakvuf_t drakvuf)
 {
+    runs = false;
     return true;
 }
 bool drakvuf_resume(drakvuf_t drakvuf)
@@ -657,6 +671,19 @@ static void failures(void)
     assert(!init_vmi(&drakvuf, false));
     close_vmi(&drakvuf);
     expect("it could not be opened", "altp2m 1;memory;open auto;listen;no memory;view 0;altp2m 0;");
+    refuses = false;
+}
+
+static void closes(void)
+{
+    drakvuf = (struct drakvuf) {0};
+    assert(init_vmi(&drakvuf, false));
+    drakvuf_pause(&drakvuf);
+    expect("it is opened again", "altp2m 1;memory;open auto;");
+    close_vmi(&drakvuf);
+    assert(!runs);
+    expect("before it is closed the domain runs without breakpoints",
+           "leave;listen;close;no memory;view 0;altp2m 0;");
 }
 
 int main(void)
@@ -668,5 +695,6 @@ int main(void)
     refusals();
     waiting();
     failures();
+    closes();
     return 0;
 }

@@ -84,6 +84,25 @@ TEST_P(Core, AnotherProcessRunsOn)
     EXPECT_EQ(hits, 0U);
 }
 
+TEST_P(Core, ItLeavesBeforeItIsTornDown)
+{
+    supervisor->initialize();
+    unsigned hits = 0;
+    const auto breakpoint = set_at(Guest::AT, hits);
+    EXPECT_EQ(guest.execute(0), Guest::VALUE);
+    supervisor->leave();
+    EXPECT_EQ(guest.execute(0), Guest::VALUE);
+    EXPECT_EQ(guest.execute(1), Guest::VALUE);
+    EXPECT_EQ(hits, 1U);
+    const auto figures = supervisor->getFigures();
+    ASSERT_NE(figures, nullptr);
+    ASSERT_EQ(figures->breakpoints.size(), 1U);
+    EXPECT_EQ(figures->breakpoints[0].hits, 1U);
+    breakpoint->remove();
+    EXPECT_THROW(set_at(Guest::AT, hits), VmiException);
+    supervisor->teardown();
+}
+
 TEST_P(Core, ItIsTornDownInTheMiddleOfAStep)
 {
     supervisor->initialize();

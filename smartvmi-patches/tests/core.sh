@@ -1,5 +1,5 @@
 #!/bin/sh
-# Builds and runs the tests of a patched SmartVMI's supervisor over hyperbp itself.
+# Builds and runs the tests of a patched SmartVMI's supervisor over hyperbp itself, and of its caches.
 set -eu
 
 if [ $# -lt 1 ] || [ $# -gt 2 ] || [ ! -f "$1/compile_commands.json" ]; then
@@ -48,3 +48,13 @@ hyperbp=$(pkg-config --libs hyperbp | sed -e 's/-lvmi//' -e 's/-lglib-2.0//')
         $libraries $hyperbp -o "$program/core"
 }
 "$program/core" --gtest_brief=1
+
+# LibVMI's functions are in the test; what it does not reach is not there.
+for file in "$source/src/lib/vmi/LibvmiInterface.cpp" "$here/caches.cpp"; do
+    # shellcheck disable=SC2086 # words
+    "${CXX:-c++}" -std=c++20 $flags $defined -I "$source/src/lib" -I "$source/src/include" -I "$source/test" \
+        -I "$source/test/include" $vmicore -c "$file" -o "$program/$(basename "$file").caches"
+done
+"${CXX:-c++}" -fsanitize=address,undefined -no-pie -Wl,--unresolved-symbols=ignore-all "$program"/*.caches \
+    -lgmock_main -lgmock -lgtest -lfmt -o "$program/caches"
+"$program/caches" --gtest_brief=1

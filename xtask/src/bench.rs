@@ -119,6 +119,10 @@ pub(crate) struct Bench {
     #[command(flatten)]
     elsewhere: elsewhere::Trees,
 
+    /// With --guest linux: the profile of its kernel, with which DRAKVUF looks up the process of each hit
+    #[arg(long, value_name = "FILE", requires = "drakvuf", conflicts_with = "domain")]
+    profile: Option<PathBuf>,
+
     /// Count where the ticks go, too: how many of them are the guest's, Xen's, dom0's kernel's and the monitor's, VM exits,
     /// hypercalls and system calls. Takes twice the time
     #[arg(long, conflicts_with = "domain")]
@@ -205,6 +209,8 @@ impl Bench {
                 if skipped.is_empty() { String::new() } else { format!("; skipped: {}", whys(&skipped).join("; ")) };
             bail!("no host has what was selected{skipped}");
         }
+        let linux = self.guest == Guest::Linux;
+        ensure!(self.profile.is_none() || linux, "--profile is for --guest linux: the other guest is no system's");
         ensure!(!self.ticks || self.cpus == 1, "--ticks is for one CPU: with more, several instructions share a tick");
         let (collections, label, ticks) = match &self.domain {
             Some(domain) => (self.measure_here(&lab, sysroot.as_deref(), &programs, domain, &parts)?, "xen", None),
@@ -278,7 +284,8 @@ impl Bench {
         let program = if self.guest == Guest::Linux { Some(lab.program()?) } else { None };
         let (program, options) = (program.as_deref(), self.tuning.options());
         let (cpus, parallel) = (self.cpus, self.jobs.into());
-        let measure = Measure { selection: &selection, programs, program, cpus, options, parallel };
+        let profile = self.profile.as_deref();
+        let measure = Measure { selection: &selection, programs, program, profile, cpus, options, parallel };
         let (mut collections, mut rows) = (Vec::new(), Vec::new());
         for machine in prepared.measure(&runner, &measure, parts)? {
             if self.ticks {

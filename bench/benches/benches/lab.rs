@@ -90,7 +90,8 @@ fn measure(arguments: &[String], out: &Path) -> Result<(Collection, Vec<String>)
         fs::remove_dir_all(out).with_context(|| format!("cannot remove {}", out.display()))?;
     }
     let options = Options::default();
-    let measure = Measure { selection: &selection, programs: &programs, program: None, cpus: 1, options, parallel: 2 };
+    let (programs, program, profile) = (&programs, None, None);
+    let measure = Measure { selection: &selection, programs, program, profile, cpus: 1, options, parallel: 2 };
     let measured = prepared.measure(&runner, &measure, &out.join("parts"))?;
     let collections: Vec<_> = measured.into_iter().flat_map(|machine| machine.collections).collect();
     let all = Collection::read_all(&collections)?;

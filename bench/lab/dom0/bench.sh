@@ -21,6 +21,8 @@ if [ "$GUEST" = linux ]; then
 else
     xl create -q /guest/guest.cfg || exit
 fi
+# For DRAKVUF.
+[ ! -f /profile.json ] || export PROFILE=/profile.json
 n=0
 # Not in a pipe, so that a failure can leave the script.
 while read -r arguments; do

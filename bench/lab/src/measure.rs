@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::plan::{self, Selection};
-use crate::{Bench, Elsewhere, Options, Result};
+use crate::{Bench, Elsewhere, Options, Result, memory_for_profile, profile};
 
 /// What to measure.
 #[derive(Clone, Debug)]
@@ -14,6 +14,8 @@ pub struct Measure<'a> {
     pub programs: &'a [Elsewhere],
     /// The program that executes the breakpoint in a Linux guest, if it is not to be the benchmark guest.
     pub program: Option<&'a Path>,
+    /// The profile of that guest's kernel, for hosts that then look up the process of each hit.
+    pub profile: Option<&'a Path>,
     /// CPUs of the emulated machine; with 2, dom0 and the guest have one each.
     pub cpus: u32,
     /// What is not as usual in these machines.
@@ -36,9 +38,11 @@ impl Bench<'_> {
     /// is below `out`.
     ///
     /// # Errors
-    /// Those of [`image`](Self::image), [`run`](Self::run) and [`Outcome::unpack`](crate::Outcome::unpack).
+    /// Those of [`profile::check`], [`image`](Self::image), [`run`](Self::run) and
+    /// [`Outcome::unpack`](crate::Outcome::unpack).
     pub fn measure(&self, runner: &Path, measure: &Measure<'_>, out: &Path) -> Result<Vec<Measured>> {
         let machines = plan::machines(measure.selection);
+        let profile = measure.profile.map(|file| Ok((file, profile::check(file, &self.kernel)?))).transpose()?;
         let mut jobs = Vec::new();
         for (n, selections) in (1..).zip(&machines) {
             let name = format!("bench-{n}");
@@ -49,6 +53,10 @@ impl Bench<'_> {
                 }
             };
             job.options = measure.options.clone();
+            if let Some((file, size)) = profile {
+                job.memory = memory_for_profile(size);
+                job.files.push(("profile.json".to_owned(), file.to_owned()));
+            }
             for program in measure.programs {
                 program.put_into(&mut job);
             }
