@@ -34,7 +34,10 @@ pub(crate) fn recover(domain: &mut Domain) -> Result<Vec<String>> {
     }
     domain.pause().context("cannot pause the domain")?;
     let restored = restore(domain, ledger, &mut done);
-    domain.resume().context("cannot resume the domain")?;
+    // A pause that was noted may not have happened: then it was ours that was undone in its place.
+    if domain.is_paused()? {
+        domain.resume().context("cannot resume the domain")?;
+    }
     restored?;
     Ok(done)
 }

@@ -453,11 +453,19 @@ impl Domain {
     /// # Errors
     /// If Xen refuses.
     pub(crate) fn let_run(&self) -> Result<(), Error> {
-        while info(&self.xc, self.id)?.is_some_and(|info| info.has(sys::XEN_DOMINF_paused)) {
+        while self.is_paused()? {
             // SAFETY: the handle is open.
             check("xc_domain_unpause", unsafe { sys::xc_domain_unpause(self.xc.raw(), self.id) })?;
         }
         Ok(())
+    }
+
+    /// Whether it exists and somebody has paused it.
+    ///
+    /// # Errors
+    /// If Xen does not answer.
+    pub(crate) fn is_paused(&self) -> Result<bool, Error> {
+        Ok(info(&self.xc, self.id)?.is_some_and(|info| info.has(sys::XEN_DOMINF_paused)))
     }
 
     /// Whether it exists and has crashed.
