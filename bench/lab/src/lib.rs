@@ -334,7 +334,7 @@ impl Bench<'_> {
     /// so many times. It leaves a file `checks` as [`checks`](Self::checks) does.
     #[must_use]
     pub fn recover(&self, runner: &Path, cpus: u32, kills: u32, attach: u32) -> Job {
-        let mut job = self.job("recover".to_owned(), RECOVER, cpus, Duration::from_secs(3600));
+        let mut job = self.job(format!("recover-{cpus}"), RECOVER, cpus, Duration::from_secs(3600));
         job.variables.push(("KILLS".to_owned(), kills.to_string()));
         job.variables.push(("ATTACH".to_owned(), attach.to_string()));
         job.programs.push(runner.to_owned());
