@@ -38,8 +38,9 @@ pub(crate) struct Views {
     ///
     /// When Xen takes a page out of a view, it marks all virtual CPUs of the domain (`p2m_remove_entry`,
     /// xen/arch/x86/mm/p2m.c), and the next time each of them goes on, `hvm_do_resume` passes the mark on and returns before
-    /// it comes to the registers of a response, its emulation, or an INT3 (xen/arch/x86/hvm/hvm.c, `vcpu_ioreq_handle_completion` in
-    /// xen/common/ioreq.c). These it does the time after, whatever the guest is at then. Views and steps are not affected.
+    /// it comes to the registers of a response, its emulation, or an INT3 (xen/arch/x86/hvm/hvm.c,
+    /// `vcpu_ioreq_handle_completion` in xen/common/ioreq.c). These it does the time after, whatever the guest is at then.
+    /// Views and steps are not affected.
     pub(crate) unmappings: u64,
 }
 

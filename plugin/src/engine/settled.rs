@@ -6,7 +6,7 @@ use crate::{Hypervisor, VcpuId};
 impl Engine {
     /// Whether nothing is still to be done of an answer: registers, an emulation, an INT3 of the guest's own. Xen does these
     /// only when the virtual CPU goes on, and where many share a CPU that takes milliseconds. If a page is taken out of a
-    /// view meanwhile, it does them too late ([`Views::unmappings`](crate::views::Views::unmappings)).
+    /// view meanwhile, it does them too late (`hvm_do_resume`, xen/arch/x86/hvm/hvm.c).
     ///
     /// A virtual CPU has gone on if it is not at the instruction any more that it was answered for, or has raised an event.
     /// One whose instruction jumps to itself does neither, once its breakpoint is gone.
