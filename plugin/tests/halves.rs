@@ -350,6 +350,28 @@ fn what_xen_would_be_late_with_is_not_asked_of_it() {
 }
 
 #[test]
+fn the_registers_of_an_int3_of_the_guests_own_are_left_alone_when_xen_would_be_late() {
+    for mechanism in AT_ONCE {
+        let mut machine = Machine::new();
+        let mut engine = Engine::new(&machine);
+        machine.pages.get_mut(&CODE).unwrap()[0x30] = 0xcc;
+        let at = CODE.at(0x30);
+        engine.insert(&mut machine, at, mechanism).unwrap();
+        let gone = other(&mut engine, &mut machine, mechanism);
+        engine.remove(&mut machine, gone).unwrap();
+        let mut changed = hit(at).registers;
+        changed.gpr[0] = 5;
+        let observed = begin(&mut engine, &mut machine, &hit(at));
+        let reply = end(&mut engine, &mut machine, &hit(at), &observed, Some(&changed));
+        assert_eq!(reply, Reply { step: Step::On, ..Reply::default() }, "{mechanism}");
+        // The same hit, of which nobody is told again.
+        let reply = through(&mut engine, &mut machine, &hit(at));
+        assert_eq!(reply, Reply { action: Action::Reinject, ..Reply::default() }, "{mechanism}");
+        assert_eq!(engine.counters().hits, 1, "{mechanism}");
+    }
+}
+
+#[test]
 fn an_access_that_xen_would_be_late_to_emulate_is_tried_again() {
     let mechanism = Mechanism::new(Placement::Shadow, StepOver::Auto, Conceal::Emulate).unwrap();
     let mut machine = Machine::new();

@@ -6,7 +6,7 @@ use crate::insn::paging;
 use crate::placement::INT3;
 use crate::step::Over;
 use crate::views::Views;
-use crate::{Action, Event, Gpa, Hypervisor, Int3, PAGE_SIZE, Reply, conceal, step};
+use crate::{Action, Event, Gpa, Hypervisor, Int3, PAGE_SIZE, Reason, Reply, conceal, step};
 
 impl Engine {
     /// Answers an INT3 that is no hit.
@@ -102,6 +102,14 @@ impl Engine {
         }
         vcpu.over = Some(Over { at, found });
         Reply { step: vcpu.step(), ..Reply::default() }
+    }
+
+    /// Whether that has just been answered so.
+    #[cold]
+    pub(super) fn meets_again(&self, index: usize, event: &Event) -> bool {
+        let Reason::Int3(int3) = &event.reason else { return false };
+        let own = self.registry.at(int3.gpa).is_some_and(|(_, breakpoint)| breakpoint.displaced.byte() == INT3);
+        own && self.vcpus[index].is_over(int3.gpa)
     }
 
     /// Runs an instruction that ends in the breakpoint at `at`, on the guest's own bytes.
