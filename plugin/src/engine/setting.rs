@@ -70,7 +70,7 @@ impl Engine {
             self.close_again(hv, |page| page.gfn == gfn).doing("prepare the page")?;
         }
         // Nobody is to write to the page while we look at it, nor to run between two of the steps.
-        let opened = paused(hv, |hv| {
+        paused(hv, |hv| {
             if placement == Placement::Shadow {
                 self.ensure_views(hv)?;
             }
@@ -82,18 +82,15 @@ impl Engine {
             let (breakpoints, conceal) = (Vec::new(), mechanism.conceal());
             self.registry.add_page(Page { gfn, placement, conceal, shadow, breakpoints, lifted: 0, unsettled: false });
             let opened = placement::open(hv, self.views.as_ref(), gfn, shadow).doing("prepare the page");
-            opened.inspect_err(|_| {
-                if shadow.is_none() {
-                    self.registry.remove_page(gfn);
-                }
+            if opened.is_err() && shadow.is_none() {
+                self.registry.remove_page(gfn);
+            }
+            opened.and_then(|()| self.restrict(hv, gfn).doing("watch the page")).inspect_err(|_| {
+                // Before anybody runs, who might write to a copy that is not guarded yet. What failed is what the caller is
+                // to hear about, not that undoing it failed too.
+                let _ = self.give_back(hv, gfn);
             })
-        });
-        let opened = opened.and_then(|()| self.restrict(hv, gfn).doing("watch the page"));
-        if opened.is_err() {
-            // What failed is what the caller is to hear about, not that undoing it failed too.
-            let _ = self.give_back(hv, gfn);
-        }
-        opened
+        })
     }
 
     /// Sets a breakpoint in a page that is prepared.

@@ -63,7 +63,8 @@ proptest! {
         mechanism in prop::sample::select(Mechanism::all().collect::<Vec<_>>()),
         site in any::<Index>(),
         refuse_in in 0..40_u32,
+        meanwhile in prop::collection::vec(0..2_u8, 0..60),
     ) {
-        script::refuse(&recipe, mechanism, &site, refuse_in);
+        script::refuse(&recipe, mechanism, &site, refuse_in, meanwhile);
     }
 }

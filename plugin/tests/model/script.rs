@@ -221,10 +221,10 @@ impl Session<'_> {
 
 /// One of the calls that setting a breakpoint takes is refused: it is set nevertheless, or not, and in the end nothing is
 /// left.
-pub(crate) fn refuse(recipe: &Recipe, mechanism: Mechanism, site: &Index, refuse_in: u32) {
+pub(crate) fn refuse(recipe: &Recipe, mechanism: Mechanism, site: &Index, refuse_in: u32, meanwhile: Vec<u8>) {
     let guest = recipe.build();
     let gpa = guest.sites[site.index(guest.sites.len())];
-    let mut world = World::new(guest.machine, Vec::new());
+    let mut world = World::new(guest.machine, meanwhile);
     let mut engine = Engine::new(&world);
     world.refuse_in = Some(refuse_in);
     let set = engine.insert(&mut world, gpa, mechanism);
