@@ -111,10 +111,20 @@ impl Form {
             return (Self { op: None, emulable: whole, certain: false, memory: MemoryUse::Writes }, length);
         }
         let memory = memory_use(&instruction);
+        if jumps_to_itself(&instruction) {
+            return (Self { op: None, emulable: false, certain: false, memory }, length);
+        }
         let op = Op::decode(&bytes[..length], mode);
         let emulable = !is_done_wrong(&instruction);
         (Self { op, emulable, certain: emulable && is_certain(&instruction, memory), memory }, length)
     }
+}
+
+/// Whether it is a branch to where it is itself, decoded at address 0. After that nobody could tell whether a virtual CPU has
+/// gone on with what it was answered ([`Engine::is_settled`](crate::Engine::is_settled)): so it is stepped.
+fn jumps_to_itself(instruction: &Instruction) -> bool {
+    let near = matches!(instruction.op0_kind(), OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64);
+    instruction.op_count() > 0 && near && instruction.near_branch_target() == 0
 }
 
 /// Whether Xen's emulator does it in another way than the CPU, or raises #UD in the guest without asking the monitor: that is
@@ -294,6 +304,22 @@ mod tests {
         assert!(!emulable(&[0x48, 0xf7, 0xe3]), "mul rbx: other flags");
         assert!(!emulable(&[0xf7, 0xeb]), "imul ebx");
         assert!(emulable(&[0x48, 0x0f, 0xaf, 0xc3]), "imul rax, rbx");
+    }
+
+    #[test]
+    fn what_jumps_to_itself_is_stepped() {
+        for mode in CodeMode::ALL {
+            let stepped = |bytes: &[u8]| {
+                let displaced = displaced(bytes, 8);
+                displaced.op(mode).is_none() && !displaced.form(mode).emulable
+            };
+            assert!(stepped(&[0xeb, 0xfe]), "jmp");
+            assert!(stepped(&[0x74, 0xfe]), "je");
+            assert!(stepped(&[0xe2, 0xfe]), "loop");
+            assert!(stepped(&[0xe3, 0xfe]), "jecxz");
+            assert!(!stepped(&[0xeb, 0xfd]), "one byte further");
+        }
+        assert!(!displaced(&[0xe8, 0xfb, 0xff, 0xff, 0xff], 8).form(CodeMode::Bits64).emulable, "call");
     }
 
     #[test]
