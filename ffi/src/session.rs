@@ -213,7 +213,10 @@ impl Session {
                 thread::sleep(PATIENCE / LOOKS);
                 engine.is_settled(machine)
             }) {
-                log::warn!("a virtual CPU does not go on with what it was answered: is the domain paused?");
+                log::warn!(
+                    "a virtual CPU does not go on with what it was answered: is the domain paused, or has an event not \
+                     been handled?"
+                );
             }
             // The pages that could not be given back before.
             Ok(engine.leave(machine)?)
@@ -311,6 +314,7 @@ impl Session {
         self.told = Observed::Answered;
         if self.left && matches!(self.event.reason, Reason::Int3(_)) {
             // Whatever it was, it is the guest's own now. To deliver it would be one more answer on its way.
+            self.engine.has_gone_on(self.event.vcpu);
             convert::reply(&Reply::default(), reply);
             return convert::observed(ffi::Kind::Answered);
         }

@@ -23,6 +23,8 @@ struct Machine {
     rights: HashMap<(ViewId, Gfn), Rights>,
     views: u16,
     current: ViewId,
+    /// Where all virtual CPUs are.
+    rip: u64,
 }
 
 impl Machine {
@@ -98,7 +100,7 @@ impl Hypervisor for Machine {
     }
 
     fn rip(&mut self, _: VcpuId) -> Result<u64, Infallible> {
-        Ok(0)
+        Ok(self.rip)
     }
 
     fn stop_step(&mut self, _: VcpuId) -> Result<(), Infallible> {
@@ -411,6 +413,25 @@ fn a_page_that_loses_its_breakpoints_between_the_halves_is_given_back_when_xen_c
         assert_eq!(end(&mut engine, &mut machine, &hit(MOVE), &observed, None), Reply::default(), "{mechanism}");
         assert_eq!((machine.rights(DATA), machine.rights(CODE)), (Rights::All, Rights::All), "{mechanism}");
     }
+}
+
+#[test]
+fn a_virtual_cpu_has_gone_on_when_it_has_moved_or_raised_another_event() {
+    let mut machine = Machine::new();
+    let mut engine = Engine::new(&machine);
+    let id = engine.insert(&mut machine, MOVE, Mechanism::AUTO).unwrap();
+    through(&mut engine, &mut machine, &hit(MOVE));
+    machine.rip = MOVE.0;
+    engine.remove(&mut machine, id).unwrap();
+    assert_eq!(machine.rights(CODE), Rights::Execute, "not yet");
+    engine.leave(&mut machine).unwrap();
+    assert!(!engine.is_settled(&mut machine) && !engine.is_idle(&mut machine));
+    // It is there again, and its event is not for the engine.
+    engine.has_gone_on(VcpuId(0));
+    assert!(engine.is_settled(&mut machine));
+    engine.leave(&mut machine).unwrap();
+    assert_eq!(machine.rights(CODE), Rights::All);
+    assert!(engine.is_idle(&mut machine));
 }
 
 #[test]

@@ -9,11 +9,20 @@ impl Engine {
     /// view meanwhile, it does them too late (`hvm_do_resume`, xen/arch/x86/hvm/hvm.c).
     ///
     /// A virtual CPU has gone on if it is not at the instruction any more that it was answered for, or has raised an event.
-    /// One whose instruction jumps to itself does neither, once its breakpoint is gone.
+    /// One whose instruction jumps to itself does neither, once its breakpoint is gone: a relative jump is therefore
+    /// stepped. (By way of a register a guest can still keep us waiting.) Nor does one whose next event, at the same
+    /// instruction, has not been handled.
     pub fn is_settled<H: Hypervisor>(&mut self, hv: &mut H) -> bool {
         (0..).map(VcpuId).zip(&mut self.vcpus).all(|(vcpu, slot)| {
             slot.answered = slot.answered.filter(|at| hv.rip(vcpu).is_ok_and(|rip| rip == *at));
             slot.answered.is_none()
         })
+    }
+
+    /// A virtual CPU has raised an event that the engine is not asked about: it has gone on with what it was answered.
+    pub fn has_gone_on(&mut self, vcpu: VcpuId) {
+        if let Some(slot) = self.vcpus.get_mut(usize::from(vcpu.0)) {
+            slot.answered = None;
+        }
     }
 }
