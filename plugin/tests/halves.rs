@@ -374,6 +374,29 @@ fn the_registers_of_an_int3_of_the_guests_own_are_left_alone_when_xen_would_be_l
 }
 
 #[test]
+fn registers_that_xen_would_be_late_with_are_set_when_the_breakpoint_is_met_again() {
+    for (mechanism, rip) in AT_ONCE.into_iter().flat_map(|mechanism| [(mechanism, MOVE.0), (mechanism, 0x1234)]) {
+        let mut machine = Machine::new();
+        let mut engine = Engine::new(&machine);
+        engine.insert(&mut machine, MOVE, mechanism).unwrap();
+        let gone = other(&mut engine, &mut machine, mechanism);
+        engine.remove(&mut machine, gone).unwrap();
+        let mut changed = Registers { rip, ..hit(MOVE).registers };
+        changed.gpr[0] = 5;
+        let observed = begin(&mut engine, &mut machine, &hit(MOVE));
+        let reply = end(&mut engine, &mut machine, &hit(MOVE), &observed, Some(&changed));
+        assert_eq!(reply, Reply { step: Step::On, ..Reply::default() }, "{mechanism}");
+        let reply = through(&mut engine, &mut machine, &hit(MOVE));
+        let view = (rip == MOVE.0).then_some(OWN);
+        assert_eq!(reply, Reply { view, step: Step::Keep, action: Action::SetRegisters(changed) }, "{mechanism}");
+        let view = (rip == MOVE.0).then_some(EXEC);
+        let reply = through(&mut engine, &mut machine, &event(view.map_or(EXEC, |_| OWN), rip, Reason::Step));
+        assert_eq!(reply, Reply { view, step: Step::Off, ..Reply::default() }, "{mechanism}");
+        assert_eq!(engine.counters().hits, 1, "{mechanism}");
+    }
+}
+
+#[test]
 fn an_access_that_xen_would_be_late_to_emulate_is_tried_again() {
     let mechanism = Mechanism::new(Placement::Shadow, StepOver::Auto, Conceal::Emulate).unwrap();
     let mut machine = Machine::new();

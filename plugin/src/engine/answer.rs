@@ -182,9 +182,7 @@ impl Engine {
         if let Err(error) = done {
             *reply = self.give_way(event, &error);
         }
-        if let (Some(registers), Action::Resume) = (changed, &reply.action)
-            && !self.meets_again(index, event)
-        {
+        if let (Some(registers), Action::Resume) = (changed, &reply.action) {
             reply.action = Action::SetRegisters(*registers);
         }
         self.conclude(hv, index, event.registers.rip, reply);

@@ -54,6 +54,7 @@ impl Engine {
         }
         // An instruction that exits to the hypervisor ends without an event.
         if let Some(before) = over.take() {
+            self.vcpus[index].changed = None;
             self.arm_again(hv, before);
         }
         false
@@ -132,6 +133,11 @@ impl Engine {
         changed: Option<&Registers>,
         reply: &mut Reply,
     ) {
+        if let (Some(found), Some(changed)) = (found, changed)
+            && self.vcpus[index].late
+        {
+            return self.put_off(hv, index, event, found, changed, reply);
+        }
         let moved = changed.is_some_and(|registers| registers.rip != event.registers.rip);
         let done = match found {
             Some(found) if !moved => self.step_over(hv, index, found, event, changed, reply),
@@ -139,6 +145,33 @@ impl Engine {
         };
         self.handling.record(hv.now().saturating_sub(self.hit_at));
         self.end_told(hv, index, event, done, changed, reply);
+    }
+
+    /// Xen would be late with registers that were changed at a hit: the virtual CPU meets the breakpoint again, which is known
+    /// to be the same hit, and gets them then.
+    #[cold]
+    fn put_off<H: Hypervisor>(
+        &mut self,
+        hv: &mut H,
+        index: usize,
+        event: &Event,
+        found: Located,
+        changed: &Registers,
+        reply: &mut Reply,
+    ) {
+        let breakpoint = self.registry.located_mut(found);
+        let moved = changed.rip != event.registers.rip;
+        let own = breakpoint.displaced.byte() == INT3;
+        if !(moved || own) {
+            breakpoint.count(changed, StepOver::ViewStep);
+        }
+        let at = breakpoint.gpa;
+        let vcpu = &mut self.vcpus[index];
+        vcpu.changed = (moved || !own).then_some(*changed);
+        vcpu.over = Some(Over { at, found });
+        *reply = Reply { step: vcpu.step(), ..Reply::default() };
+        self.handling.record(hv.now().saturating_sub(self.hit_at));
+        self.end_told(hv, index, event, Ok(()), None, reply);
     }
 
     /// Lets the instruction under a breakpoint run.

@@ -6,7 +6,7 @@ use crate::insn::paging;
 use crate::placement::INT3;
 use crate::step::Over;
 use crate::views::Views;
-use crate::{Action, Event, Gpa, Hypervisor, Int3, PAGE_SIZE, Reason, Reply, conceal, step};
+use crate::{Action, Event, Gpa, Hypervisor, Int3, PAGE_SIZE, Registers, Reply, conceal, step};
 
 impl Engine {
     /// Answers an INT3 that is no hit.
@@ -72,6 +72,9 @@ impl Engine {
     ) -> Result<Reply, H::Error> {
         let mut reply = Reply::default();
         if let Some(found) = self.registry.locate(at) {
+            if let Some(registers) = self.vcpus[index].changed {
+                return self.step_with(hv, index, found, event, registers);
+            }
             let (vcpu, views) = (&mut self.vcpus[index], self.views.as_ref());
             let (page, breakpoint) = self.registry.located(found);
             if breakpoint.displaced.byte() == INT3 {
@@ -104,12 +107,33 @@ impl Engine {
         Reply { step: vcpu.step(), ..Reply::default() }
     }
 
-    /// Whether that has just been answered so.
+    /// The virtual CPU has met the breakpoint again at which its registers were [put off](Self::put_off).
     #[cold]
-    pub(super) fn meets_again(&self, index: usize, event: &Event) -> bool {
-        let Reason::Int3(int3) = &event.reason else { return false };
-        let own = self.registry.at(int3.gpa).is_some_and(|(_, breakpoint)| breakpoint.displaced.byte() == INT3);
-        own && self.vcpus[index].is_over(int3.gpa)
+    fn step_with<H: Hypervisor>(
+        &mut self,
+        hv: &mut H,
+        index: usize,
+        found: Located,
+        event: &Event,
+        registers: Registers,
+    ) -> Result<Reply, H::Error> {
+        let (vcpu, views) = (&mut self.vcpus[index], self.views.as_ref());
+        let (page, breakpoint) = self.registry.located(found);
+        let moved = registers.rip != event.registers.rip;
+        let mut reply = Reply::default();
+        if vcpu.late || (page.lifted > 0 && !moved) {
+            // Not yet.
+            return Ok(reply);
+        }
+        vcpu.changed = None;
+        if !moved {
+            if breakpoint.displaced.byte() == INT3 {
+                return Ok(self.reinjected());
+            }
+            step::step(hv, views, vcpu, page.placement, (found, breakpoint), registers.rip, &mut reply)?;
+        }
+        reply.action = Action::SetRegisters(registers);
+        Ok(reply)
     }
 
     /// Runs an instruction that ends in the breakpoint at `at`, on the guest's own bytes.

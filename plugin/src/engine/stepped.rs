@@ -30,6 +30,7 @@ impl Engine {
     fn settle_up<H: Hypervisor>(&mut self, hv: &mut H, index: usize) {
         let vcpu = &mut self.vcpus[index];
         let over = vcpu.over.take();
+        vcpu.changed = None;
         if !vcpu.pages.is_empty() {
             let pages = std::mem::take(&mut vcpu.pages);
             self.settle(hv, &pages);

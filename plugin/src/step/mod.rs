@@ -71,6 +71,9 @@ pub(crate) struct Vcpu {
     /// Where it was when it was last answered, if the answer has something to be done when it goes on: RIP is another one
     /// as soon as that is done. None if that is known to be.
     pub(crate) answered: Option<u64>,
+    /// The registers that it is to have when it meets the breakpoint again that it is [over](Self::over): Xen would have been
+    /// late with them.
+    pub(crate) changed: Option<Registers>,
     /// How it gets to memory.
     pub(crate) walks: Walks,
 }
@@ -106,6 +109,7 @@ impl Vcpu {
             monitored,
             late: false,
             answered: None,
+            changed: None,
             walks: Walks::NONE,
         }
     }
