@@ -146,6 +146,8 @@ impl Engine {
             let found = self.met_at(*at).map(|met| met.found);
             return self.end_hit(hv, index, event, found, changed, reply);
         }
+        // There is no breakpoint to meet again: better none than at some later time.
+        let changed = changed.filter(|_| !self.vcpus[index].late);
         let moved = changed.is_some_and(|registers| registers.rip != event.registers.rip);
         let done = match (observed, &event.reason) {
             (Observed::Accessed(_), _) => {
@@ -182,7 +184,9 @@ impl Engine {
         if let Err(error) = done {
             *reply = self.give_way(event, &error);
         }
-        if let (Some(registers), Action::Resume) = (changed, &reply.action) {
+        if let (Some(registers), Action::Resume) = (changed, &reply.action)
+            && !self.vcpus[index].late
+        {
             reply.action = Action::SetRegisters(*registers);
         }
         self.conclude(hv, index, event.registers.rip, reply);

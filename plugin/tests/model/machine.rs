@@ -404,8 +404,12 @@ impl Machine {
             Action::EmulateInstruction(bytes) => self.emulate(index, Some(bytes), None, fails),
             Action::SetRegisters(registers) => {
                 self.vcpus[index].registers = *registers;
-                self.through(index, *registers);
-                true
+                // Else they have been changed, and the instruction is still to run.
+                let through = registers.rip != event.registers.rip;
+                if through {
+                    self.through(index, *registers);
+                }
+                through
             }
             Action::Reinject => {
                 let Reason::Int3(int3) = event.reason else { panic!("no INT3, and injected: {:?}", event.reason) };

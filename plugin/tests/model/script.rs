@@ -35,6 +35,8 @@ pub(crate) enum Reaction {
     Leave,
     Remove(u8),
     Insert(u8, u8),
+    /// It changes R15.
+    Change(u8),
 }
 
 #[derive(Clone)]
@@ -63,6 +65,7 @@ pub(crate) fn script(vcpus: usize, palette: impl Strategy<Value = Vec<Mechanism>
         1 => Just(Reaction::Leave),
         1 => any::<u8>().prop_map(Reaction::Remove),
         1 => (any::<u8>(), any::<u8>()).prop_map(|(site, mechanism)| Reaction::Insert(site, mechanism)),
+        2 => any::<u8>().prop_map(Reaction::Change),
     ];
     (
         recipe(vcpus),
@@ -172,6 +175,7 @@ impl Session<'_> {
         let mut reply = Reply::default();
         let observed = engine.begin(world, &event, &mut reply);
         world.observed(&event, &observed);
+        let mut changed = None;
         let mut on_hit = |engine: &mut Engine, world: &mut World, hit: &Hit<'_>| {
             world.told(hit.vcpu, hit.breakpoint);
             match reactions.next().unwrap_or(Reaction::Nothing) {
@@ -182,11 +186,17 @@ impl Session<'_> {
                 }
                 Reaction::Remove(which) => remove(engine, world, which),
                 Reaction::Insert(site, mechanism) => insert(engine, world, sites, palette, site, mechanism),
+                Reaction::Change(value) => {
+                    let mut registers = *hit.registers;
+                    registers.gpr[15] = value.into();
+                    changed = Some(registers);
+                    world.changes[usize::from(hit.vcpu.0)] = Some(value.into());
+                }
             }
             Verdict::Keep
         };
         engine.tell(world, &event, &observed, &mut on_hit);
-        engine.end(world, &event, &observed, None, &mut reply);
+        engine.end(world, &event, &observed, changed.as_ref(), &mut reply);
         world.answering = None;
         if world.machine.answer(index, &reply, *failing) {
             world.through(index);

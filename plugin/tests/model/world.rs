@@ -52,6 +52,8 @@ pub(crate) struct World {
     told: Vec<Vec<BreakpointId>>,
     /// For each: that instruction has begun.
     begun: Vec<bool>,
+    /// For each: what a subscriber has made of R15 for it.
+    pub(crate) changes: Vec<Option<u64>>,
     /// Which virtual CPU runs before the next call, if there is one of this number.
     pub(crate) meanwhile: std::vec::IntoIter<u8>,
     /// A virtual CPU that is being answered does not run.
@@ -94,6 +96,7 @@ impl World {
             subscribers: Vec::new(),
             told: vec![Vec::new(); vcpus],
             begun: vec![false; vcpus],
+            changes: vec![None; vcpus],
             meanwhile: meanwhile.into_iter(),
             answering: None,
             kill_in: None,
@@ -136,7 +139,18 @@ impl World {
     pub(crate) fn through(&mut self, index: usize) {
         self.tally.instructions += 1;
         let at = self.twin.next_instruction(index);
-        assert_eq!(self.twin.run(index), Ran::Through);
+        if let Some(value) = self.changes[index].take() {
+            let before = self.twin.clone();
+            self.twin.vcpus[index].registers.gpr[15] = value;
+            assert_eq!(self.twin.run(index), Ran::Through);
+            if self.twin.vcpus[index].registers != self.machine.vcpus[index].registers {
+                // Its breakpoint was gone before it could be set.
+                self.twin = before;
+                assert_eq!(self.twin.run(index), Ran::Through);
+            }
+        } else {
+            assert_eq!(self.twin.run(index), Ran::Through);
+        }
         let (real, twin) = (&self.machine.vcpus[index], &self.twin.vcpus[index]);
         assert_eq!(
             (real.registers, real.exceptions, real.last_exception),
@@ -295,6 +309,7 @@ impl World {
         self.let_go();
         self.subscribers.clear();
         self.told.iter_mut().for_each(Vec::clear);
+        self.changes.fill(None);
     }
 
     /// Nobody waits any more: who did tries again.
