@@ -309,7 +309,6 @@ impl World {
         self.let_go();
         self.subscribers.clear();
         self.told.iter_mut().for_each(Vec::clear);
-        self.changes.fill(None);
     }
 
     /// Nobody waits any more: who did tries again.
