@@ -114,7 +114,8 @@ impl Engine {
     ///
     /// If the engine is not idle, that is done all the same. It harms no virtual CPU that was in the middle of a step; but
     /// one that has still to go on with an answer may do that too late, if the domain is not paused until nobody monitors
-    /// it any more: then Xen forgets the answer (`vm_event_cleanup_domain`, xen/arch/x86/vm_event.c).
+    /// it any more: then Xen forgets the answer (`vm_event_cleanup_domain`, xen/arch/x86/vm_event.c), unless that is an INT3
+    /// to be delivered.
     ///
     /// # Errors
     /// If the hypervisor refuses; it may be called again.
