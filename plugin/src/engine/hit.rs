@@ -168,8 +168,7 @@ impl Engine {
         let at = breakpoint.gpa;
         let vcpu = &mut self.vcpus[index];
         vcpu.changed = (moved || !own).then_some(*changed);
-        vcpu.over = Some(Over { at, found });
-        *reply = Reply { step: vcpu.step(), ..Reply::default() };
+        *reply = vcpu.step_over(at, found);
         self.handling.record(hv.now().saturating_sub(self.hit_at));
         self.end_told(hv, index, event, Ok(()), None, reply);
     }

@@ -4,7 +4,6 @@ use super::Engine;
 use crate::breakpoint::Located;
 use crate::insn::paging;
 use crate::placement::INT3;
-use crate::step::Over;
 use crate::views::Views;
 use crate::{Action, Event, Gpa, Hypervisor, Int3, PAGE_SIZE, Registers, Reply, conceal, step};
 
@@ -103,8 +102,7 @@ impl Engine {
         if !vcpu.late {
             return self.reinjected();
         }
-        vcpu.over = Some(Over { at, found });
-        Reply { step: vcpu.step(), ..Reply::default() }
+        vcpu.step_over(at, found)
     }
 
     /// The virtual CPU has met the breakpoint again at which its registers were [put off](Self::put_off).

@@ -127,6 +127,13 @@ impl Vcpu {
         }
     }
 
+    /// Steps over a breakpoint that it may meet again before the step is over: then that is the same hit.
+    #[inline]
+    pub(crate) fn step_over(&mut self, at: Gpa, found: Located) -> Reply {
+        self.over = Some(Over { at, found });
+        Reply { step: self.step(), ..Reply::default() }
+    }
+
     /// Whether a page is to be settled.
     pub(crate) fn owes(&self, gfn: Gfn) -> bool {
         self.pages.as_slice().contains(&gfn)

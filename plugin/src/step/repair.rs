@@ -1,6 +1,6 @@
 //! Write the byte back, single-step, write 0xCC again: two events, and right on one virtual CPU only.
 
-use super::{Over, Vcpu};
+use super::Vcpu;
 use crate::breakpoint::{Breakpoint, Located};
 use crate::{Hypervisor, Reply};
 
@@ -11,6 +11,5 @@ pub(super) fn begin<H: Hypervisor>(
     breakpoint: &Breakpoint,
 ) -> Result<Reply, H::Error> {
     hv.replace(breakpoint.gpa, breakpoint.displaced.byte())?;
-    vcpu.over = Some(Over { at: breakpoint.gpa, found });
-    Ok(Reply { step: vcpu.step(), ..Reply::default() })
+    Ok(vcpu.step_over(breakpoint.gpa, found))
 }
