@@ -159,12 +159,9 @@ impl Engine {
         changed: &Registers,
         reply: &mut Reply,
     ) {
-        let breakpoint = self.registry.located_mut(found);
+        let breakpoint = self.registry.located(found).1;
         let moved = changed.rip != event.registers.rip;
         let own = breakpoint.displaced.byte() == INT3;
-        if !(moved || own) {
-            breakpoint.count(changed, StepOver::ViewStep);
-        }
         let at = breakpoint.gpa;
         let vcpu = &mut self.vcpus[index];
         vcpu.changed = (moved || !own).then_some(*changed);

@@ -128,7 +128,8 @@ impl Engine {
             if breakpoint.displaced.byte() == INT3 {
                 return Ok(self.reinjected());
             }
-            step::step(hv, views, vcpu, page.placement, (found, breakpoint), registers.rip, &mut reply)?;
+            let served = step::step(hv, views, vcpu, page.placement, (found, breakpoint), registers.rip, &mut reply)?;
+            self.registry.located_mut(found).count(&registers, served);
         }
         reply.action = Action::SetRegisters(registers);
         Ok(reply)
