@@ -1,0 +1,149 @@
+//! Connections to Xen's libraries, and what Xen says about a domain.
+
+use std::ffi::c_void;
+use std::io;
+use std::ptr::{self, NonNull};
+use std::rc::Rc;
+use std::time::Duration;
+
+use hyperbp::{Gfn, PAGE_SIZE};
+use hyperbp_guest_page::GuestPage;
+use hyperbp_xen_sys as sys;
+
+use super::{Error, check};
+
+/// What every hypercall goes through.
+pub(super) const PRIVCMD: &str = "/dev/xen/privcmd";
+
+/// A connection to libxenctrl. Shared by all that make calls with it.
+#[derive(Debug)]
+pub(crate) struct Interface(NonNull<sys::xc_interface>);
+
+impl Interface {
+    pub(super) fn open() -> Result<Self, Error> {
+        // SAFETY: null loggers are documented to mean the default.
+        let handle = unsafe { sys::xc_interface_open(ptr::null_mut(), ptr::null_mut(), 0) };
+        NonNull::new(handle).map(Self).ok_or_else(|| Error::last("xc_interface_open"))
+    }
+
+    pub(crate) fn raw(&self) -> *mut sys::xc_interface {
+        self.0.as_ptr()
+    }
+}
+
+impl Drop for Interface {
+    fn drop(&mut self) {
+        // SAFETY: opened in `open`, and closed nowhere else.
+        unsafe { sys::xc_interface_close(self.raw()) };
+    }
+}
+
+/// A connection to libxenforeignmemory.
+#[derive(Debug)]
+pub(crate) struct ForeignMemory(pub(super) NonNull<sys::xenforeignmemory_handle>);
+
+impl ForeignMemory {
+    pub(super) fn open() -> Result<Self, Error> {
+        // SAFETY: a null logger is documented to mean the default.
+        let handle = unsafe { sys::xenforeignmemory_open(ptr::null_mut(), 0) };
+        NonNull::new(handle).map(Self).ok_or_else(|| Error::last("xenforeignmemory_open"))
+    }
+}
+
+impl Drop for ForeignMemory {
+    fn drop(&mut self) {
+        // SAFETY: opened in `open`; every `Mapping` holds a reference, so none is left.
+        unsafe { sys::xenforeignmemory_close(self.0.as_ptr()) };
+    }
+}
+
+/// A page of a guest.
+pub(crate) type Page = GuestPage<Mapping>;
+
+/// Unmaps pages when it is dropped.
+#[derive(Debug)]
+pub(crate) struct Mapping {
+    pub(super) address: NonNull<c_void>,
+    pub(super) pages: usize,
+    pub(super) memory: Rc<ForeignMemory>,
+}
+
+pub(super) fn map(memory: &Rc<ForeignMemory>, domain: u32, gfn: Gfn) -> Result<Page, Error> {
+    let mut error = 0;
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    // SAFETY: both arrays have the one element the call is told of; the handle is open.
+    let address = unsafe { sys::xenforeignmemory_map(memory.0.as_ptr(), domain, protection, 1, &gfn.0, &mut error) };
+    let address = NonNull::new(address).ok_or_else(|| Error::last("xenforeignmemory_map"))?;
+    let mapping = Mapping { address, pages: 1, memory: Rc::clone(memory) };
+    if error != 0 {
+        return Err(Error::of("xenforeignmemory_map", io::Error::from_raw_os_error(error.abs())));
+    }
+    // SAFETY: it is mapped readable and writable, a page long and on a page's boundary, until the mapping is dropped;
+    // nobody else knows of it.
+    Ok(unsafe { GuestPage::new(address.cast(), mapping) })
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: mapped with this handle and length, and unmapped nowhere else.
+        unsafe { sys::xenforeignmemory_unmap(self.memory.0.as_ptr(), self.address.as_ptr(), self.pages) };
+    }
+}
+/// The call, of those that tell about domains, that every version of libxenctrl has.
+pub(super) const GETINFO: &str = "xc_domain_getinfolist";
+
+/// What Xen says about a domain.
+pub(super) struct Info(pub(super) sys::xc_domaininfo_t);
+
+impl Info {
+    /// Whether it has this flag, of `XEN_DOMINF_*`.
+    pub(super) fn has(&self, flag: u32) -> bool {
+        self.0.flags & flag != 0
+    }
+
+    /// Whether it has neither shut down nor crashed.
+    pub(super) fn is_running(&self) -> bool {
+        !self.has(sys::XEN_DOMINF_dying | sys::XEN_DOMINF_shutdown)
+    }
+
+    pub(super) fn has_crashed(&self) -> bool {
+        let reason = self.0.flags >> sys::XEN_DOMINF_shutdownshift & sys::XEN_DOMINF_shutdownmask;
+        self.has(sys::XEN_DOMINF_shutdown) && reason == sys::SHUTDOWN_crash
+    }
+
+    /// How long all its virtual CPUs have been running.
+    pub(super) fn cpu_time(&self) -> Duration {
+        Duration::from_nanos(self.0.cpu_time)
+    }
+
+    /// How much memory it may have, in KiB.
+    pub(super) fn memory_limit(&self) -> u64 {
+        self.0.max_pages.saturating_mul(PAGE_SIZE as u64 / 1024)
+    }
+}
+
+/// What Xen says about a domain, if there is one with this number.
+pub(super) fn info(xc: &Interface, id: u32) -> Result<Option<Info>, Error> {
+    let mut info = Info(sys::xc_domaininfo_t::default());
+    // SAFETY: the handle is open, and there is room for the one domain asked for.
+    let found = unsafe { sys::xc_domain_getinfolist(xc.raw(), id, 1, &mut info.0) };
+    check(GETINFO, found)?;
+    // It gives the first domain from that number on.
+    Ok((found == 1 && u32::from(info.0.domain) == id).then_some(info))
+}
+
+/// How long all virtual CPUs of a domain have been running so far.
+#[derive(Debug)]
+pub(crate) struct CpuTime {
+    pub(super) xc: Rc<Interface>,
+    pub(super) id: u32,
+}
+
+impl CpuTime {
+    /// # Errors
+    /// If there is no such domain, or Xen does not answer.
+    pub(crate) fn get(&self) -> Result<Duration, Error> {
+        let gone = || Error::invalid(GETINFO, format!("there is no domain {}", self.id));
+        info(&self.xc, self.id)?.map(|info| info.cpu_time()).ok_or_else(gone)
+    }
+}
