@@ -2,9 +2,11 @@
 # Writes the patches and the list of blobs beside this script anew, from a repository in which each commit after the
 # upstream one is a patch: its message becomes the patch's head. Refuses a commit that does more than to add lines.
 set -eu
+# With it, `cd` may go elsewhere and says where it went.
+unset CDPATH
 
-here=$(cd "$(dirname "$0")" && pwd -P)
-self=$(basename "$0")
+here=$(cd -- "$(dirname -- "$0")" && pwd -P)
+self=$(basename -- "$0")
 
 refuse() {
     printf '%s: %s\n' "$self" "$*" >&2

@@ -1,6 +1,7 @@
 //! The patches for other projects: that they only add lines, and that the script applies them to the right tree alone.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -146,6 +147,30 @@ impl Fake {
         Ok(Command::new("sh").arg(script).args(arguments).arg(self.tree()).output()?)
     }
 
+    /// The script with a program of its own replaced: `body` is run at its calls that match `pattern`, and knows their
+    /// number as `$n`.
+    fn apply_with(&self, program: &str, pattern: &str, body: &str, arguments: &[&str]) -> Result<Output> {
+        let bin = self.dir.join("bin");
+        if bin.exists() {
+            fs::remove_dir_all(&bin)?;
+        }
+        fs::create_dir(&bin)?;
+        let script = format!(
+            "#!/bin/sh\ncase \"$*\" in {pattern})\n echo >>\"$0.calls\"; n=$(wc -l <\"$0.calls\")\n {body}\nesac\n\
+             PATH=${{PATH#*:}} exec {program} \"$@\"\n"
+        );
+        fs::write(bin.join(program), script)?;
+        fs::set_permissions(bin.join(program), fs::Permissions::from_mode(0o755))?;
+        let path = format!("{}:{}", bin.display(), std::env::var("PATH")?);
+        let script = self.dir.join("patches/apply.sh");
+        Ok(Command::new("sh").arg(script).args(arguments).arg(self.tree()).env("PATH", path).output()?)
+    }
+
+    /// Whether the script's own directory is gone from the tree.
+    fn is_clean(&self) -> bool {
+        !self.tree().join(".hyperbp-patches").exists()
+    }
+
     fn succeeds(&self, arguments: &[&str]) -> Result<()> {
         let done = self.apply(arguments)?;
         assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
@@ -162,6 +187,14 @@ impl Fake {
             assert!(said.contains(word), "`{word}` is missing: {said}");
         }
         assert_eq!(self.contents()?, before);
+        Ok(())
+    }
+
+    /// A run that was stopped is undone first; then there is nothing to take out.
+    fn refuses_to_revert_what_was_stopped(&self) -> Result<()> {
+        let done = self.apply(&["--revert"])?;
+        assert_eq!(done.status.code(), Some(1));
+        assert!(String::from_utf8_lossy(&done.stdout).contains("was stopped"));
         Ok(())
     }
 
@@ -239,6 +272,92 @@ fn one_patch_that_does_not_apply_stops_all() -> Result<()> {
     fake.patch("3.patch", &FIRST.replace("one", "nowhere"))?;
     fake.refuses(&[], &["nothing was changed"])?;
     assert!(fake.is_original()?);
+    Ok(())
+}
+
+/// Whatever fails in the middle, and at whatever call: the tree is as it was, and takes the same again.
+#[test]
+fn a_failure_in_the_middle_changes_nothing() -> Result<()> {
+    let applies = "*--check*) ;; *apply*";
+    for (program, pattern) in [("git", applies), ("mv", "*"), ("cp", "*")] {
+        for call in 1..=3 {
+            let fake = Fake::new("failure")?;
+            let fail = format!("[ $n -ne {call} ] || {{ echo broken >&2; exit 1; }}");
+            let done = fake.apply_with(program, pattern, &fail, &[])?;
+            let said = String::from_utf8_lossy(&done.stderr);
+            assert_eq!(done.status.code(), Some(1), "{program} {call}: {said}");
+            assert!(said.contains("as it was"), "{program} {call}: {said}");
+            assert!(fake.is_original()? && fake.is_clean(), "{program} {call}: {:?}", fake.contents()?);
+            fake.succeeds(&[])?;
+            assert!(fake.is_patched()?);
+
+            let done = fake.apply_with(program, pattern, &fail, &["--revert"])?;
+            // Two files are moved then, the third one goes.
+            if (program, call) != ("mv", 3) {
+                assert_eq!(done.status.code(), Some(1), "{program} {call}, reverting");
+                assert!(fake.is_patched()? && fake.is_clean(), "{program} {call}, reverting: {:?}", fake.contents()?);
+                fake.succeeds(&["--revert"])?;
+            }
+            assert!(fake.is_original()? && fake.is_clean());
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_script_that_was_killed_in_the_middle_is_undone_by_the_next() -> Result<()> {
+    for (program, call) in [("cp", 2), ("mv", 1), ("mv", 2), ("mv", 3)] {
+        let fake = Fake::new("killed")?;
+        let kill = format!("[ $n -ne {call} ] || kill -9 \"$(cat '{}/.hyperbp-patches/pid')\"", fake.tree().display());
+        let done = fake.apply_with(program, "*", &kill, &[])?;
+        assert_eq!(done.status.code(), None, "{program} {call}: {}", String::from_utf8_lossy(&done.stderr));
+        assert!(!fake.is_clean());
+        fake.refuses(&["--check"], &["stopped", "without --check"])?;
+        fake.refuses_to_revert_what_was_stopped()?;
+        assert!(fake.is_original()? && fake.is_clean());
+        fake.succeeds(&[])?;
+        assert!(fake.is_patched()?);
+    }
+    // It is still at work.
+    let fake = Fake::new("working")?;
+    fs::create_dir(fake.tree().join(".hyperbp-patches"))?;
+    fs::write(fake.tree().join(".hyperbp-patches/pid"), format!("{}\n", std::process::id()))?;
+    fake.refuses(&[], &["at work"])
+}
+
+/// `cd` goes by CDPATH, and takes a dash for something else.
+#[test]
+fn the_tree_is_found_whatever_its_name_and_the_environment() -> Result<()> {
+    let fake = Fake::new("names")?;
+    fs::create_dir_all(fake.dir.join("elsewhere/patches"))?;
+    fs::create_dir_all(fake.dir.join("elsewhere/a tree"))?;
+    let run = |arguments: &[&str], variables: &[(&str, PathBuf)]| {
+        let mut command = Command::new("sh");
+        command.arg("patches/apply.sh").args(arguments).current_dir(&fake.dir);
+        command.envs(variables.iter().map(|(name, value)| (name, value))).output()
+    };
+    let done = run(&["a tree"], &[("CDPATH", fake.dir.join("elsewhere"))])?;
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    assert!(fake.is_patched()?);
+    fake.succeeds(&["--revert"])?;
+
+    for name in ["-x", "-", "a:b"] {
+        let tree = fake.dir.join(name);
+        fs::rename(fake.tree(), &tree)?;
+        let done = run(&["--", name], &[("OLDPWD", fake.dir.join("elsewhere"))])?;
+        assert!(done.status.success(), "{name}: {}", String::from_utf8_lossy(&done.stderr));
+        fs::rename(&tree, fake.tree())?;
+        assert!(fake.is_patched()?, "{name}");
+        fake.succeeds(&["--revert"])?;
+    }
+    // git takes a list of directories that ends with colons, and our own repository is above these.
+    let (within, script) = (fake.dir.join("a:b"), fake.dir.join("patches/apply.sh"));
+    fs::create_dir(&within)?;
+    fs::rename(fake.tree(), within.join("tree"))?;
+    let done = Command::new("sh").arg(script).arg(within.join("tree")).output()?;
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    fs::rename(within.join("tree"), fake.tree())?;
+    assert!(fake.is_patched()?);
     Ok(())
 }
 
