@@ -42,6 +42,9 @@ pub enum Needs {
     Target,
     /// What RSP points to is the address of the last jump of the slot.
     Return,
+    /// Its last four bytes are how far from its end a word of the data is, and that is the address of the last jump of the
+    /// slot: as in the import thunks of Windows.
+    Import,
     /// RDI is where extended state of the FPU can be, without any in it; RDX:RAX selects that of the x87.
     ExtendedState,
     /// RAX and RDI are a hypercall that changes nothing: `XENVER_version` of `__HYPERVISOR_xen_version`.
@@ -201,6 +204,11 @@ const OTHERS: &[Snippet] = &[
     Snippet::new(&[0x68, 0x78, 0x56, 0x34, 0x92]), // push an immediate of 32 bits
     Snippet::new(&[0x66, 0x50]),                   // push ax
     Snippet::new(&[0xff, 0x36]),                   // push [rsi]
+    Snippet::new(&[0xff, 0x34, 0x24]),             // push [rsp]
+    Snippet::new(&[0xff, 0x74, 0x24, 0xf8]),       // push [rsp - 8]: where it is pushed to
+    Snippet::new(&[0x42, 0xff, 0x74, 0x4e, 0xf1]), // push [rsi + r9 * 2 - 15]
+    Snippet::new(&[0x41, 0xff, 0x75, 0x00]),       // push [r13]
+    Snippet::new(&[0x66, 0xff, 0x36]),             // push word [rsi]
     Snippet::new(&[0x9c]),                         // pushfq
     Snippet::new(&[0x5d]),                         // pop rbp
     Snippet::new(&[0x58]),                         // pop rax
@@ -294,7 +302,6 @@ const OTHERS: &[Snippet] = &[
     Snippet::new(&[0x48, 0x0f, 0xc8]),                         // bswap rax
     Snippet::new(&[0x48, 0x98]),                               // cdqe
     Snippet::new(&[0x48, 0x99]),                               // cqo
-    Snippet::new(&[0xff, 0x24, 0x24]).needing(Needs::Return),  // jmp [rsp]
     Snippet::new(&[0x48, 0x8b, 0x05, 0xf9, 0xff, 0xff, 0xff]), // mov rax, [rip - 7]: itself, which has a breakpoint
     // What neither of us does.
     Snippet::new(&[0x0f, 0x28, 0xc1]),             // movaps xmm0, xmm1
@@ -312,38 +319,45 @@ const OTHERS: &[Snippet] = &[
     Snippet::new(&[0x0f, 0xae, 0x37]).needing(Needs::ExtendedState), // xsaveopt [rdi]
     Snippet::new(&[0x0f, 0xae, 0x2f]).needing(Needs::ExtendedState), // xrstor [rdi]
     // Branches: to the last jump of the slot, or the first.
-    Snippet::new(&[0x70, 0x05]),                              // jo, to the last jump
-    Snippet::new(&[0x71, 0x05]),                              // jno, to the last jump
-    Snippet::new(&[0x72, 0x05]),                              // jb, to the last jump
-    Snippet::new(&[0x73, 0x05]),                              // jae, to the last jump
-    Snippet::new(&[0x74, 0x05]),                              // je, to the last jump
-    Snippet::new(&[0x75, 0x05]),                              // jne, to the last jump
-    Snippet::new(&[0x76, 0x05]),                              // jbe, to the last jump
-    Snippet::new(&[0x77, 0x05]),                              // ja, to the last jump
-    Snippet::new(&[0x78, 0x05]),                              // js, to the last jump
-    Snippet::new(&[0x79, 0x05]),                              // jns, to the last jump
-    Snippet::new(&[0x7a, 0x05]),                              // jp, to the last jump
-    Snippet::new(&[0x7b, 0x05]),                              // jnp, to the last jump
-    Snippet::new(&[0x7c, 0x05]),                              // jl, to the last jump
-    Snippet::new(&[0x7d, 0x05]),                              // jge, to the last jump
-    Snippet::new(&[0x7e, 0x05]),                              // jle, to the last jump
-    Snippet::new(&[0x7f, 0x05]),                              // jg, to the last jump
-    Snippet::new(&[0x0f, 0x84, 0x05, 0x00, 0x00, 0x00]),      // je, far off
-    Snippet::new(&[0x75, 0xf9]),                              // jne, backwards
-    Snippet::new(&[0xeb, 0x05]),                              // jmp
-    Snippet::new(&[0xe9, 0x05, 0x00, 0x00, 0x00]),            // jmp, far off
-    Snippet::new(&[0xeb, 0xf9]),                              // jmp, backwards
-    Snippet::new(&[0xe8, 0x05, 0x00, 0x00, 0x00]),            // call
-    Snippet::new(&[0xe8, 0xf6, 0xff, 0xff, 0xff]),            // call, backwards
-    Snippet::new(&[0xff, 0xe0]).needing(Needs::Target),       // jmp rax
-    Snippet::new(&[0xff, 0xd0]).needing(Needs::Target),       // call rax
-    Snippet::new(&[0xff, 0x14, 0x24]).needing(Needs::Return), // call [rsp]
-    Snippet::new(&[0xc3]).needing(Needs::Return),             // ret
-    Snippet::new(&[0xc2, 0x10, 0x00]).needing(Needs::Return), // ret 16
-    Snippet::new(&[0xf3, 0xc3]).needing(Needs::Return),       // rep ret
-    Snippet::new(&[0xf2, 0xc3]).needing(Needs::Return),       // bnd ret
-    Snippet::new(&[0xe3, 0x05]),                              // jrcxz
-    Snippet::new(&[0xe2, 0x05]),                              // loop
+    Snippet::new(&[0x70, 0x05]),                                    // jo, to the last jump
+    Snippet::new(&[0x71, 0x05]),                                    // jno, to the last jump
+    Snippet::new(&[0x72, 0x05]),                                    // jb, to the last jump
+    Snippet::new(&[0x73, 0x05]),                                    // jae, to the last jump
+    Snippet::new(&[0x74, 0x05]),                                    // je, to the last jump
+    Snippet::new(&[0x75, 0x05]),                                    // jne, to the last jump
+    Snippet::new(&[0x76, 0x05]),                                    // jbe, to the last jump
+    Snippet::new(&[0x77, 0x05]),                                    // ja, to the last jump
+    Snippet::new(&[0x78, 0x05]),                                    // js, to the last jump
+    Snippet::new(&[0x79, 0x05]),                                    // jns, to the last jump
+    Snippet::new(&[0x7a, 0x05]),                                    // jp, to the last jump
+    Snippet::new(&[0x7b, 0x05]),                                    // jnp, to the last jump
+    Snippet::new(&[0x7c, 0x05]),                                    // jl, to the last jump
+    Snippet::new(&[0x7d, 0x05]),                                    // jge, to the last jump
+    Snippet::new(&[0x7e, 0x05]),                                    // jle, to the last jump
+    Snippet::new(&[0x7f, 0x05]),                                    // jg, to the last jump
+    Snippet::new(&[0x0f, 0x84, 0x05, 0x00, 0x00, 0x00]),            // je, far off
+    Snippet::new(&[0x75, 0xf9]),                                    // jne, backwards
+    Snippet::new(&[0xeb, 0x05]),                                    // jmp
+    Snippet::new(&[0xe9, 0x05, 0x00, 0x00, 0x00]),                  // jmp, far off
+    Snippet::new(&[0xeb, 0xf9]),                                    // jmp, backwards
+    Snippet::new(&[0xe8, 0x05, 0x00, 0x00, 0x00]),                  // call
+    Snippet::new(&[0xe8, 0xf6, 0xff, 0xff, 0xff]),                  // call, backwards
+    Snippet::new(&[0xff, 0xe0]).needing(Needs::Target),             // jmp rax
+    Snippet::new(&[0xff, 0xd0]).needing(Needs::Target),             // call rax
+    Snippet::new(&[0xff, 0x14, 0x24]).needing(Needs::Return),       // call [rsp]
+    Snippet::new(&[0xff, 0x24, 0x24]).needing(Needs::Return),       // jmp [rsp]
+    Snippet::new(&[0x48, 0xff, 0x24, 0x24]).needing(Needs::Return), // jmp [rsp], with REX.W
+    Snippet::new(&[0xff, 0x25, 0, 0, 0, 0]).needing(Needs::Import), // jmp [rip + an import]
+    Snippet::new(&[0x48, 0xff, 0x25, 0, 0, 0, 0]).needing(Needs::Import), // jmp [rip + an import], with REX.W
+    Snippet::new(&[0xff, 0x15, 0, 0, 0, 0]).needing(Needs::Import), // call [rip + an import]
+    Snippet::new(&[0xff, 0x35, 0, 0, 0, 0]).needing(Needs::Import), // push [rip + an import]
+    Snippet::new(&[0x48, 0x8b, 0x05, 0, 0, 0, 0]).needing(Needs::Import), // mov rax, [rip + an import]
+    Snippet::new(&[0xc3]).needing(Needs::Return),                   // ret
+    Snippet::new(&[0xc2, 0x10, 0x00]).needing(Needs::Return),       // ret 16
+    Snippet::new(&[0xf3, 0xc3]).needing(Needs::Return),             // rep ret
+    Snippet::new(&[0xf2, 0xc3]).needing(Needs::Return),             // bnd ret
+    Snippet::new(&[0xe3, 0x05]),                                    // jrcxz
+    Snippet::new(&[0xe2, 0x05]),                                    // loop
     // The guest's own INT3, and prefixes: a breakpoint on the second byte of an instruction is no hit.
     Snippet::new(&[0xcc]),                               // int3
     Snippet::new(&[0xf3, 0xcc]),                         // int3 with a prefix

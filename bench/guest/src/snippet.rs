@@ -75,6 +75,12 @@ pub(crate) fn prepare() {
         for (n, byte) in snippet.bytes().iter().enumerate() {
             write_byte(start + n as u64, *byte);
         }
+        if snippet.needs == Needs::Import {
+            let distance = import().wrapping_sub(end) as u32;
+            for (at, byte) in (end - 4..).zip(distance.to_le_bytes()) {
+                write_byte(at, byte);
+            }
+        }
         let jumps: [(u64, unsafe extern "C" fn() -> !); 3] =
             [(start - JUMP as u64, exit::<0>), (end, exit::<1>), (end + JUMP as u64, exit::<2>)];
         for (at, to) in jumps {
@@ -86,6 +92,11 @@ pub(crate) fn prepare() {
             }
         }
     }
+}
+
+/// The last word of the data: what [`Needs::Import`] reads.
+fn import() -> u64 {
+    DATA[1].0.address() + (WORDS - 1) * 8
 }
 
 /// Where the first snippet page is.
@@ -164,6 +175,7 @@ fn registers(random: &mut Random, index: usize, snippet: &Snippet, window: u64) 
         Needs::Nothing => {}
         Needs::Target => gpr[AX] = last_jump,
         Needs::Return => write_word(gpr[SP] - window, last_jump),
+        Needs::Import => write_word(import(), last_jump),
         Needs::ExtendedState => {
             (gpr[AX], gpr[DX], gpr[DI]) = (1, 0, window + middle - LEGACY_STATE);
             (0..HEADER).for_each(|word| write_word(middle + word * 8, 0));

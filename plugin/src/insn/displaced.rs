@@ -21,10 +21,35 @@ pub(crate) struct Displaced {
     bytes: [u8; INSTRUCTION_BYTES],
     /// How many of them, at most, are of the instruction.
     length: u8,
-    /// See [`in_shadow`].
-    in_shadow: bool,
+    /// What may come before it.
+    before: Before,
     /// By [`CodeMode`].
     forms: [Form; CodeMode::ALL.len()],
+}
+
+/// What is before an instruction: it may be in the interrupt shadow of that. After STI, MOV SS or POP SS the CPU holds interrupts
+/// back for one instruction. Only an instruction that runs, or is emulated, ends that (Intel SDM volume 3, section 6.8.3); one
+/// whose result is set would leave the shadow to the next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Before {
+    /// Nothing that has such a shadow.
+    Plain,
+    /// Bytes that are, or end, such an instruction.
+    Shadow,
+    /// The last bytes of the page before, which only the linear address tells: see [`is_plain_after`].
+    OtherPage,
+}
+
+/// How many bytes before an instruction tell whether it may be in an interrupt shadow.
+pub(crate) const LOOK_BACK: usize = 2;
+
+/// Whether an instruction after these bytes is in no interrupt shadow.
+pub(crate) fn is_plain_after(bytes: [u8; LOOK_BACK]) -> bool {
+    match bytes {
+        [_, STI | POP_SS] => false,
+        // With memory for the source, the displacement may be in between: nobody loads SS from memory but to load RSP next.
+        [opcode, operands] => opcode != MOV_TO_SEGMENT || operands >> 3 != TO_SS_FROM_REGISTER,
+    }
 }
 
 /// The instruction in one mode.
@@ -60,7 +85,7 @@ impl Displaced {
             length = length.max(bytes);
             form
         });
-        Self { bytes, length: length as u8, in_shadow: in_shadow(page, offset), forms }
+        Self { bytes, length: length as u8, before: Before::of(page, offset), forms }
     }
 
     /// Whether it is what is at `offset` of this page.
@@ -71,7 +96,7 @@ impl Displaced {
 
     /// Takes over what is before it in this page now.
     pub(crate) fn look_back(&mut self, page: &[u8; PAGE_SIZE], offset: u16) {
-        self.in_shadow = in_shadow(page, offset);
+        self.before = Before::of(page, offset);
     }
 
     /// The byte that 0xCC displaces.
@@ -84,9 +109,14 @@ impl Displaced {
         self.bytes
     }
 
-    /// What it does, if we can do that in this mode in its place.
+    /// What it does, if we can do that in this mode in its place. If the page [before](Self::begins_page) allows it.
     pub(crate) fn op(&self, mode: CodeMode) -> Option<&Op> {
-        self.form(mode).op.as_ref().filter(|_| !self.in_shadow)
+        self.form(mode).op.as_ref().filter(|_| self.before != Before::Shadow)
+    }
+
+    /// Whether the bytes before it are in another page, so that each hit must look at them.
+    pub(crate) fn begins_page(&self) -> bool {
+        self.before == Before::OtherPage
     }
 
     /// The instruction in this mode.
@@ -144,21 +174,15 @@ pub(super) fn is_done_wrong(instruction: &Instruction) -> bool {
     }
 }
 
-/// Whether the instruction may be in the interrupt shadow of the one before it: after STI, MOV SS or POP SS the CPU holds
-/// interrupts back for one instruction. Only an instruction that runs, or is emulated, ends that (Intel SDM volume 3,
-/// section 6.8.3); one whose result is set would leave the shadow to the next.
-///
-/// What ends before the page is not known; it counts as such an instruction.
-fn in_shadow(page: &[u8; PAGE_SIZE], offset: u16) -> bool {
-    let offset = usize::from(offset) % PAGE_SIZE;
-    let before = |distance: usize| offset.checked_sub(distance).map(|at| page[at]);
-    match before(1) {
-        None | Some(STI | POP_SS) => true,
-        // With memory for the source, the displacement may be in between: nobody loads SS from memory but to load RSP next.
-        Some(operands) if operands >> 3 == TO_SS_FROM_REGISTER => {
-            before(2).is_none_or(|opcode| opcode == MOV_TO_SEGMENT)
+impl Before {
+    fn of(page: &[u8; PAGE_SIZE], offset: u16) -> Self {
+        let offset = usize::from(offset) % PAGE_SIZE;
+        let before = offset.checked_sub(LOOK_BACK).and_then(|from| page[from..].first_chunk());
+        match before {
+            Some(bytes) if is_plain_after(*bytes) => Self::Plain,
+            Some(_) => Self::Shadow,
+            None => Self::OtherPage,
         }
-        Some(_) => false,
     }
 }
 
@@ -344,7 +368,10 @@ mod tests {
         assert!(after(&[0x8e, 0xd0]).is_none(), "mov ss, eax");
         assert!(after(&[0x8e, 0xd8]).is_some(), "mov ds, eax");
         assert!(after(&[0x89, 0xd0]).is_some(), "mov eax, edx");
-        assert!(displaced(&[0x90], 0).op(CodeMode::Bits64).is_none(), "nobody knows what is before it");
+        for offset in [0, 1] {
+            assert!(displaced(&[0x90], offset).begins_page(), "other bytes are before it at each linear address");
+        }
+        assert!(!displaced(&[0x90], 2).begins_page());
         let mut page = [0x90; PAGE_SIZE];
         let mut nop = Displaced::of(&page, 8);
         page[7] = 0xfb;

@@ -57,9 +57,11 @@ pub(crate) struct Op {
     from: Place,
     /// An immediate, sign-extended; or how far a branch goes, from the next instruction; or what RET pops besides.
     immediate: i64,
-    /// Whether it reads memory or writes it, and how many bytes. None does both, or either twice.
-    access: Option<(Intent, u8)>,
-    /// Where that is; for LEA, what it computes.
+    /// Bytes that it reads at `memory`, if any.
+    reads: Option<u8>,
+    /// Bytes that it writes at `memory`, or pushes, if any. It reads before it writes.
+    writes: Option<u8>,
+    /// The address of its memory operand, or of what it pops; for LEA, what it computes.
     memory: Address,
 }
 
@@ -145,11 +147,12 @@ impl Op {
             to: Place::Nowhere,
             from: Place::Nowhere,
             immediate: 0,
-            access: None,
+            reads: None,
+            writes: None,
             memory: Address { base: Base::Nothing, index: None, scale: 0, displacement: 0, mask: mask(long) },
         };
         op.fill(&instruction)?;
-        op.access = op.accesses();
+        (op.reads, op.writes) = op.memory_sizes();
         // With an operand-size prefix, branches differ between Intel's and AMD's CPUs.
         let legacy = |byte: &u8| matches!(byte, 0x26 | 0x2e | 0x36 | 0x3e | 0x64..=0x67);
         let rex = |byte: &u8| long && matches!(byte, 0x40..=0x4f);
@@ -201,11 +204,7 @@ impl Op {
                 {
                     return None;
                 }
-                self.memory = match self.kind {
-                    Kind::Push => self.stack(SP, -i64::from(self.size)),
-                    Kind::Pop => self.stack(SP, 0),
-                    _ => self.stack(BP, 0),
-                };
+                self.memory = self.stack(if self.kind == Kind::Leave { BP } else { SP });
                 if self.kind == Kind::Leave {
                     let plain = if self.long { Code::Leaveq } else { Code::Leaved };
                     return (instruction.code() == plain).then_some(());
@@ -224,30 +223,29 @@ impl Op {
         // What both reads and writes memory, or writes it other than by a move or a push, is left to the CPU.
         let writes = !matches!(self.kind, Kind::Cmp | Kind::Test);
         let moves = self.kind == Kind::Mov;
-        if (self.to == Place::Memory && writes && !moves)
-            || (self.kind == Kind::Exchange && self.from == Place::Memory)
-            || (self.kind == Kind::Push && self.from == Place::Memory)
+        if (self.to == Place::Memory && writes && !moves) || (self.kind == Kind::Exchange && self.from == Place::Memory)
         {
             return None;
         }
         Some(())
     }
 
-    /// An address on the stack.
-    const fn stack(&self, register: u8, displacement: i64) -> Address {
-        Address { base: Base::Register(register), index: None, scale: 0, displacement, mask: mask(self.long) }
+    /// The address in a stack register.
+    const fn stack(&self, register: u8) -> Address {
+        Address { base: Base::Register(register), index: None, scale: 0, displacement: 0, mask: mask(self.long) }
     }
 
-    /// What the other fields say of [`access`](Self::access).
-    fn accesses(&self) -> Option<(Intent, u8)> {
-        let memory = self.to == Place::Memory || self.from == Place::Memory;
+    /// What the other fields say of [`reads`](Self::reads) and [`writes`](Self::writes).
+    fn memory_sizes(&self) -> (Option<u8>, Option<u8>) {
+        let size = Some(self.size);
+        let operand = size.filter(|_| self.to == Place::Memory || self.from == Place::Memory);
         match self.kind {
-            Kind::Push | Kind::Call => Some((Intent::Write, self.size)),
-            Kind::Pop | Kind::Leave | Kind::Return => Some((Intent::Read, self.size)),
-            Kind::Mov if self.to == Place::Memory => Some((Intent::Write, self.size)),
-            Kind::MovZero(size) | Kind::MovSign(size) => memory.then_some((Intent::Read, size)),
-            Kind::Lea => None,
-            _ => memory.then_some((Intent::Read, self.size)),
+            Kind::Push | Kind::Call => (operand, size),
+            Kind::Pop | Kind::Leave | Kind::Return => (size, None),
+            Kind::Mov if self.to == Place::Memory => (None, size),
+            Kind::MovZero(source) | Kind::MovSign(source) => (operand.map(|_| source), None),
+            Kind::Lea => (None, None),
+            _ => (operand, None),
         }
     }
 
@@ -271,17 +269,17 @@ impl Op {
             }
             FlowControl::Call if instruction.is_call_near() => {
                 self.kind = Kind::Call;
-                self.memory = self.stack(SP, -i64::from(self.size));
                 near(self)
             }
             FlowControl::IndirectBranch | FlowControl::IndirectCall => {
-                let register = instruction.op0_kind() == OpKind::Register;
-                if !register || register_size(instruction.op0_register())? != self.size {
+                self.kind = match instruction {
+                    _ if instruction.is_jmp_near_indirect() => Kind::Jump,
+                    _ if instruction.is_call_near_indirect() => Kind::Call,
+                    _ => return None,
+                };
+                if self.operand_size(instruction)? != self.size {
                     return None;
                 }
-                let jump = instruction.flow_control() == FlowControl::IndirectBranch;
-                self.kind = if jump { Kind::Jump } else { Kind::Call };
-                self.memory = self.stack(SP, -i64::from(self.size));
                 self.from = self.place(instruction, 0)?;
                 Some(())
             }
@@ -291,7 +289,7 @@ impl Op {
                     false => (Code::Retnd, Code::Retnd_imm16),
                 };
                 self.kind = Kind::Return;
-                self.memory = self.stack(SP, 0);
+                self.memory = self.stack(SP);
                 self.immediate = match instruction.code() {
                     code if code == plain => 0,
                     code if code == popping => instruction.immediate16().into(),
@@ -370,13 +368,33 @@ impl Op {
         Some(Address { base, index, scale, displacement, mask: mask(self.long) })
     }
 
-    /// What it would access of memory. `None` if that is nothing, or if [`run`](Self::run) would not do it for another reason
-    /// than the access itself. (But for where a jump goes: that is not looked at.)
+    /// What it would read of memory, and what it would write then. `None` if that is nothing, or if [`run`](Self::run) would
+    /// not do it for another reason than the accesses themselves. (The target of a branch is not looked at.)
     #[inline(always)]
-    pub(crate) fn operand(&self, registers: &Registers) -> Option<Operand> {
-        let (intent, size) = self.access?;
-        let usual = self.is_usual(registers) && is_unchecked(registers);
-        usual.then(|| Operand { linear: self.memory.of(registers), size, intent })
+    pub(crate) fn operands(&self, registers: &Registers) -> Option<[Option<Operand>; 2]> {
+        let accesses = self.reads.is_some() || self.writes.is_some();
+        let usual = accesses && self.is_usual(registers) && is_unchecked(registers);
+        let at = |linear, size, intent| Operand { linear, size, intent };
+        usual.then(|| {
+            let read = self.reads.map(|size| at(self.memory.of(registers), size, Intent::Read));
+            let write = self.writes.map(|size| at(self.written(registers), size, Intent::Write));
+            [read, write]
+        })
+    }
+
+    /// The address that it writes to.
+    #[inline(always)]
+    fn written(&self, registers: &Registers) -> u64 {
+        match self.kind {
+            Kind::Push | Kind::Call => self.below_stack(registers),
+            _ => self.memory.of(registers),
+        }
+    }
+
+    /// The address that it pushes to.
+    #[inline(always)]
+    const fn below_stack(&self, registers: &Registers) -> u64 {
+        registers.gpr[SP as usize].wrapping_sub(self.size as u64) & mask(self.long)
     }
 
     /// Whether the CPU would do with it what we do, in the mode that it was decoded for.
@@ -512,8 +530,7 @@ impl<M: Memory> Machine<'_, M> {
             }
             Kind::Return => {
                 let target = self.pop()?;
-                let target = self.checked(target)?;
-                self.new.rip = target;
+                self.new.rip = self.elsewhere(target)?;
                 let stack = &mut self.new.gpr[usize::from(SP)];
                 *stack = stack.wrapping_add(op.immediate as u64) & ones(op.size);
             }
@@ -539,9 +556,15 @@ impl<M: Memory> Machine<'_, M> {
             Place::Immediate => self.instruction_pointer(self.op.immediate.wrapping_add(i64::from(self.op.length))),
             place => {
                 let target = self.value(place, self.op.size)?;
-                self.checked(target)
+                self.elsewhere(target)
             }
         }
+    }
+
+    /// The target of an indirect branch, if it is another instruction. A branch to itself is stepped: after any other
+    /// reply, RIP would not tell that the virtual CPU has resumed ([`Engine::is_settled`](crate::Engine::is_settled)).
+    fn elsewhere(&self, target: u64) -> Option<u64> {
+        self.checked(target).filter(|target| *target != self.old.rip)
     }
 
     /// The memory operand's address.
@@ -557,9 +580,9 @@ impl<M: Memory> Machine<'_, M> {
     }
 
     #[inline(always)]
-    fn write(&mut self, size: u8, value: u64) -> Option<()> {
+    fn write(&mut self, linear: u64, size: u8, value: u64) -> Option<()> {
         is_unchecked(self.old).then_some(())?;
-        self.memory.write(self.effective(), value.to_le_bytes().get(..usize::from(size))?)
+        self.memory.write(linear, value.to_le_bytes().get(..usize::from(size))?)
     }
 
     #[inline(always)]
@@ -586,7 +609,7 @@ impl<M: Memory> Machine<'_, M> {
                 let register = &mut self.new.gpr[usize::from(number & 15)];
                 *register = *register & !0xff00 | value << 8;
             }
-            Place::Memory => self.write(size, value)?,
+            Place::Memory => self.write(self.effective(), size, value)?,
             Place::Nowhere | Place::Immediate => return None,
         }
         Some(())
@@ -594,9 +617,9 @@ impl<M: Memory> Machine<'_, M> {
 
     #[inline(always)]
     fn push(&mut self, value: u64) -> Option<()> {
-        let size = self.op.size;
-        self.put(Place::Register(SP), size, self.effective())?;
-        self.write(size, value)
+        let (size, stack) = (self.op.size, self.op.below_stack(self.old));
+        self.put(Place::Register(SP), size, stack)?;
+        self.write(stack, size, value)
     }
 
     /// Reads what is on the stack, and leaves the stack pointer behind it.
@@ -834,6 +857,10 @@ mod tests {
             &[0x33, 0xc0],
             &[0xe8, 0, 0, 0, 0],
             &[0xc3],
+            &[0xff, 0x25, 0, 0, 0, 0],       // jmp [rip]
+            &[0x48, 0xff, 0x25, 0, 0, 0, 0], // the same, as Windows has it
+            &[0xff, 0x15, 0, 0, 0, 0],       // call [rip]
+            &[0xff, 0x37],                   // push [rdi]
         ] {
             assert!(known(bytes), "{bytes:02x?}");
         }
@@ -845,7 +872,10 @@ mod tests {
             &[0x65, 0x48, 0x8b, 4, 0x25, 0x28, 0, 0, 0], // mov rax, gs:[0x28]
             &[0x0f, 0x20, 0xc0],                         // mov rax, cr0
             &[0x66, 0xe8, 0, 0, 0, 0],                   // call, of another length on AMD's CPUs
-            &[0xff, 0x37],                               // push [rdi]
+            &[0xff, 0x2f],                               // jmp far [rdi]
+            &[0xff, 0x1f],                               // call far [rdi]
+            &[0x66, 0xff, 0x37],                         // push word [rdi]
+            &[0x65, 0xff, 0x27],                         // jmp gs:[rdi]
             &[0x0f, 0x05],                               // syscall
             &[0xc5, 0xf8, 0x77],                         // vzeroupper
         ] {

@@ -9,7 +9,7 @@ pub(crate) mod paging;
 mod tables;
 mod walks;
 
-pub(crate) use displaced::{Displaced, Form, MemoryUse};
+pub(crate) use displaced::{Displaced, Form, LOOK_BACK, MemoryUse, is_plain_after};
 pub(crate) use walks::Walks;
 
 use iced_x86::{Decoder, DecoderOptions, Instruction, InstructionInfoFactory, OpAccess};

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
 
-use iced_x86::{Decoder, DecoderOptions, Mnemonic};
+use iced_x86::{Code, Decoder, DecoderOptions, Instruction, OpKind};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous};
 use nix::sys::ptrace;
 use nix::sys::signal::{Signal, kill, raise};
@@ -53,10 +53,15 @@ impl Random {
         of[self.below(of.len() as u64) as usize]
     }
 
-    /// A value for a register: a place in the data, something near an edge, or anything.
+    /// An address in the data, often an aligned one.
+    fn address(&mut self) -> u64 {
+        BASE + (self.below(0x2000) & !self.pick(&[0, 7]))
+    }
+
+    /// A value for a register: an address in the data, something near an edge, or anything.
     fn value(&mut self) -> u64 {
         match self.below(4) {
-            0 | 1 => BASE + self.below(0x2000),
+            0 | 1 => self.address(),
             2 => {
                 let edge =
                     self.pick(&[0_u64, 0x80, 0x100, 0x8000, 0x1_0000, 0x8000_0000, 0x1_0000_0000, 1 << 47, 1 << 63]);
@@ -66,43 +71,49 @@ impl Random {
         }
     }
 
-    /// Bytes that begin with an opcode of the interpreter's.
-    fn instruction(&mut self, long: bool) -> [u8; 16] {
-        const ONE: &[u8] = &[
-            0x00, 0x01, 0x02, 0x03, 0x04, 0x05, 0x08, 0x09, 0x0a, 0x0b, 0x0c, 0x0d, 0x20, 0x21, 0x22, 0x23, 0x24, 0x25,
-            0x28, 0x29, 0x2a, 0x2b, 0x2c, 0x2d, 0x30, 0x31, 0x32, 0x33, 0x34, 0x35, 0x38, 0x39, 0x3a, 0x3b, 0x3c, 0x3d,
-            0x40, 0x41, 0x48, 0x4c, 0x50, 0x53, 0x54, 0x55, 0x57, 0x58, 0x5b, 0x5c, 0x5d, 0x5f, 0x63, 0x68, 0x6a, 0x70,
-            0x71, 0x72, 0x73, 0x74, 0x75, 0x76, 0x77, 0x78, 0x79, 0x7a, 0x7b, 0x7c, 0x7d, 0x7e, 0x7f, 0x80, 0x81, 0x83,
-            0x84, 0x85, 0x86, 0x87, 0x88, 0x89, 0x8a, 0x8b, 0x8d, 0x90, 0x91, 0x97, 0xa8, 0xa9, 0xb0, 0xb4, 0xb7, 0xb8,
-            0xbf, 0xc2, 0xc3, 0xc6, 0xc7, 0xc9, 0xe8, 0xe9, 0xeb, 0xf6, 0xf7, 0xfe, 0xff,
-        ];
-        const TWO: &[u8] =
-            &[0x1e, 0x1f, 0x40, 0x44, 0x4c, 0x4f, 0x80, 0x85, 0x8c, 0x90, 0x95, 0x9c, 0xb6, 0xb7, 0xbe, 0xbf];
+    /// An instruction with the opcode of a template, often with other operands.
+    fn instruction(&mut self, template: &Template, long: bool) -> [u8; 16] {
+        let Template { prefix, opcode, modrm, .. } = *template;
         let mut bytes = [0; 16];
         let mut at = 0;
         let mut push = |byte: u8| {
             bytes[at] = byte;
             at += 1;
         };
-        if self.below(8) == 0 {
+        if self.below(16) == 0 {
             push(self.pick(&[0x66, 0x67, 0xf2, 0xf3, 0x2e, 0x3e, 0x64, 0xf0]));
         }
-        if long && self.below(2) == 0 {
-            push(0x40 | self.below(16) as u8);
+        match prefix {
+            Some(0x48) => push(0x48 | self.below(8) as u8),
+            _ => {
+                prefix.map(&mut push);
+                if long && self.below(2) == 0 {
+                    push(0x40 | self.below(16) as u8);
+                }
+            }
         }
-        if self.below(4) == 0 {
-            push(0x0f);
-            push(if self.below(3) == 0 {
-                0x40 | self.below(16) as u8 | self.pick(&[0, 0x40, 0x50])
-            } else {
-                self.pick(TWO)
-            });
-        } else {
-            push(self.pick(ONE));
+        opcode.to_be_bytes().into_iter().skip_while(|byte| *byte == 0).for_each(&mut push);
+        if opcode == 0 {
+            push(0);
         }
-        // ModR/M, SIB, displacement, immediate: often small.
-        push(self.next() as u8);
-        let tail = if self.below(2) == 0 { self.next() } else { self.below(0x1000) };
+        if matches!(opcode, 0xa0..=0xa3) {
+            // An address, and no ModR/M.
+            self.address().to_le_bytes().into_iter().for_each(&mut push);
+            return bytes;
+        }
+        push(match self.below(4) {
+            0 => self.next() as u8,
+            // The same register or extension of the opcode, and memory or not.
+            1 if modrm < 0xc0 => modrm & 0x38 | self.next() as u8 & 0x87,
+            1 => modrm & 0xf8 | self.next() as u8 & 7,
+            _ => modrm,
+        });
+        // SIB, displacement, immediate: often small, or an address.
+        let tail = match self.below(4) {
+            0 => self.next(),
+            1 if !long => self.address(),
+            _ => self.below(0x1000),
+        };
         for byte in tail.to_le_bytes() {
             push(byte);
         }
@@ -110,10 +121,73 @@ impl Random {
     }
 }
 
+/// What is counted: which instruction, and what kind of operand.
+type Kind = (Code, Operands);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Operands {
+    /// Registers and immediates.
+    Plain,
+    Memory,
+    /// Memory, relative to RIP.
+    Relative,
+}
+
+fn kind(instruction: &Instruction) -> Kind {
+    let memory = (0..instruction.op_count()).any(|operand| instruction.op_kind(operand) == OpKind::Memory);
+    let operands = match memory {
+        false => Operands::Plain,
+        true if instruction.is_ip_rel_memory_operand() => Operands::Relative,
+        true => Operands::Memory,
+    };
+    (instruction.code(), operands)
+}
+
+/// How an instruction of one kind is encoded.
+#[derive(Clone, Copy, Debug)]
+struct Template {
+    kind: Kind,
+    prefix: Option<u8>,
+    /// One byte, or two, the first of them first.
+    opcode: u16,
+    modrm: u8,
+}
+
+/// One of each kind that the interpreter knows, in the order of their encodings. It is asked: no list can be incomplete.
+fn templates(mode: CodeMode) -> Vec<Template> {
+    let prefixes: &[_] = match mode {
+        CodeMode::Bits64 => &[None, Some(0x66), Some(0xf3), Some(0x48)],
+        _ => &[None, Some(0x66), Some(0xf3)],
+    };
+    let opcodes = (0..=0xff).filter(|opcode| *opcode != 0x0f).chain(0x0f00..=0x0fff_u16);
+    let mut templates = BTreeMap::new();
+    for opcode in opcodes {
+        // Registers 2 and 3, what register 6 points to, what is relative to RIP: each with every other operand or extension.
+        for modrm in [0xc2, 0xc3, 0x06, 0x05].into_iter().flat_map(|rm| (0..8).map(move |reg| rm | reg << 3)) {
+            for prefix in prefixes {
+                let mut bytes: Vec<u8> = prefix.iter().copied().collect();
+                bytes.extend(opcode.to_be_bytes().into_iter().skip_while(|byte| *byte == 0));
+                if opcode == 0 {
+                    bytes.push(0);
+                }
+                bytes.push(modrm);
+                bytes.extend([0; 8]);
+                let instruction = Decoder::new(mode.bits(), &bytes, DecoderOptions::NONE).decode();
+                if Op::decode(&bytes[..instruction.len()], mode).is_some() {
+                    let kind = kind(&instruction);
+                    let template = Template { kind, prefix: *prefix, opcode, modrm };
+                    templates.entry((kind.0 as u32, kind.1)).or_insert(template);
+                }
+            }
+        }
+    }
+    templates.into_values().collect()
+}
+
 /// The region as the parent sees it, and what the interpreter would write.
 struct Region<'a> {
     bytes: &'a [u8; SIZE],
-    accessed: Option<Operand>,
+    accessed: Vec<Operand>,
     written: Option<(u64, [u8; 8], usize)>,
 }
 
@@ -125,8 +199,8 @@ impl Region<'_> {
     }
 
     fn note(&mut self, linear: u64, size: usize, intent: Intent) {
-        assert!(self.accessed.is_none(), "an instruction accesses memory once");
-        self.accessed = Some(Operand { linear, size: size as u8, intent });
+        assert!(self.written.is_none(), "memory is written last");
+        self.accessed.push(Operand { linear, size: size as u8, intent });
     }
 }
 
@@ -254,28 +328,40 @@ fn registers_of(native: &libc_registers::Native, like: &Registers) -> Registers 
     }
 }
 
-/// How many cases each mnemonic got.
+/// How many cases each kind got.
 type Coverage = BTreeMap<String, u64>;
+
+/// A kind is tried so often in a row that it has a case that the interpreter does: addresses must be in the region, and targets
+/// canonical.
+const TRIES: u64 = 500;
 
 fn compare(mode: CodeMode, cases: u64) -> nix::Result<Coverage> {
     let long = mode == CodeMode::Bits64;
+    let templates = templates(mode);
+    let mut coverage: Coverage = templates.iter().map(|template| (format!("{:?}", template.kind), 0)).collect();
     let mut tracee = Tracee::start()?;
     let base = ptrace::getregs(tracee.pid)?;
     let mut random = Random(u64::from(mode.bits()));
-    let mut coverage = Coverage::new();
     let mut image = [0; SIZE];
-    for byte in &mut image {
-        *byte = random.next() as u8;
+    for word in image.as_chunks_mut::<8>().0 {
+        *word = random.value().to_le_bytes();
     }
-    let mut done = 0;
+    let (mut done, mut tries) = (0, 0);
+    let mut order = templates.iter().cycle();
+    let mut template = order.next().expect("the interpreter knows instructions");
     while done < cases {
-        let bytes = random.instruction(long);
+        tries += 1;
+        if tries > TRIES {
+            template = order.next().expect("they are repeated");
+            tries = 0;
+        }
+        let bytes = random.instruction(template, long);
         let decoded = Decoder::new(mode.bits(), &bytes, DecoderOptions::NONE).decode();
         let bytes = &bytes[..decoded.len().max(1)];
         let Some(op) = Op::decode(bytes, mode) else { continue };
         let mut registers = Registers { mode, cpl: 3, flat: true, ..Registers::default() };
         registers.gpr = std::array::from_fn(|_| random.value());
-        registers.gpr[4] = if random.below(16) == 0 { registers.gpr[4] } else { BASE + 0x20 + random.below(0x1fc0) };
+        registers.gpr[4] = if random.below(16) == 0 { registers.gpr[4] } else { random.address() };
         if !long {
             registers.gpr = registers.gpr.map(|value| value & 0xffff_ffff);
         }
@@ -285,11 +371,12 @@ fn compare(mode: CodeMode, cases: u64) -> nix::Result<Coverage> {
         image[code..code + bytes.len()].copy_from_slice(bytes);
 
         let mut ours = registers;
-        let mut region = Region { bytes: &image, accessed: None, written: None };
+        let mut region = Region { bytes: &image, accessed: Vec::new(), written: None };
         if op.run(&registers, &mut ours, &mut region).is_none() {
             continue;
         }
-        assert_eq!(region.accessed, op.operand(&registers), "what {bytes:02x?} accesses from {registers:x?}");
+        let expected: Vec<_> = op.operands(&registers).into_iter().flatten().flatten().collect();
+        assert_eq!(region.accessed, expected, "what {bytes:02x?} accesses from {registers:x?}");
         if let Some((linear, bytes, length)) = region.written {
             let range = Region::range(linear, length).unwrap();
             tracee.memory().copy_from_slice(&image);
@@ -303,8 +390,13 @@ fn compare(mode: CodeMode, cases: u64) -> nix::Result<Coverage> {
         let native = registers_of(&native, &ours);
         assert_eq!(ours, native, "{}", what());
         assert!(*tracee.memory() == image, "memory differs after {}", what());
-        *coverage.entry(format!("{:?}", decoded.mnemonic())).or_default() += 1;
+        let kind = kind(&decoded);
+        *coverage.entry(format!("{kind:?}")).or_default() += 1;
         done += 1;
+        if kind == template.kind {
+            template = order.next().expect("they are repeated");
+            tries = 0;
+        }
     }
     Ok(coverage)
 }
@@ -316,12 +408,13 @@ fn does_what_this_cpu_does() {
     for mode in [CodeMode::Bits64, CodeMode::Bits32] {
         match compare(mode, cases) {
             Ok(coverage) => {
-                println!("{cases} cases in {}-bit code: {coverage:?}", mode.bits());
-                let needed =
-                    [Mnemonic::Push, Mnemonic::Pop, Mnemonic::Mov, Mnemonic::Sub, Mnemonic::Call, Mnemonic::Ret];
-                for mnemonic in needed {
-                    assert!(coverage.contains_key(&format!("{mnemonic:?}")), "{mnemonic:?} was never tried");
-                }
+                let kinds = coverage.len() as u64;
+                let mut rarest: Vec<_> = coverage.iter().map(|(kind, count)| (count, kind)).collect();
+                rarest.sort();
+                println!("{cases} cases of {kinds} kinds in {}-bit code: {rarest:?}", mode.bits());
+                let floor = cases / kinds / 2;
+                let rare: Vec<_> = rarest.iter().take_while(|(count, _)| **count < floor).collect();
+                assert!(rare.is_empty(), "tried less than {floor} times: {rare:?}");
             }
             Err(error) => eprintln!("SKIPPED: this machine does not let us trace a child ({error})"),
         }

@@ -17,7 +17,9 @@ pub(super) fn is_right<H: Hypervisor>(guest: &mut Guest<'_, H>, form: &Form) -> 
         MemoryUse::None => true,
         _ if guest.registers.has_debugger() => false,
         MemoryUse::Reads | MemoryUse::Writes => match &form.op {
-            Some(op) => op.operand(guest.registers).is_some_and(|operand| guest.is_accessible(operand)),
+            Some(op) => op
+                .operands(guest.registers)
+                .is_some_and(|all| all.into_iter().flatten().all(|operand| guest.is_accessible(operand))),
             // Then it reads the stack, the code, or what is a thread's.
             None => form.certain && !guest.claims.has_in_place(),
         },

@@ -1,11 +1,11 @@
 //! We compute what the instruction does: one event, no step, and no emulator.
 
 use crate::breakpoint::Claims;
-use crate::insn::Walks;
 use crate::insn::interpret::{Memory, Op, Operand};
 use crate::insn::paging::Intent;
+use crate::insn::{LOOK_BACK, Walks, is_plain_after};
 use crate::views::Views;
-use crate::{Action, Gfn, Gpa, Hypervisor, Registers, Reply};
+use crate::{Action, CodeMode, Gfn, Gpa, Hypervisor, Registers, Reply};
 
 #[inline(never)]
 pub(super) fn begin<H: Hypervisor>(guest: &mut Guest<'_, H>, op: &Op, reply: &mut Reply) -> Option<()> {
@@ -52,8 +52,21 @@ impl<H: Hypervisor> Guest<'_, H> {
         let (linear, size) = (operand.linear, usize::from(operand.size));
         match operand.intent {
             Intent::Read => [0; 8].get_mut(..size).and_then(|into| self.read(linear, into)).is_some(),
-            Intent::Write => self.locate(linear, size, Intent::Write).is_some(),
+            // It is not tried: what can be read there is memory.
+            Intent::Write => self
+                .locate(linear, size, Intent::Write)
+                .is_some_and(|gpa| [0; 8].get_mut(..size).is_some_and(|into| self.hv.read(gpa, into).is_ok())),
         }
+    }
+
+    /// Whether the bytes before RIP are known, and leave no [interrupt shadow](crate::insn::is_plain_after).
+    #[cold]
+    pub(super) fn is_out_of_shadow(&mut self) -> bool {
+        let Registers { rip, cs_base, mode, .. } = *self.registers;
+        let linear = cs_base.wrapping_add(rip).wrapping_sub(LOOK_BACK as u64);
+        let linear = if mode == CodeMode::Bits64 { linear } else { linear & u64::from(u32::MAX) };
+        let mut before = [0; LOOK_BACK];
+        self.read(linear, &mut before).is_some() && is_plain_after(before)
     }
 
     #[inline(always)]

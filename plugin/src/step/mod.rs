@@ -177,6 +177,7 @@ pub(crate) fn at_once<H: Hypervisor>(
     let mut guest = interpret::Guest { hv, claims, views, registers, walks: &mut vcpu.walks };
     if interpret
         && let Some(op) = breakpoint.displaced.op(registers.mode)
+        && (!breakpoint.displaced.begins_page() || guest.is_out_of_shadow())
         && interpret::begin(&mut guest, op, reply).is_some()
     {
         return Some(StepOver::Interpret);

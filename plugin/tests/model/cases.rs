@@ -50,6 +50,12 @@ fn every_instruction_does_what_it_does_without_a_breakpoint() {
     let (data, end) = (Place::Data(8), Place::Data(0xffd));
     everywhere(&[Piece::Load(0, data), Piece::LoadByte(3, end), Piece::Compare(0, end), Piece::LoadRelative(1, end)]);
     everywhere(&[Piece::Store(4, end), Piece::StoreByte(0, data), Piece::AddTo(4, end), Piece::PushFrom(end)]);
+    everywhere(&[
+        Piece::JumpThrough(data),
+        Piece::Nop,
+        Piece::JumpThrough(end),
+        Piece::JumpThrough(Place::Scratch(0, 0)),
+    ]);
     everywhere(&[Piece::Load(0, Place::Absent(0)), Piece::LoadCode(0, 0xffe)]);
     everywhere(&[Piece::Store(0, Place::ReadOnly(0)), Piece::Nop]);
 }

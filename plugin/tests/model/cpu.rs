@@ -206,6 +206,16 @@ impl<B: Bus> Cpu<'_, B> {
                     let value = self.load(operand, 8)?;
                     self.push(value)?;
                 }
+                (form @ (2 | 4), operand) => {
+                    let target = self.load(operand, 8)?;
+                    if !is_canonical(target) {
+                        return Err(Stop::Fault(GP));
+                    }
+                    if form == 2 {
+                        self.push(self.branch(0))?;
+                    }
+                    return Ok(Some(target));
+                }
                 _ => return Err(Stop::Fault(UD)),
             },
             0x70..=0x7f => {

@@ -110,6 +110,10 @@ pub(crate) enum Piece {
     JumpIf(u8, u8),
     Jump(u8),
     Call(u8),
+    /// By way of the address in memory, which is stored there before.
+    CallThrough(u8, Place),
+    /// To the next piece.
+    JumpThrough(Place),
     /// One that the hypervisor's emulator does not do.
     Hypercall,
     /// The guest's own.
@@ -129,6 +133,8 @@ impl Piece {
             Self::AddTo(_, place @ Place::Hidden(..)) | Self::Copy(place @ Place::Hidden(..), Place::Hidden(..)) => {
                 *place = Place::Data(0);
             }
+            // Another virtual CPU may write to the same place in between.
+            Self::CallThrough(..) | Self::JumpThrough(_) => *self = Self::Nop,
             _ => {}
         }
     }
@@ -194,6 +200,8 @@ pub(crate) fn piece() -> impl Strategy<Value = Piece> {
         2 => (0..16_u8, 0..4_u8).prop_map(|(condition, over)| Piece::JumpIf(condition, over)),
         1 => (0..4_u8).prop_map(Piece::Jump),
         3 => any::<u8>().prop_map(Piece::Call),
+        1 => (any::<u8>(), place()).prop_map(|(which, place)| Piece::CallThrough(which, place)),
+        1 => place().prop_map(Piece::JumpThrough),
         1 => Just(Piece::Int3),
         1 => Just(Piece::PrefixedInt3),
         2 => (any::<bool>(), 0..5_u8).prop_map(|(four, what)| Piece::Cell(four, what)),
@@ -518,6 +526,19 @@ impl Assembler {
                 }
                 None => self.emit(&[0x90]),
             },
+            Piece::CallThrough(which, place) => {
+                if let Some(function) = functions.get(usize::from(which) % functions.len().max(1)) {
+                    self.registers(0xc7, 0, 0, &(*function as u32).to_le_bytes());
+                    self.absolute(8, &[0x89], 0, place.linear(), &[]);
+                    self.absolute(0, &[0xff], 2, place.linear(), &[]);
+                }
+            }
+            Piece::JumpThrough(place) => {
+                // The two instructions that follow have 8 and 7 bytes.
+                self.emit(&[0x48, 0x8d, 0x05, 15, 0, 0, 0]);
+                self.absolute(8, &[0x89], 0, place.linear(), &[]);
+                self.absolute(0, &[0xff], 4, place.linear(), &[]);
+            }
             Piece::Hypercall => self.emit(&[0x0f, 0x01, 0xc1]),
             Piece::Int3 => self.emit(&[0xcc]),
             Piece::PrefixedInt3 => {
