@@ -109,6 +109,13 @@ pub(crate) struct Located {
     spot: Spot,
 }
 
+impl Located {
+    /// The number of its page.
+    pub(crate) const fn page(self) -> usize {
+        self.spot.page as usize
+    }
+}
+
 /// Where a breakpoint is in the registry.
 #[derive(Clone, Copy, Debug)]
 struct Spot {
@@ -196,6 +203,16 @@ impl Registry {
 
     pub(crate) fn pages(&self) -> impl Iterator<Item = &Page> {
         self.pages.iter()
+    }
+
+    /// How many pages there are.
+    pub(crate) fn page_count(&self) -> usize {
+        self.pages.len()
+    }
+
+    /// A page by its number, from 0 to their count. It changes when a page is removed.
+    pub(crate) fn nth_page_mut(&mut self, number: usize) -> Option<&mut Page> {
+        self.pages.get_mut(number)
     }
 
     /// Whether a breakpoint is still where it was.

@@ -19,6 +19,9 @@ pub struct Counters {
     pub held: u64,
     /// The guest wrote to a frame where there is none of its own: where the engine keeps a shadow.
     pub discarded: u64,
+    /// The bytes of a page with breakpoints were not those that are known of it, though the guest has not written to it: a
+    /// device has, another domain, or the device model. Its breakpoints were set on the new ones.
+    pub resynced: u64,
     /// The guest's own INT3s were delivered to it.
     pub reinjected: u64,
     /// The hypervisor was told to emulate an instruction and could not; it was stepped.

@@ -144,6 +144,31 @@ impl Views {
         hv.set_rights(self.write, at, Rights::ReadExecute)
     }
 
+    /// The same where it was shown before, whatever is left of that. A view lets go of a page, and until this returns the
+    /// guest could see the shadow: no virtual CPU may run.
+    pub(crate) fn show_again<H: Hypervisor>(&mut self, hv: &mut H, shadow: Gfn, at: Gfn) -> Result<(), H::Error> {
+        self.unmappings += 1;
+        // Where the execute view shows the sink, nothing can be remapped to the shadow.
+        hv.remap(self.exec, shadow, None)?;
+        self.show(hv, shadow, at)
+    }
+
+    /// Lets all views show again what they are to show at our own frames, apart from those of shadows in use.
+    pub(crate) fn restore<H: Hypervisor>(&self, hv: &mut H) -> Result<(), H::Error> {
+        hv.write(self.sink.at(0), &[0xff; PAGE_SIZE])?;
+        hv.remap(self.exec, self.spill, Some(self.sink))?;
+        hv.remap(self.own, self.spill, Some(self.sink))?;
+        hv.remap(self.write, self.sink, Some(self.spill))?;
+        self.seal(hv, self.sink)?;
+        self.seal(hv, self.spill)?;
+        for gfn in &self.free {
+            hv.remap(self.own, *gfn, Some(self.sink))?;
+            hv.remap(self.write, *gfn, Some(self.spill))?;
+            self.seal(hv, *gfn)?;
+        }
+        Ok(())
+    }
+
     /// Lets all views show the page itself again.
     pub(crate) fn unshow<H: Hypervisor>(&mut self, hv: &mut H, at: Gfn) -> Result<(), H::Error> {
         self.unmappings += 1;

@@ -264,19 +264,26 @@ impl Engine {
         if vcpu.home && !vcpu.stepping {
             self.bring_home(index, reply);
         }
-        if !self.vacant.is_empty() && matches!(reply.action, Action::Resume) {
-            self.vacate_after(hv, index);
+        if self.chores != 0 && matches!(reply.action, Action::Resume) {
+            self.do_chores(hv, index);
         }
     }
 
-    /// Gives pages back, with an answer that Xen is not late with, if it is not late with the others' either.
+    /// Gives pages back, and sets them up again, with an answer that Xen is not late with, if it is not late with the others'
+    /// either.
     #[cold]
-    fn vacate_after<H: Hypervisor>(&mut self, hv: &mut H, index: usize) {
+    fn do_chores<H: Hypervisor>(&mut self, hv: &mut H, index: usize) {
         if !self.is_settled(hv) {
             return;
         }
         if let Err(error) = self.vacate_all(hv) {
             log::warn!("a page could not be given back: {error}");
+            self.counters.failures += 1;
+        }
+        if self.resync_pending
+            && let Err(error) = self.resync_now(hv)
+        {
+            log::warn!("not everything could be set up again: {error}");
             self.counters.failures += 1;
         }
         self.vcpus[index].late = false;

@@ -159,6 +159,9 @@ impl Engine {
         changed: &Registers,
         reply: &mut Reply,
     ) {
+        if let Err(error) = self.check_current(hv, found) {
+            return self.end_told(hv, index, event, Err(error), None, reply);
+        }
         let breakpoint = self.registry.located(found).1;
         let moved = changed.rip != event.registers.rip;
         let own = breakpoint.displaced.byte() == INT3;
@@ -184,7 +187,8 @@ impl Engine {
         let registers = changed.unwrap_or(&event.registers);
         // With new registers, and with what to emulate, Xen may be late. If many pages wait to be given back, that is done
         // now: after an answer that it is not late with.
-        let crowded = self.vacant.len() >= VACANT && changed.is_none();
+        let crowded = self.chores >= VACANT && changed.is_none();
+        self.check_current(hv, found)?;
         let (vcpu, views) = (&mut self.vcpus[index], self.views.as_ref());
         let (page, spot, claims) = self.registry.parts(found);
         let breakpoint = &mut page.breakpoints[spot];

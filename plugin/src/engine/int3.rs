@@ -71,6 +71,7 @@ impl Engine {
     ) -> Result<Reply, H::Error> {
         let mut reply = Reply::default();
         if let Some(found) = self.registry.locate(at) {
+            self.check_current(hv, found)?;
             if let Some(registers) = self.vcpus[index].changed {
                 return self.step_with(hv, index, found, event, registers);
             }

@@ -7,6 +7,7 @@ mod hit;
 mod int3;
 mod observed;
 mod presence;
+mod resync;
 mod setting;
 mod settled;
 mod stepped;
@@ -36,7 +37,9 @@ const VACANT: usize = 16;
 ///
 /// - A breakpoint is at a guest-physical address, and stays there: if the guest writes a new instruction to it, it is set
 ///   on that one ([`Figures::rewritten`] counts), and if the guest frees the page and uses it for something else, it is a
-///   breakpoint in that. If it gives the page back to the hypervisor (ballooning), the breakpoint is gone without notice.
+///   breakpoint in that. If it gives the page back to the hypervisor (ballooning), the breakpoint is gone without notice:
+///   a host that gets to know calls [`resync`](Self::resync).
+/// - What a device, or another domain, writes to the page is no event: [`verify`](Self::verify) finds it.
 /// - Several may subscribe to the same instruction. Each is told of every hit, in the order they came.
 /// - An instruction that faults and is run again by the guest (a page fault, say) is a hit each time.
 ///
@@ -53,6 +56,12 @@ pub struct Engine {
     /// Pages whose last breakpoint was gone when they could not be [given back](Self::is_settled), and that are to be after
     /// an event.
     vacant: Vec<Gfn>,
+    /// All is to be [set up again](Self::resync) after an event.
+    resync_pending: bool,
+    /// Zero if nothing is to be done after an event. [`VACANT`] or more if that is to be soon.
+    chores: usize,
+    /// The number of the page that is to be [compared](Self::verify) next.
+    verified: usize,
     /// Between the two halves of an event.
     telling: bool,
     factory: InstructionInfoFactory,
@@ -74,6 +83,9 @@ impl Engine {
             views: None,
             unclosed: Vec::new(),
             vacant: Vec::new(),
+            resync_pending: false,
+            chores: 0,
+            verified: 0,
             telling: false,
             factory: InstructionInfoFactory::new(),
             counters: Counters::default(),

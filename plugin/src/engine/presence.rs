@@ -134,6 +134,8 @@ impl Engine {
         for gfn in std::mem::take(&mut self.vacant) {
             self.registry.remove_page(gfn);
         }
+        self.resync_pending = false;
+        self.count_chores();
         self.unclosed.retain(|page| page.shadow.is_none());
         Ok(())
     }

@@ -114,7 +114,8 @@ impl Engine {
         if let Some(page) = self.registry.page(gpa.gfn()).filter(|p| p.placement == Placement::InPlace && p.lifted == 0)
         {
             for breakpoint in &page.breakpoints {
-                bytes[usize::from(breakpoint.offset())] = breakpoint.displaced.byte();
+                let byte = &mut bytes[usize::from(breakpoint.offset())];
+                *byte = placement::guests_byte(*byte, breakpoint.displaced.byte());
             }
         }
         Ok(Displaced::of(&bytes, gpa.offset()))
@@ -126,6 +127,11 @@ impl Engine {
     /// If there is no such breakpoint, or if the hypervisor refuses.
     pub fn remove<H: Hypervisor>(&mut self, hv: &mut H, id: BreakpointId) -> Result<(), Error> {
         self.catch_up(hv, id.gpa().gfn()).doing("settle the page")?;
+        self.registry.get(id)?;
+        if let Some(found) = self.registry.locate(id.gpa()) {
+            // What is put back is to be what the guest has there now.
+            self.check_current(hv, found).doing("settle the page")?;
+        }
         let (page, breakpoint) = self.registry.get(id)?;
         if page.lifted == 0 && self.registry.is_last(id) {
             let disarmed = placement::disarm(hv, page, breakpoint.gpa, breakpoint.displaced.byte());
@@ -143,6 +149,7 @@ impl Engine {
         if shadowed && (self.telling || !self.is_settled(hv)) {
             if !self.vacant.contains(&gfn) {
                 self.vacant.push(gfn);
+                self.count_chores();
             }
             return Ok(());
         }
@@ -161,7 +168,9 @@ impl Engine {
     #[cold]
     pub(super) fn vacate_all<H: Hypervisor>(&mut self, hv: &mut H) -> Result<(), H::Error> {
         let mut result = Ok(());
-        for gfn in std::mem::take(&mut self.vacant) {
+        let vacant = std::mem::take(&mut self.vacant);
+        self.count_chores();
+        for gfn in vacant {
             if self.registry.page(gfn).is_some_and(|page| page.breakpoints.is_empty()) {
                 result = result.and(self.vacate(hv, gfn));
             }
@@ -181,13 +190,13 @@ impl Engine {
         closed
     }
 
-    fn unmappings(&self) -> u64 {
+    pub(super) fn unmappings(&self) -> u64 {
         self.views.as_ref().map_or(0, |views| views.unmappings)
     }
 
     /// If a view has let go of a page since there were so many, Xen would be late with the registers or the emulation of each
     /// virtual CPU's next response ([`Views::unmappings`](crate::views::Views::unmappings)).
-    fn note_unmappings(&mut self, before: u64) {
+    pub(super) fn note_unmappings(&mut self, before: u64) {
         if self.unmappings() != before {
             self.vcpus.iter_mut().for_each(|vcpu| vcpu.late = true);
         }

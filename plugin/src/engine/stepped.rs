@@ -81,9 +81,15 @@ impl Engine {
     pub(super) fn arm_again<H: Hypervisor>(&mut self, hv: &mut H, over: Over) {
         let Some(found) = self.find_again(over.at, over.found) else { return };
         let (page, breakpoint) = self.registry.located(found);
-        if page.lifted == 0
-            && let Err(error) = placement::arm(hv, page, over.at, breakpoint.displaced.byte())
-        {
+        if page.lifted > 0 {
+            return;
+        }
+        // While it was out, a device may have written there.
+        let armed = match page.shadow.is_some() || placement::is_current(hv, page, breakpoint) {
+            true => placement::arm(hv, page, over.at, breakpoint.displaced.byte()),
+            false => self.resync_found(hv, found),
+        };
+        if let Err(error) = armed {
             log::warn!("the breakpoint at {} could not be set again: {error}", over.at);
             self.counters.failures += 1;
         }

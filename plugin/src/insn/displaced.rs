@@ -23,6 +23,9 @@ pub(crate) struct Displaced {
     length: u8,
     /// What may come before it.
     before: Before,
+    /// The aligned eight bytes of memory that it begins in, and which of their bits are its own.
+    word: u64,
+    word_mask: u64,
     /// By [`CodeMode`].
     forms: [Form; CodeMode::ALL.len()],
 }
@@ -85,7 +88,27 @@ impl Displaced {
             length = length.max(bytes);
             form
         });
-        Self { bytes, length: length as u8, before: Before::of(page, offset), forms }
+        let (word, word_mask) = first_word(&bytes[..length], offset);
+        Self { bytes, length: length as u8, word, word_mask, before: Before::of(page, offset), forms }
+    }
+
+    /// The bits of `word` that are not those of the instruction. `word` is what memory has now in the aligned
+    /// eight bytes that the instruction begins in.
+    #[inline(always)]
+    pub(crate) const fn changed_bits(&self, word: u64) -> u64 {
+        (word ^ self.word) & self.word_mask
+    }
+
+    /// What [`changed_bits`](Self::changed_bits) returns when only the first byte is another one.
+    #[inline(always)]
+    pub(crate) const fn bits_of(&self, first: u8, offset: u16) -> u64 {
+        ((self.bytes[0] ^ first) as u64) << (offset % 8 * 8)
+    }
+
+    /// The bytes of the instruction that are not in the aligned eight bytes that it begins in.
+    #[inline(always)]
+    pub(crate) fn after_word(&self, offset: u16) -> &[u8] {
+        self.bytes[..usize::from(self.length)].get(8 - usize::from(offset % 8)..).unwrap_or(&[])
     }
 
     /// Whether it is what is at `offset` of this page.
@@ -127,6 +150,17 @@ impl Displaced {
             CodeMode::Bits64 => &self.forms[2],
         }
     }
+}
+
+/// The aligned eight bytes of memory that an instruction at `offset` begins in, with zeros around it, and a mask
+/// of its bits.
+fn first_word(instruction: &[u8], offset: u16) -> (u64, u64) {
+    let at = usize::from(offset % 8);
+    let (mut word, mut mask) = ([0; 8], [0; 8]);
+    for ((word, mask), byte) in word[at..].iter_mut().zip(&mut mask[at..]).zip(instruction) {
+        (*word, *mask) = (*byte, 0xff);
+    }
+    (u64::from_le_bytes(word), u64::from_le_bytes(mask))
 }
 
 impl Form {
@@ -296,6 +330,31 @@ fn is_integer(mnemonic: Mnemonic) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Every byte of the instruction counts, and no other, wherever in the aligned word it begins.
+    #[test]
+    fn a_change_of_any_byte_is_seen_and_of_none_beside() {
+        let code = [0x48, 0xb8, 1, 2, 3, 4, 5, 6, 7, 8];
+        for offset in 64..72_u16 {
+            let mut page = [0x90; PAGE_SIZE];
+            let (start, end) = (usize::from(offset), usize::from(offset) + code.len());
+            page[start..end].copy_from_slice(&code);
+            let displaced = Displaced::of(&page, offset);
+            let same = |page: &[u8; PAGE_SIZE]| {
+                let mut word = [0; 8];
+                word.copy_from_slice(&page[64..72]);
+                let after = displaced.after_word(offset);
+                displaced.changed_bits(u64::from_le_bytes(word)) == 0 && page[72..].starts_with(after)
+            };
+            for at in 56..96 {
+                let mut page = page;
+                page[at] ^= 1;
+                assert_eq!(same(&page), !(start..end).contains(&at), "byte {at}, the instruction at {offset}");
+            }
+            let first = u64::from(displaced.byte() ^ 0xcc) << (8 * (offset % 8));
+            assert_eq!(displaced.bits_of(0xcc, offset), first);
+        }
+    }
 
     fn displaced(bytes: &[u8], offset: u16) -> Displaced {
         let mut page = [0x90; PAGE_SIZE];

@@ -1,9 +1,9 @@
 //! 0xCC in the guest's own page. Every view shows it, so every view guards the page.
 
-use super::adopt;
+use super::{INT3, adopt};
 use crate::breakpoint::Page;
 use crate::views::Views;
-use crate::{Gfn, Hypervisor, PAGE_SIZE, Rights, ViewId};
+use crate::{Gfn, Gpa, Hypervisor, PAGE_SIZE, Rights, ViewId};
 
 pub(super) fn guard<H: Hypervisor>(hv: &mut H, views: Option<&Views>, gfn: Gfn) -> Result<(), H::Error> {
     set_rights(hv, views, gfn, Rights::Execute)
@@ -30,8 +30,15 @@ pub(crate) fn lift<H: Hypervisor>(
     // At no moment may somebody execute the page without breakpoints, or read them.
     // If they are out already, the guest may have written there since.
     let there = if page.lifted == 0 { page.breakpoints.as_slice() } else { &[] };
+    let mut bytes = [0; PAGE_SIZE];
     let lifted = set_rights(hv, views, page.gfn, Rights::None)
-        .and_then(|()| there.iter().try_for_each(|b| hv.replace(b.gpa, b.displaced.byte())))
+        .and_then(|()| if there.is_empty() { Ok(()) } else { hv.read(page.gfn.at(0), &mut bytes) })
+        .and_then(|()| {
+            there.iter().try_for_each(|b| {
+                let now = bytes[usize::from(b.offset())];
+                hv.replace(b.gpa, guests_byte(now, b.displaced.byte()))
+            })
+        })
         .and_then(|()| match from_within {
             true => uncover(hv, views, page.gfn),
             false => set_rights(hv, views, page.gfn, Rights::ReadWrite),
@@ -40,8 +47,9 @@ pub(crate) fn lift<H: Hypervisor>(
     match (&lifted, page.lifted) {
         (Ok(()), _) => page.lifted += 1,
         (Err(_), 0) => {
-            for breakpoint in &page.breakpoints {
-                let _ = hv.displace(breakpoint.gpa, breakpoint.displaced.byte());
+            // Only those that were there: what a device has written over another one is taken over later.
+            for b in page.breakpoints.iter().filter(|b| bytes[usize::from(b.offset())] == INT3) {
+                let _ = hv.displace(b.gpa, b.displaced.byte());
             }
             let _ = guard(hv, views, page.gfn);
         }
@@ -70,4 +78,39 @@ pub(super) fn lower<H: Hypervisor>(hv: &mut H, views: Option<&Views>, page: &mut
         }
     }
     lowered
+}
+
+/// What the guest has where a breakpoint is in place. `now` is the byte in memory, `displaced` what the breakpoint has
+/// displaced. Another byte than 0xCC was written by someone whose writes are no events, a device for example: it is the
+/// guest's own.
+pub(crate) const fn guests_byte(now: u8, displaced: u8) -> u8 {
+    if now == INT3 { displaced } else { now }
+}
+
+/// Compares the page with what is known of it. Takes over what is new, and writes each 0xCC again that is not there any
+/// more, unless a virtual CPU `is_stepped` over it. Returns whether there was a difference.
+pub(super) fn resync<H: Hypervisor>(
+    hv: &mut H,
+    page: &mut Page,
+    is_stepped: &dyn Fn(Gpa) -> bool,
+) -> Result<bool, H::Error> {
+    let mut bytes = [0; PAGE_SIZE];
+    hv.read(page.gfn.at(0), &mut bytes)?;
+    if page.lifted > 0 {
+        // None of ours is there now.
+        return Ok(adopt(&bytes, &mut page.breakpoints));
+    }
+    let memory = bytes;
+    for b in &page.breakpoints {
+        let byte = &mut bytes[usize::from(b.offset())];
+        *byte = guests_byte(*byte, b.displaced.byte());
+    }
+    let mut changed = adopt(&bytes, &mut page.breakpoints);
+    for b in &page.breakpoints {
+        if memory[usize::from(b.offset())] != INT3 && !is_stepped(b.gpa) {
+            changed = true;
+            hv.displace(b.gpa, b.displaced.byte())?;
+        }
+    }
+    Ok(changed)
 }

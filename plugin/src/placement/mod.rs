@@ -6,12 +6,12 @@
 mod in_place;
 mod shadow;
 
-pub(crate) use in_place::{lift, uncover};
+pub(crate) use in_place::{guests_byte, lift, uncover};
 
 use crate::breakpoint::{Breakpoint, Page};
 use crate::insn::Displaced;
 use crate::views::Views;
-use crate::{Gfn, Gpa, Hypervisor, PAGE_SIZE, Placement};
+use crate::{Gfn, Gpa, Hypervisor, INSTRUCTION_BYTES, PAGE_SIZE, Placement};
 
 /// INT3.
 pub(crate) const INT3: u8 = 0xcc;
@@ -70,6 +70,58 @@ pub(crate) fn disarm<H: Hypervisor>(hv: &mut H, page: &Page, gpa: Gpa, original:
     }
 }
 
+/// Whether memory still has the instruction that a breakpoint has displaced. Writes of devices, of other domains that map
+/// the page, and of the device model are no events.
+///
+/// This is asked at each hit: it is one load for most instructions.
+#[inline(always)]
+pub(crate) fn is_current<H: Hypervisor>(hv: &mut H, page: &Page, breakpoint: &Breakpoint) -> bool {
+    let (gpa, displaced) = (breakpoint.gpa, &breakpoint.displaced);
+    // If the guest has no page there any more, nothing can be taken over.
+    let Ok(word) = hv.read_word(Gpa(gpa.0 & !7)) else { return true };
+    let changed = displaced.changed_bits(word);
+    let same = changed == 0 || (page.shadow.is_none() && changed == displaced.bits_of(INT3, gpa.offset()));
+    same && (displaced.after_word(gpa.offset()).is_empty() || has_after_word(hv, breakpoint))
+}
+
+/// Whether memory still has the rest of an instruction that does not end in the aligned eight bytes it begins in.
+#[inline(never)]
+fn has_after_word<H: Hypervisor>(hv: &mut H, breakpoint: &Breakpoint) -> bool {
+    let expected = breakpoint.displaced.after_word(breakpoint.offset());
+    let (mut bytes, at) = ([0; INSTRUCTION_BYTES], Gpa((breakpoint.gpa.0 | 7) + 1));
+    let bytes = &mut bytes[..expected.len()];
+    hv.read(at, bytes).is_err() || bytes == expected
+}
+
+/// Compares what is known of a page, and what is shown of it, with what the guest has there. If that is not the same, it
+/// is taken over, and the breakpoints are set on it. Breakpoints that a virtual CPU `is_stepped` over are not there, and
+/// are not expected. Returns whether there was a difference.
+pub(crate) fn resync<H: Hypervisor>(
+    hv: &mut H,
+    views: Option<&Views>,
+    page: &mut Page,
+    is_stepped: &dyn Fn(Gpa) -> bool,
+) -> Result<bool, H::Error> {
+    if page.unsettled && page.lifted == 0 {
+        return catch_up(hv, views, page).map(|()| true);
+    }
+    match page.shadow {
+        Some(shadow) => shadow::resync(hv, page, shadow),
+        None => in_place::resync(hv, page, is_stepped),
+    }
+}
+
+/// Xen may have lost what was set up for a page: because the guest got another page there, or a view was reset. Sets it up
+/// again. No virtual CPU may run. With a shadow, a view lets go of a page.
+pub(crate) fn restore<H: Hypervisor>(hv: &mut H, views: Option<&mut Views>, page: &Page) -> Result<(), H::Error> {
+    match (page.shadow, views) {
+        (Some(shadow), Some(views)) => views.show_again(hv, shadow, page.gfn),
+        // While it is lifted, it is not guarded.
+        (_, views) if page.lifted == 0 && !page.unsettled => in_place::guard(hv, views.as_deref(), page.gfn),
+        _ => Ok(()),
+    }
+}
+
 /// After an instruction has accessed the page: puts the breakpoints on what is there now.
 pub(crate) fn settle<H: Hypervisor>(hv: &mut H, views: Option<&Views>, page: &mut Page) -> Result<(), H::Error> {
     page.lifted = page.lifted.saturating_sub(1);
@@ -100,13 +152,17 @@ pub(crate) fn catch_up<H: Hypervisor>(hv: &mut H, views: Option<&Views>, page: &
 }
 
 /// Takes over what the guest now has under its breakpoints. A breakpoint stays where it is, on the new instruction.
-fn adopt(bytes: &[u8; PAGE_SIZE], breakpoints: &mut [Breakpoint]) {
+/// Returns whether any is another one.
+fn adopt(bytes: &[u8; PAGE_SIZE], breakpoints: &mut [Breakpoint]) -> bool {
+    let mut changed = false;
     for breakpoint in breakpoints {
         breakpoint.displaced.look_back(bytes, breakpoint.offset());
         if !breakpoint.displaced.is_in(bytes, breakpoint.offset()) {
             breakpoint.displaced = Displaced::of(bytes, breakpoint.offset());
             breakpoint.not_emulable = false;
             breakpoint.figures.rewritten += 1;
+            changed = true;
         }
     }
+    changed
 }

@@ -31,6 +31,23 @@ pub(super) fn refresh<H: Hypervisor>(
     follow(hv, page, shadow)
 }
 
+/// Compares the copy with the page, which someone may have written to whose writes are no events. The copy follows if it
+/// is not the same. Returns whether it was not.
+pub(super) fn resync<H: Hypervisor>(hv: &mut H, page: &mut Page, shadow: Gfn) -> Result<bool, H::Error> {
+    let (mut own, mut copy) = ([0; PAGE_SIZE], [0; PAGE_SIZE]);
+    hv.read(page.gfn.at(0), &mut own)?;
+    hv.read(shadow.at(0), &mut copy)?;
+    let mut changed = adopt(&own, &mut page.breakpoints);
+    for breakpoint in &page.breakpoints {
+        own[usize::from(breakpoint.offset())] = INT3;
+    }
+    if own != copy {
+        changed = true;
+        hv.write(shadow.at(0), &own)?;
+    }
+    Ok(changed)
+}
+
 /// The guest may still be writing to its page: the copy follows so far.
 pub(super) fn follow<H: Hypervisor>(hv: &mut H, page: &mut Page, shadow: Gfn) -> Result<(), H::Error> {
     let mut bytes = [0; PAGE_SIZE];
