@@ -5,16 +5,19 @@
 //! store, and the kernel has it whatever becomes of the process. A note is made *before* the change, and erased *after* it
 //! is undone; so what is noted may not have happened, and undoing it must be harmless then.
 //!
-//! A ledger is locked as long as its monitor lives. One that is there and not locked is a dead monitor's.
+//! A ledger is locked as long as its monitor lives. One that is there and not locked is a dead monitor's. What it says is
+//! believed as far as it can be true: see [`Ledger::plan`].
+
+mod file;
+mod plan;
 
 use std::collections::HashMap;
-use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
-use std::io::{self, ErrorKind};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use memmap2::MmapRaw;
+use file::{Absent, Words};
+pub use plan::{Limits, Plan};
 
 use crate::{Gfn, Gpa};
 
@@ -31,9 +34,6 @@ const LIMIT: usize = 3;
 const PAUSES: usize = 4;
 const END: usize = 5;
 const ATTACHED: usize = 6;
-/// Words of the file: room for a million notes. It is sparse.
-const WORDS: usize = 1 << 20;
-const BYTES: u64 = (WORDS * size_of::<u64>()) as u64;
 
 const KIND: u32 = 60;
 const ORIGINAL: u32 = 52;
@@ -98,6 +98,14 @@ pub enum Error {
     /// A monitor has died with it.
     #[error("a monitor of this domain has died and left things behind ({0})")]
     Leftover(PathBuf),
+    /// It, or its directory, is nothing that we would have made: whoever has made it may want us to write somewhere else.
+    #[error("{path} is not to be trusted: {problem}; remove it, unless you know what it is")]
+    Foreign {
+        /// Which.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: &'static str,
+    },
     /// The file cannot be used.
     #[error("cannot use {path}: {source}")]
     Io {
@@ -111,9 +119,7 @@ pub enum Error {
 /// The ledger of one domain. It is locked while this lives.
 #[derive(Debug)]
 pub struct Ledger {
-    path: PathBuf,
-    map: MmapRaw,
-    lock: File,
+    words: Words,
     slots: HashMap<(u8, u64), usize>,
     free: Vec<usize>,
     /// All words from this one on are free.
@@ -124,17 +130,18 @@ impl Ledger {
     /// The ledger of a domain, empty, in `directory`, which is made if there is none.
     ///
     /// # Errors
-    /// [`Error::Busy`], [`Error::Leftover`] if it is there and not empty, [`Error::Io`].
+    /// [`Error::Busy`], [`Error::Leftover`] if it is there and not empty, [`Error::Foreign`], [`Error::Io`].
     pub fn create(directory: &Path, domain: u32, uuid: [u8; 16]) -> Result<Self, Error> {
-        let ledger = Self::lock(directory, domain)?;
+        let path = path(directory, domain);
+        let io = |source| Error::Io { path: path.clone(), source };
+        let words = Words::open(directory, &name(domain), Absent::Make)?;
+        let ledger = Self::of(words.ok_or_else(|| io(io::ErrorKind::NotFound.into()))?);
         // A new domain has nothing of a former one's with the same number.
         if ledger.is_of(uuid) && !ledger.is_empty() {
-            return Err(Error::Leftover(ledger.path));
+            return Err(Error::Leftover(path));
         }
-        let Self { path, map, lock, .. } = ledger;
-        let emptied = lock.set_len(0).and_then(|()| lock.set_len(BYTES));
-        emptied.map_err(|source| Error::Io { path: path.clone(), source })?;
-        let ledger = Self { path, map, lock, slots: HashMap::new(), free: Vec::new(), end: HEADER };
+        let words = ledger.words.empty().map_err(io)?;
+        let ledger = Self { words, slots: HashMap::new(), free: Vec::new(), end: HEADER };
         ledger.begin(uuid);
         Ok(ledger)
     }
@@ -142,37 +149,22 @@ impl Ledger {
     /// The ledger a dead monitor of this domain has left, if it has.
     ///
     /// # Errors
-    /// [`Error::Busy`], [`Error::Io`].
+    /// [`Error::Busy`], [`Error::Foreign`], [`Error::Io`].
     pub fn leftover(directory: &Path, domain: u32, uuid: [u8; 16]) -> Result<Option<Self>, Error> {
-        if !path(directory, domain).exists() {
-            return Ok(None);
-        }
-        let ledger = Self::lock(directory, domain)?;
-        Ok(ledger.is_of(uuid).then_some(ledger))
+        let words = Words::open(directory, &name(domain), Absent::Leave)?;
+        Ok(words.map(Self::of).filter(|ledger| ledger.is_of(uuid)))
     }
 
-    fn lock(directory: &Path, domain: u32) -> Result<Self, Error> {
-        let path = path(directory, domain);
-        let io = |source| Error::Io { path: path.clone(), source };
-        let made = DirBuilder::new().recursive(true).mode(0o700).create(directory);
-        made.map_err(|source| Error::Io { path: directory.to_owned(), source })?;
-        let mut options = OpenOptions::new();
-        let file = options.read(true).write(true).create(true).truncate(false).mode(0o600).open(&path).map_err(io)?;
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => return Err(Error::Busy(path)),
-            Err(TryLockError::Error(source)) => return Err(io(source)),
-        }
-        file.set_len(BYTES).map_err(io)?;
-        let map = MmapRaw::map_raw(&file).map_err(io)?;
-        let mut ledger = Self { path, map, lock: file, slots: HashMap::new(), free: Vec::new(), end: HEADER };
+    fn of(words: Words) -> Self {
+        let mut ledger = Self { words, slots: HashMap::new(), free: Vec::new(), end: HEADER };
         ledger.index();
-        Ok(ledger)
+        ledger
     }
 
     /// Finds the notes that are there. They are written from the start on, with holes.
     fn index(&mut self) {
-        self.end = (self.word(END).load(Ordering::Acquire) as usize).clamp(HEADER, WORDS);
+        let end = usize::try_from(self.word(END).load(Ordering::Acquire)).unwrap_or(usize::MAX);
+        self.end = end.clamp(HEADER, self.words.count());
         for slot in HEADER..self.end {
             match Note::decode(self.word(slot).load(Ordering::Relaxed)) {
                 Some(note) => drop(self.slots.insert(note.key(), slot)),
@@ -200,17 +192,13 @@ impl Ledger {
     }
 
     fn word(&self, at: usize) -> &AtomicU64 {
-        assert!(at < WORDS);
-        // SAFETY: within the mapping, which has `WORDS` words, by the assertion.
-        let word = unsafe { self.map.as_mut_ptr().cast::<u64>().add(at) };
-        // SAFETY: aligned, for a mapping begins with a page; mapped while `self` lives; only accessed atomically.
-        unsafe { AtomicU64::from_ptr(word) }
+        self.words.word(at)
     }
 
     /// Notes a change that is about to be made. It replaces what is noted of the same place.
     ///
     /// # Errors
-    /// If there is no room left.
+    /// If there is no room left, in it or in its file system. Nothing is noted then: the change is not to be made.
     pub fn note(&mut self, note: Note) -> io::Result<()> {
         let slot = match self.slots.get(&note.key()) {
             Some(slot) => *slot,
@@ -225,8 +213,8 @@ impl Ledger {
         if let Some(slot) = self.free.pop() {
             return Ok(slot);
         }
-        if self.end == WORDS {
-            return Err(io::Error::new(ErrorKind::StorageFull, "the ledger is full"));
+        if self.end == self.words.count() {
+            self.words.grow()?;
         }
         self.end += 1;
         self.word(END).store(self.end as u64, Ordering::Release);
@@ -255,7 +243,7 @@ impl Ledger {
 
     /// Notes that the domain is about to be paused once more.
     pub fn note_pause(&self) {
-        self.word(PAUSES).fetch_add(1, Ordering::AcqRel);
+        self.word(PAUSES).store(self.pauses().saturating_add(1), Ordering::Release);
     }
 
     /// Erases a pause.
@@ -291,12 +279,17 @@ impl Ledger {
     /// # Errors
     /// If it cannot be removed.
     pub fn remove(self) -> io::Result<()> {
-        fs::remove_file(&self.path)
+        self.words.remove()
     }
 }
 
+/// The name of a domain's ledger in its directory.
+fn name(domain: u32) -> String {
+    format!("{domain}.ledger")
+}
+
 fn path(directory: &Path, domain: u32) -> PathBuf {
-    directory.join(format!("{domain}.ledger"))
+    directory.join(name(domain))
 }
 
 fn halves(uuid: [u8; 16]) -> (u64, u64) {
@@ -306,10 +299,14 @@ fn halves(uuid: [u8; 16]) -> (u64, u64) {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::{self, Permissions};
+    use std::os::unix::fs::{PermissionsExt as _, symlink};
+    use std::process::Command;
+
     use super::*;
     use proptest::prelude::*;
 
-    const ID: [u8; 16] = [7; 16];
+    pub(super) const ID: [u8; 16] = [7; 16];
 
     fn any_note() -> impl Strategy<Value = Note> {
         let address = 0..=ADDRESS;
@@ -399,11 +396,174 @@ mod tests {
     fn torn_and_foreign_files_are_no_ledgers() {
         let _alone = crate::FORKING.lock();
         let dir = tempfile::tempdir().unwrap();
+        drop(Ledger::create(dir.path(), 3, ID).unwrap());
         let file = path(dir.path(), 3);
         for content in [&b""[..], b"HBPLEDG1", &[0xff; 200]] {
             fs::write(&file, content).unwrap();
             assert!(Ledger::leftover(dir.path(), 3, ID).unwrap().is_none());
             assert!(Ledger::create(dir.path(), 3, ID).unwrap().is_empty());
+        }
+    }
+
+    /// Nothing that somebody else may have put there is written to, or made longer.
+    #[test]
+    fn only_a_file_of_ours_is_used() {
+        let _alone = crate::FORKING.lock();
+        let dir = tempfile::tempdir().unwrap();
+        let (file, victim) = (path(dir.path(), 3), dir.path().join("victim"));
+        let refuses = |what: &str| {
+            for error in [
+                Ledger::create(dir.path(), 3, ID).expect_err(what),
+                Ledger::leftover(dir.path(), 3, ID).expect_err(what),
+            ] {
+                assert!(matches!(error, Error::Foreign { .. }), "{what}: {error}");
+            }
+            fs::remove_file(&file).unwrap();
+        };
+        fs::write(&victim, "precious").unwrap();
+        fs::set_permissions(&victim, Permissions::from_mode(0o600)).unwrap();
+        symlink(&victim, &file).unwrap();
+        refuses("a symbolic link");
+        symlink(dir.path().join("nothing"), &file).unwrap();
+        refuses("a symbolic link to nothing");
+        assert!(!dir.path().join("nothing").exists());
+        fs::hard_link(&victim, &file).unwrap();
+        refuses("another file's second name");
+        nix::unistd::mkfifo(&file, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        refuses("a pipe");
+        fs::write(&file, "precious").unwrap();
+        fs::set_permissions(&file, Permissions::from_mode(0o620)).unwrap();
+        refuses("a file that others may write to");
+        assert_eq!(fs::read_to_string(&victim).unwrap(), "precious");
+
+        if nix::unistd::geteuid().is_root() {
+            fs::write(&file, "").unwrap();
+            fs::set_permissions(&file, Permissions::from_mode(0o600)).unwrap();
+            std::os::unix::fs::chown(&file, Some(65_534), None).unwrap();
+            refuses("a file of somebody else's");
+        }
+    }
+
+    #[test]
+    fn only_a_directory_of_ours_is_used() {
+        let _alone = crate::FORKING.lock();
+        let dir = tempfile::tempdir().unwrap();
+        let (ours, link) = (dir.path().join("ours"), dir.path().join("link"));
+        fs::create_dir(&ours).unwrap();
+        symlink(&ours, &link).unwrap();
+        let refuses = |directory: &Path| matches!(Ledger::create(directory, 3, ID), Err(Error::Foreign { .. }));
+        assert!(refuses(&link));
+        for (mode, refused) in [(0o777, true), (0o1777, true), (0o770, true), (0o755, false), (0o700, false)] {
+            fs::set_permissions(&ours, Permissions::from_mode(mode)).unwrap();
+            assert_eq!(refuses(&ours), refused, "{mode:o}");
+        }
+        if nix::unistd::geteuid().is_root() {
+            std::os::unix::fs::chown(&ours, Some(65_534), None).unwrap();
+            assert!(refuses(&ours));
+        }
+        // What is only looked for is not made.
+        assert!(Ledger::leftover(&dir.path().join("none"), 3, ID).unwrap().is_none());
+        assert!(!dir.path().join("none").exists());
+    }
+
+    /// A monitor that opens the file, and waits until the one before it has removed it, must not write where nobody looks.
+    #[test]
+    fn a_ledger_that_was_removed_before_it_was_locked_is_made_anew() {
+        let _alone = crate::FORKING.lock();
+        let dir = tempfile::tempdir().unwrap();
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..2000 {
+                        match Ledger::create(dir.path(), 3, ID) {
+                            Ok(mut ledger) => {
+                                ledger.note(Note::Frame(Gfn(5))).unwrap();
+                                let there = fs::read(path(dir.path(), 3)).expect("the file has its name");
+                                let word = Note::Frame(Gfn(5)).encode().to_le_bytes();
+                                assert!(there.chunks(8).any(|chunk| chunk == word), "it is the file that is locked");
+                                ledger.remove().unwrap();
+                            }
+                            Err(Error::Busy(_)) => {}
+                            Err(error) => panic!("{error}"),
+                        }
+                    }
+                });
+            }
+        });
+    }
+
+    #[test]
+    fn a_ledger_grows() {
+        let _alone = crate::FORKING.lock();
+        let dir = tempfile::tempdir().unwrap();
+        let mut ledger = Ledger::create(dir.path(), 3, ID).unwrap();
+        for gfn in 0..3000 {
+            ledger.note(Note::Guard(Gfn(gfn))).unwrap();
+        }
+        drop(ledger);
+        let found = Ledger::leftover(dir.path(), 3, ID).unwrap().unwrap();
+        assert_eq!(found.notes().len(), 3000);
+        assert!(matches!(Ledger::create(dir.path(), 3, ID), Err(Error::Busy(_))));
+    }
+
+    /// Run by the tests below in a process of its own, where there is little room.
+    #[test]
+    #[ignore = "only where there is little room"]
+    fn notes_until_there_is_no_room() {
+        let dir = std::env::var_os("HYPERBP_LEDGER_DIRECTORY").map(PathBuf::from).expect("a directory");
+        let mut ledger = Ledger::create(&dir, 3, ID).unwrap();
+        let mut noted = 0;
+        let error = loop {
+            match ledger.note(Note::Guard(Gfn(noted))) {
+                Ok(()) => noted += 1,
+                Err(error) => break error,
+            }
+        };
+        assert!(noted >= 500, "{noted}");
+        println!("no room: {error}");
+        // What is there can still be changed, and a place that is free is used again.
+        ledger.erase(Note::Guard(Gfn(0)));
+        ledger.note(Note::Guard(Gfn(1 << 40))).unwrap();
+        ledger.note_pause();
+        drop(ledger);
+        let found = Ledger::leftover(&dir, 3, ID).unwrap().unwrap();
+        assert_eq!((found.notes().len() as u64, found.pauses()), (noted, 1));
+    }
+
+    /// Runs that with what is done before it, in a shell that has `$0` and `$dir`.
+    fn in_little_room(before: &str) -> Option<std::process::Output> {
+        let dir = tempfile::tempdir().unwrap();
+        let program = std::env::current_exe().unwrap();
+        let test = "--exact ledger::tests::notes_until_there_is_no_room --ignored --nocapture --test-threads 1";
+        let script = format!("set -e; dir=$HYPERBP_LEDGER_DIRECTORY; {before}; exec \"$0\" {test}");
+        let mut command = Command::new("sh");
+        command.arg("-c").arg(script).arg(program).env("HYPERBP_LEDGER_DIRECTORY", dir.path());
+        let done = command.output().unwrap();
+        // What the script says when it cannot do that.
+        (done.status.code() != Some(77)).then_some(done)
+    }
+
+    fn is_told(done: &std::process::Output) {
+        let said = String::from_utf8_lossy(&done.stdout);
+        assert!(done.status.success() && said.contains("no room: "), "{}: {said}", done.status);
+    }
+
+    #[test]
+    fn a_limit_of_file_sizes_is_an_error_and_no_signal() {
+        let _alone = crate::FORKING.lock();
+        is_told(&in_little_room("ulimit -f 16").unwrap());
+    }
+
+    #[test]
+    fn a_full_file_system_is_an_error_and_no_signal() {
+        let _alone = crate::FORKING.lock();
+        let mount = "unshare -m true 2>/dev/null || exit 77; \
+                     exec unshare -m sh -c 'mount -t tmpfs -o size=32k,mode=700 none \"$HYPERBP_LEDGER_DIRECTORY\" || exit 77; \
+                     exec \"$0\" \"$@\"' \"$0\" --exact ledger::tests::notes_until_there_is_no_room --ignored --nocapture \
+                     --test-threads 1";
+        match in_little_room(mount) {
+            Some(done) => is_told(&done),
+            None => eprintln!("skipped: nothing can be mounted here"),
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use hyperbp::ledger::{self, Ledger, Note};
+use hyperbp::ledger::{self, Ledger, Note, Plan};
 use hyperbp::{Gpa, Hypervisor, Rights, VcpuId, ViewId};
 
 use crate::ring::{self, Monitor};
@@ -54,15 +54,17 @@ fn restore(domain: &mut Domain, ledger: Option<Ledger>, done: &mut Vec<String>) 
     // A ring of our own: rights cannot be set without one, and virtual CPUs may wait for an answer.
     let mut monitor = Monitor::attach(domain).context("cannot monitor the domain")?;
     if let Some(mut ledger) = ledger {
-        undo(domain, &mut ledger, done)?;
-        // One of them is `recover`'s own.
-        while ledger.pauses() > 1 {
-            // What was noted may not have happened.
-            match domain.resume() {
-                Ok(()) => done.push("it was paused".to_owned()),
-                Err(error) => log::info!("it was not paused after all: {error}"),
+        // One of the pauses is `recover`'s own, and what was noted may not have happened.
+        let plan = ledger.plan(&domain.limits().context("cannot tell what the domain has")?);
+        done.extend(plan.refused.iter().map(|what| format!("the ledger is not believed: {what}")));
+        undo(domain, &mut ledger, &plan, done)?;
+        for _ in 1..plan.pauses {
+            if let Err(error) = domain.resume() {
+                log::info!("it was not paused after all: {error}");
+                break;
             }
             ledger.erase_pause();
+            done.push("it was paused".to_owned());
         }
         monitor.release(domain.vcpus()).context("cannot let waiting virtual CPUs go on")?;
         drop(monitor);
@@ -74,11 +76,9 @@ fn restore(domain: &mut Domain, ledger: Option<Ledger>, done: &mut Vec<String>) 
     Ok(())
 }
 
-/// Undoes what is noted. Bytes first: nobody may read one of ours when the guards are gone.
-fn undo(domain: &mut Domain, ledger: &mut Ledger, done: &mut Vec<String>) -> Result<()> {
-    let mut notes = ledger.notes();
-    notes.sort_by_key(|note| note.encode());
-    for note in notes {
+/// Undoes what is noted and can be true.
+fn undo(domain: &mut Domain, ledger: &mut Ledger, plan: &Plan, done: &mut Vec<String>) -> Result<()> {
+    for note in plan.undo.iter().copied() {
         let undone = match note {
             Note::Displaced { gpa, original } => put_back(domain, gpa, original)?,
             Note::Guard(gfn) => {
@@ -91,7 +91,7 @@ fn undo(domain: &mut Domain, ledger: &mut Ledger, done: &mut Vec<String>) -> Res
         done.extend(undone);
         ledger.erase(note);
     }
-    if let Some(limit) = ledger.memory_limit() {
+    if let Some(limit) = plan.memory_limit {
         domain.set_memory_limit(limit).context("cannot put the memory limit back")?;
         ledger.note_memory_limit(None);
         done.push("its memory limit was raised".to_owned());
@@ -101,7 +101,11 @@ fn undo(domain: &mut Domain, ledger: &mut Ledger, done: &mut Vec<String>) -> Res
 
 fn put_back(domain: &mut Domain, gpa: Gpa, original: u8) -> Result<Option<String>, Error> {
     let mut byte = [0];
-    domain.read(gpa, &mut byte)?;
+    match domain.read(gpa, &mut byte) {
+        // The guest has given the page back since, and the breakpoint with it.
+        Err(error) if error.is_no_memory() => return Ok(None),
+        read => read?,
+    }
     // Anything else is the guest's.
     if byte[0] != INT3 {
         return Ok(None);

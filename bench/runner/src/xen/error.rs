@@ -33,6 +33,12 @@ impl Error {
         self.source.raw_os_error() == Some(code)
     }
 
+    /// Whether a frame could not be mapped because there is no memory at its number.
+    pub(crate) fn is_no_memory(&self) -> bool {
+        self.call == "xenforeignmemory_map"
+            && [libc::EINVAL, libc::ENOENT, libc::EFAULT].iter().any(|code| self.is(*code))
+    }
+
     /// What kind of failure it was.
     pub(super) fn kind(&self) -> io::ErrorKind {
         self.source.kind()

@@ -62,8 +62,7 @@ impl Domain {
         let Some(address) = NonNull::new(address) else {
             let error = Error::last("xenforeignmemory_map");
             // None of them is memory: there are holes of this size.
-            let hole = [libc::EINVAL, libc::ENOENT, libc::EFAULT].iter().any(|code| error.is(*code));
-            return if hole { Ok(0) } else { Err(error) };
+            return if error.is_no_memory() { Ok(0) } else { Err(error) };
         };
         let mapping = Mapping { address, pages: frames.len(), memory: Rc::clone(&self.memory) };
         for (n, (frame, _)) in frames.iter().zip(&errors).enumerate().filter(|(_, (_, error))| **error == 0) {

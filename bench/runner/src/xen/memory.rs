@@ -1,10 +1,11 @@
 //! A domain's memory: its pages, its limit, and the frames that are added for shadow pages.
 
-use hyperbp::Gfn;
-use hyperbp::ledger::Note;
+use hyperbp::ledger::{Limits, Note};
+use hyperbp::{Gfn, PAGE_SIZE};
 use hyperbp_xen_sys as sys;
 
 use super::handle::{GETINFO, info};
+use super::store::most_memory;
 use super::{Domain, Error, check};
 
 /// Guest frames for shadow pages: in the hole below 4 GiB, under the I/O APIC. A PVH guest has nothing there.
@@ -13,6 +14,9 @@ const SHADOW_END: u64 = 0xf_c000;
 
 /// More memory than a domain will have, in KiB: no limit while shadow pages exist.
 const NO_LIMIT: u64 = (u32::MAX >> 4) as u64;
+
+/// `XEN_X86_EMU_LAPIC`, xen/include/public/arch-x86/xen.h: the only device of a PVH domain.
+const LAPIC: u32 = 1;
 
 impl Domain {
     /// Its pages, and its memory limit in KiB.
@@ -23,6 +27,22 @@ impl Domain {
         let info = info(&self.xc, self.id)?;
         let info = info.ok_or_else(|| Error::invalid(GETINFO, "the domain is gone".to_owned()))?;
         Ok((info.0.tot_pages, info.memory_limit()))
+    }
+
+    /// What it has, as far as that limits what a ledger of it can say.
+    ///
+    /// # Errors
+    /// If Xen does not answer.
+    pub(crate) fn limits(&self) -> Result<Limits, Error> {
+        let info = info(&self.xc, self.id)?;
+        let info = info.ok_or_else(|| Error::invalid(GETINFO, "the domain is gone".to_owned()))?;
+        let most = most_memory(self.id)?.map_or(0, |kib| kib / (PAGE_SIZE as u64 / 1024));
+        Ok(Limits {
+            last: Gfn(self.last_gfn()?),
+            // Without the toolstack's note, what it has now, with ours in it, is as much as is known.
+            most: if most == 0 { info.0.tot_pages } else { most },
+            has_devices: info.0.arch_config.emulation_flags & !LAPIC != 0,
+        })
     }
 
     pub(crate) fn set_memory_limit(&self, kib: u64) -> Result<(), Error> {

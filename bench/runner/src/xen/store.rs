@@ -1,4 +1,4 @@
-//! The names of domains, from xenstore.
+//! What xenstore has of domains.
 
 use std::ffi::{CStr, CString, c_void};
 use std::ptr::NonNull;
@@ -18,6 +18,13 @@ pub(super) fn id_of(name: &str) -> Result<Option<u32>, Error> {
         }
     }
     Ok(None)
+}
+
+/// How much memory the toolstack lets a domain have at most, in KiB, if it has noted that.
+pub(super) fn most_memory(id: u32) -> Result<Option<u64>, Error> {
+    let Ok(path) = CString::new(format!("/local/domain/{id}/memory/static-max")) else { return Ok(None) };
+    let value = Store::open()?.read(&path).and_then(|value| String::from_utf8(value).ok());
+    Ok(value.and_then(|value| value.trim().parse().ok()))
 }
 
 /// A connection to xenstore.
