@@ -18,6 +18,7 @@ mod elsewhere;
 mod events;
 mod fuzz;
 mod guest;
+mod hostile;
 mod install;
 mod pair;
 mod recover;
@@ -44,6 +45,7 @@ enum Command {
     Bench(Box<bench::Bench>),
     Boot(boot::Boot),
     Budgets(budgets::Budgets),
+    CheckHostile(hostile::Hostile),
     Drakvuf(drakvuf::Drakvuf),
     Fuzz(fuzz::Fuzz),
     Install(install::Install),
@@ -61,6 +63,7 @@ fn main() -> ExitCode {
         Command::Bench(bench) => bench.run(),
         Command::Boot(boot) => boot.run(),
         Command::Budgets(budgets) => budgets.run(),
+        Command::CheckHostile(hostile) => hostile.run(),
         Command::Drakvuf(drakvuf) => drakvuf.run(),
         Command::Fuzz(fuzz) => fuzz.run(),
         Command::Install(install) => install.run(),

@@ -18,6 +18,7 @@
 //! breakpoint on the RET in the page's last byte; its 8-byte read then reaches into the next page.)
 #![no_std]
 
+pub mod hostile;
 mod snippets;
 
 pub use snippets::{JUMP, Needs, SNIPPET_PAGES, SNIPPET_RUNS, SNIPPETS, Snippet, snippet_offset};
@@ -126,11 +127,13 @@ pub enum Workload {
     Scan = 11,
     /// A program puts a [`Label`] with the tag [`Control::tag`] on its other pages. With the tag 0, the pages become what they were.
     Label = 12,
+    /// Run a probe of a hostile guest: number `count`, or, if there is none with this number, list them all. See [`hostile`].
+    Hostile = 13,
 }
 
 impl Workload {
     /// Every workload, in wire order.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Timer,
         Self::ExecBp,
         Self::ExecPage,
@@ -143,6 +146,7 @@ impl Workload {
         Self::Snippets,
         Self::Scan,
         Self::Label,
+        Self::Hostile,
     ];
 
     /// The workload with this number, if there is one.
@@ -272,6 +276,6 @@ mod tests {
             assert_eq!(Workload::from_wire(workload as u32), Some(workload));
         }
         assert_eq!(Workload::from_wire(0), None);
-        assert_eq!(Workload::from_wire(13), None);
+        assert_eq!(Workload::from_wire(14), None);
     }
 }

@@ -87,43 +87,44 @@ gdt_register:
 # Guest-virtual is guest-physical. The first 4 MiB, which hold the image and the control page, have 4 KiB pages, so that
 # a monitor meets the page under test the way it does in any guest; 2 MiB pages follow, up to 1 GiB. From there on the same
 # is mapped once more, all of it by 2 MiB pages. The last GiB of guest-physical addresses below 4 GiB, where no memory is,
-# is mapped too. Every entry is present, writable, executable, accessed and dirty (0x63): no first access is dearer than the
-# ones after it.
+# is mapped too. Every entry is present, writable, executable, accessed and dirty, and for ring 3, too (0x67): no first access
+# is dearer than the ones after it.
         .pushsection .page_tables, "aw"
         .balign 4096
 page_map_level_4:
-        .quad page_directory_pointers + 0x63
+        .quad page_directory_pointers + 0x67
         .fill 511, 8, 0
 page_directory_pointers:
-        .quad page_directory + 0x63
-        .quad page_directory_again + 0x63
+        .quad page_directory + 0x67
+        .quad page_directory_again + 0x67
         .quad 0
-        .quad page_directory_high + 0x63
+        .quad page_directory_high + 0x67
         .fill 508, 8, 0
 page_directory:
-        .quad page_tables + 0x63
-        .quad page_tables + 4096 + 0x63
+        .quad page_tables + 0x67
+        .quad page_tables + 4096 + 0x67
         .set address, 0x400000
         .rept 510
-        .quad address + 0xe3            # and PS: a 2 MiB page
+        .quad address + 0xe7            # and PS: a 2 MiB page
         .set address, address + 0x200000
         .endr
 page_directory_again:
         .set address, 0
         .rept 512
-        .quad address + 0xe3
+        .quad address + 0xe7
         .set address, address + 0x200000
         .endr
 page_directory_high:
         .set address, 0xc0000000
         .rept 512
-        .quad address + 0xe3
+        .quad address + 0xe7
         .set address, address + 0x200000
         .endr
+        .globl page_tables
 page_tables:
         .set address, 0
         .rept 1024
-        .quad address + 0x63
+        .quad address + 0x67
         .set address, address + 0x1000
         .endr
         .popsection

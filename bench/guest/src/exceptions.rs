@@ -14,7 +14,7 @@ use crate::xen;
 const BREAKPOINT: usize = 3;
 
 /// Exceptions that push an error code, a bit each: #DF, #TS, #NP, #SS, #GP, #PF, #AC, #CP, #VC and #SX.
-const WITH_ERROR_CODE: u32 = 1 << 8 | 0b11111 << 10 | 1 << 17 | 1 << 21 | 1 << 29 | 1 << 30;
+pub(crate) const WITH_ERROR_CODE: u32 = 1 << 8 | 0b11111 << 10 | 1 << 17 | 1 << 21 | 1 << 29 | 1 << 30;
 
 type Handler = unsafe extern "C" fn() -> !;
 

@@ -23,7 +23,7 @@ impl Request {
     #[must_use]
     pub fn from_wire(workload: u32, count: u32) -> Option<Self> {
         let workload = Workload::from_wire(workload)?;
-        let samples = !matches!(workload, Workload::Storm | Workload::Snippets | Workload::Scan);
+        let samples = !matches!(workload, Workload::Storm | Workload::Snippets | Workload::Scan | Workload::Hostile);
         let most = if samples { SAMPLES_MAX } else { u32::MAX };
         Some(Self { workload, count: count.min(most) as usize })
     }
@@ -154,6 +154,14 @@ pub const fn interrupt_gate(handler: u64) -> [u64; 2] {
     [low | (handler & 0xffff_0000) << 32, handler >> 32]
 }
 
+/// The two words of a GDT's entry for a 64-bit TSS (Intel SDM vol. 3, 8.2.3): present, DPL 0, available.
+#[must_use]
+pub const fn tss_descriptor(base: u64, limit: u16) -> [u64; 2] {
+    const AVAILABLE_TSS: u64 = 0x89 << 40;
+    let low = limit as u64 | (base & 0xff_ffff) << 16 | AVAILABLE_TSS | (base >> 24 & 0xff) << 56;
+    [low, base >> 32]
+}
+
 #[cfg(test)]
 mod tests {
     extern crate std;
@@ -166,7 +174,7 @@ mod tests {
         for workload in Workload::ALL {
             assert_eq!(Request::from_wire(workload as u32, 7), Some(Request { workload, count: 7 }));
         }
-        for workload in [Workload::Storm, Workload::Snippets, Workload::Scan] {
+        for workload in [Workload::Storm, Workload::Snippets, Workload::Scan, Workload::Hostile] {
             let request = Request::from_wire(workload as u32, u32::MAX);
             assert_eq!(request.map(|request| request.count), Some(u32::MAX as usize), "its count is not of samples");
         }
@@ -231,6 +239,13 @@ mod tests {
     fn a_gate_holds_the_whole_address() {
         let [low, high] = interrupt_gate(0x1122_3344_5566_7788);
         assert_eq!(low, 0x5566_8e00_0008_7788);
+        assert_eq!(high, 0x1122_3344);
+    }
+
+    #[test]
+    fn a_descriptor_holds_the_whole_address_and_the_limit() {
+        let [low, high] = tss_descriptor(0x1122_3344_5566_7788, 103);
+        assert_eq!(low, 0x5500_8966_7788_0067);
         assert_eq!(high, 0x1122_3344);
     }
 }

@@ -8,7 +8,9 @@
 
 mod control;
 mod exceptions;
+mod hostile;
 mod page;
+mod privilege;
 mod scan;
 mod snippet;
 mod storm;
@@ -41,6 +43,7 @@ extern "C" fn main() -> ! {
         xen::stop();
     }
     exceptions::install();
+    privilege::install(0);
     snippet::prepare();
     control::announce(vcpu::count());
     loop {
@@ -57,6 +60,7 @@ extern "C" fn main() -> ! {
             Some(Request { workload: Workload::Storm, count }) => storm::run(count as u64),
             Some(Request { workload: Workload::Snippets, count }) => snippet::run(count as u32),
             Some(Request { workload: Workload::Scan, count }) => scan::run(count as u64),
+            Some(Request { workload: Workload::Hostile, count }) => hostile::run(count as u32),
             Some(request) => workload::run(request),
             None => {}
         }

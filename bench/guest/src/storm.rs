@@ -22,6 +22,7 @@ struct Counts(UnsafeCell<Storm>);
 // SAFETY: the fields are only ever accessed atomically, through `count`.
 unsafe impl Sync for Counts {}
 
+#[unsafe(link_section = ".volatile")]
 static STORM: PageAligned<Counts> = PageAligned(Counts(UnsafeCell::new(Storm {
     vcpus: [StormCounts {
         executions: [0; SITES.len()],
@@ -33,6 +34,7 @@ static STORM: PageAligned<Counts> = PageAligned(Counts(UnsafeCell::new(Storm {
 })));
 
 /// Virtual CPUs that still have calls to make.
+#[unsafe(link_section = ".volatile")]
 static HAMMERING: AtomicU64 = AtomicU64::new(0);
 
 /// Where the counts are.
@@ -69,11 +71,11 @@ pub(crate) fn run(calls: u64) {
     let vcpus = vcpu::count() as usize;
     let hammering = (0..vcpus).filter(|vcpu| Role::of(*vcpu, vcpus).hammers).count();
     HAMMERING.store(hammering as u64, Release);
-    vcpu::all(calls);
+    vcpu::all(hammer, calls);
 }
 
 /// One vCPU's part.
-pub(crate) fn hammer(vcpu: usize, calls: u64) {
+fn hammer(vcpu: usize, calls: u64) {
     let role = Role::of(vcpu, vcpu::count() as usize);
     let page = PAGE_UNDER_TEST.0.address();
     let (mut hash, mut offset, mut value, mut called) = (Hash::new(), 0, 0_u8, 0);

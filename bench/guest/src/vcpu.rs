@@ -2,12 +2,12 @@
 
 use core::arch::asm;
 use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
-use core::sync::atomic::{AtomicU32, AtomicU64};
+use core::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize};
 
 use hyperbp_bench_abi::VCPUS_MAX;
 
 use crate::page::{ForeignPage, PageAligned};
-use crate::{exceptions, storm, xen};
+use crate::{exceptions, privilege, xen};
 
 /// `VCPUOP_initialise` (Xen, public/vcpu.h).
 const INITIALISE: u64 = 0;
@@ -41,15 +41,22 @@ struct Context {
 }
 
 /// Stacks of all but the first.
+#[unsafe(link_section = ".volatile")]
 static STACKS: [PageAligned<ForeignPage>; VCPUS_MAX - 1] =
     [const { PageAligned(ForeignPage::new([0; hyperbp_bench_abi::PAGE_SIZE])) }; VCPUS_MAX - 1];
 
 /// Numbers the times there was work for all.
+#[unsafe(link_section = ".volatile")]
 static ROUND: AtomicU32 = AtomicU32::new(0);
 /// What the work is of.
+#[unsafe(link_section = ".volatile")]
 static COUNT: AtomicU64 = AtomicU64::new(0);
+#[unsafe(link_section = ".volatile")]
+static WORK: AtomicUsize = AtomicUsize::new(0);
 /// The last round each has begun, and ended.
+#[unsafe(link_section = ".volatile")]
 static BEGUN: [AtomicU32; VCPUS_MAX] = [const { AtomicU32::new(0) }; VCPUS_MAX];
+#[unsafe(link_section = ".volatile")]
 static ENDED: [AtomicU32; VCPUS_MAX] = [const { AtomicU32::new(0) }; VCPUS_MAX];
 /// How many there are.
 static VCPUS: AtomicU32 = AtomicU32::new(0);
@@ -90,8 +97,12 @@ fn initialise(vcpu: usize) -> bool {
     unsafe { xen::vcpu_op(INITIALISE, vcpu, &raw const context as u64) }
 }
 
-/// Has all of them do the storm, this one too, and waits for the last.
-pub(crate) fn all(count_each: u64) {
+/// Work for a vCPU: it is told its number, and the count.
+pub(crate) type Work = fn(usize, u64);
+
+/// Has all of them do the same work, this one too, and waits for the last.
+pub(crate) fn all(work: Work, count_each: u64) {
+    WORK.store(work as usize, Relaxed);
     let others = 1..count() as usize;
     COUNT.store(count_each, Relaxed);
     let round = ROUND.load(Relaxed) + 1;
@@ -104,7 +115,7 @@ pub(crate) fn all(count_each: u64) {
             xen::yield_cpu();
         }
     }
-    storm::hammer(0, count_each);
+    work(0, count_each);
     for vcpu in others {
         while ENDED[vcpu].load(Acquire) != round {
             xen::yield_cpu();
@@ -115,12 +126,15 @@ pub(crate) fn all(count_each: u64) {
 /// Called by `boot.s` on each of the others.
 pub(crate) extern "C" fn main(vcpu: usize) -> ! {
     exceptions::load();
+    privilege::install(vcpu);
     let mut done = 0;
     loop {
         let round = ROUND.load(Acquire);
         if round != done {
             BEGUN[vcpu].store(round, Release);
-            storm::hammer(vcpu, COUNT.load(Relaxed));
+            // SAFETY: `all` has stored a `Work` before it began the round.
+            let work = unsafe { core::mem::transmute::<usize, Work>(WORK.load(Relaxed)) };
+            work(vcpu, COUNT.load(Relaxed));
             done = round;
             ENDED[vcpu].store(round, Release);
         }

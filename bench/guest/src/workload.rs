@@ -24,7 +24,12 @@ pub(crate) fn run(request: Request) {
         Workload::OwnInt3 => own_int3,
         Workload::WriteByte => write_byte,
         // Nothing to measure: `main` deals with them, and labels are for programs.
-        Workload::Shutdown | Workload::Storm | Workload::Snippets | Workload::Scan | Workload::Label => return,
+        Workload::Shutdown
+        | Workload::Storm
+        | Workload::Snippets
+        | Workload::Scan
+        | Workload::Label
+        | Workload::Hostile => return,
     };
     for slot in &SAMPLES.0[..request.count] {
         slot.store(sample(page), Relaxed);

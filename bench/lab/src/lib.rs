@@ -72,6 +72,7 @@ const WITH_LINUX: u32 = 448;
 const BENCH: &str = include_str!("../dom0/bench.sh");
 const CHECKS: &str = include_str!("../dom0/checks.sh");
 const STORM: &str = include_str!("../dom0/storm.sh");
+const HOSTILE: &str = include_str!("../dom0/hostile.sh");
 const RECOVER: &str = include_str!("../dom0/recover.sh");
 const DRAKVUF: &str = include_str!("../dom0/drakvuf.sh");
 const TRACE: &str = include_str!("../dom0/trace.sh");
@@ -316,6 +317,21 @@ impl Bench<'_> {
         job.variables.push(("VCPUS".to_owned(), vcpus.join(" ")));
         let mechanisms = mechanisms.iter().map(|mechanism| format!(" --mechanism {mechanism}")).collect::<String>();
         job.variables.push(("STORM".to_owned(), format!("--count {calls}{mechanisms}")));
+        job.programs.push(runner.to_owned());
+        job
+    }
+
+    /// A job with a hostile guest, with each of these numbers of vCPUs, under `mechanisms`, or all there are if there are none.
+    /// It tries the probes whose names begin with one of `probes`, or all if there are none. Each leaves `hostile.json` in a
+    /// directory named after the number.
+    #[must_use]
+    pub fn hostile(&self, runner: &Path, cpus: u32, vcpus: &[u32], mechanisms: &[String], probes: &[String]) -> Job {
+        let mut job = self.job(format!("hostile-{cpus}"), HOSTILE, cpus, Duration::from_secs(7200));
+        let vcpus: Vec<String> = vcpus.iter().map(u32::to_string).collect();
+        job.variables.push(("VCPUS".to_owned(), vcpus.join(" ")));
+        let mechanisms = mechanisms.iter().map(|mechanism| format!(" --mechanism {mechanism}"));
+        let arguments = mechanisms.chain(probes.iter().map(|probe| format!(" --probe {probe}"))).collect::<String>();
+        job.variables.push(("HOSTILE".to_owned(), arguments));
         job.programs.push(runner.to_owned());
         job
     }

@@ -3,6 +3,7 @@
 //! - [`Results`] is the summary, one [`Run`] for each host, backend, mechanism and workload; its JSON is the format.
 //! - [`Collection`] is the summary with every sample behind it, as a directory.
 //! - [`Storm`] is what was counted while several virtual CPUs were in the page at once.
+//! - [`Hostile`] is what a hostile guest has found.
 //! - [`Pair`] is what was measured of two processes that share a page of code.
 //! - [`Trace`] is what was counted of the functions of a guest's kernel.
 //! - [`Waited`] is what it takes of the machine that a monitor waits.
@@ -16,6 +17,7 @@ mod bpbench;
 mod breakdown;
 mod collection;
 mod format;
+mod hostile;
 mod page;
 mod pair;
 mod picture;
@@ -30,6 +32,7 @@ pub use about::About;
 pub use bpbench::write_bpbench;
 pub use breakdown::{Breakdown, BreakdownRow, Instructions};
 pub use collection::{Collection, Key};
+pub use hostile::{Hostile, Probe, hostile_details, hostile_from_json, hostile_table, hostile_to_json};
 pub use page::Report;
 pub use pair::{Pair, Pass};
 pub use picture::svg;

@@ -26,6 +26,18 @@ Examples:
 
 Exit code 1 if a hit was lost or doubled by a mechanism that must not, or if the guest saw a breakpoint.";
 
+const HOSTILE_HELP: &str = "\
+Each probe of the guest runs without breakpoints first, and then with them, and must see the same: registers, flags, memory,
+exceptions with their frames. The monitor must be told of each execution once.
+
+Examples:
+  hyperbp-bench hostile --domain bench --config /etc/xen/bench.cfg
+      Everything under every mechanism, with a table for each. A guest that does not survive a probe is created again.
+  hyperbp-bench hostile --domain bench --mechanism auto --probe single-step
+      Under one mechanism, the probes whose names begin so.
+
+Exit code 1 if the guest has seen a breakpoint, or if a hit was lost or doubled by a mechanism that must not.";
+
 const WAITING_HELP: &str = "\
 Examples:
   hyperbp-bench waiting --domain bench --seconds 10
@@ -67,6 +79,8 @@ pub(crate) enum Command {
     Check(Check),
     /// Let all virtual CPUs of such a domain execute, hash and write a page with breakpoints at once, and count
     Storm(Storm),
+    /// Let such a domain try everything to see, escape or break breakpoints
+    Hostile(Hostile),
     /// Restore a domain whose monitor was killed: breakpoints, guards, views, steps, waiting virtual CPUs
     Recover(Recover),
     /// Count calls of functions of the kernel that runs in any domain
@@ -171,6 +185,34 @@ pub(crate) struct Storm {
     /// it has itself, too
     #[arg(long, value_name = "PROGRAM")]
     pub(crate) smartvmi: Option<PathBuf>,
+
+    /// How to show progress
+    #[arg(long, value_enum, default_value = "text")]
+    pub(crate) progress: Progress,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = HOSTILE_HELP)]
+pub(crate) struct Hostile {
+    /// Name of the domain
+    #[arg(long, value_name = "NAME")]
+    pub(crate) domain: String,
+
+    /// Its configuration, to create it again after a probe that it has not survived
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+
+    /// Only under this mechanism; may be repeated. Without it, under every combination there is
+    #[arg(long = "mechanism", value_name = "M")]
+    pub(crate) mechanisms: Vec<String>,
+
+    /// Only probes whose names begin with this; may be repeated
+    #[arg(long = "probe", value_name = "NAME")]
+    pub(crate) probes: Vec<String>,
+
+    /// Directory for hostile.json
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: Option<PathBuf>,
 
     /// How to show progress
     #[arg(long, value_enum, default_value = "text")]

@@ -7,6 +7,7 @@ mod core;
 mod elsewhere;
 mod floor;
 mod guest;
+mod hostile;
 mod program;
 mod recover;
 mod ring;
@@ -35,6 +36,7 @@ fn main() -> ExitCode {
         Command::Run(run) => measure(&run),
         Command::Check(check) => self::check(&check),
         Command::Storm(storm) => self::storm(&storm),
+        Command::Hostile(hostile) => self::hostile(&hostile),
         Command::Recover(recover) => self::recover(&recover),
         Command::Waiting(waiting) => self::waiting(&waiting),
         Command::Settle(settle) => self::settle(&settle),
@@ -173,6 +175,30 @@ fn storm(arguments: &cli::Storm) -> anyhow::Result<()> {
     }
     let wrong: Vec<_> = storms.iter().filter(|storm| !storm.is_right()).map(|storm| &*storm.mechanism).collect();
     anyhow::ensure!(wrong.is_empty(), "something is wrong with {}: see the table", wrong.join(", "));
+    Ok(())
+}
+
+fn hostile(arguments: &cli::Hostile) -> anyhow::Result<()> {
+    let mechanisms = match arguments.mechanisms.is_empty() {
+        true => Mechanism::all().collect(),
+        false => arguments.mechanisms.iter().map(|name| mechanism(name)).collect::<anyhow::Result<Vec<_>>>()?,
+    };
+    let plan = hostile::Plan { mechanisms, probes: &arguments.probes, config: arguments.config.as_deref() };
+    let results = hostile::all(&arguments.domain, &plan, &mut |done, total, text| {
+        arguments.progress.report(done, total, text);
+    })?;
+    if let Some(dir) = &arguments.out {
+        std::fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
+        let file = dir.join("hostile.json");
+        std::fs::write(&file, hyperbp_report::hostile_to_json(&results)?)
+            .with_context(|| format!("cannot write {}", file.display()))?;
+    }
+    match arguments.progress {
+        Progress::Text => println!("{}", hyperbp_report::hostile_table(&results)),
+        Progress::Lines => print!("{}", hyperbp_report::hostile_details(&results)),
+    }
+    let wrong: Vec<_> = results.iter().filter(|result| !result.is_right()).map(|result| &*result.mechanism).collect();
+    anyhow::ensure!(wrong.is_empty(), "the guest has found something under {}", wrong.join(", "));
     Ok(())
 }
 
