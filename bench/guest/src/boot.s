@@ -100,6 +100,7 @@ page_directory_pointers:
         .quad 0
         .quad page_directory_high + 0x67
         .fill 508, 8, 0
+        .globl page_directory
 page_directory:
         .quad page_tables + 0x67
         .quad page_tables + 4096 + 0x67

@@ -37,7 +37,7 @@ pub(crate) const SYSCALL: u64 = 0x100;
 pub(crate) const KERNEL_DATA: u64 = 0x10;
 pub(crate) const USER_DATA: u64 = 0x1b;
 pub(crate) const USER_CODE: u64 = 0x23;
-const FIRST_TSS: u16 = 0x28;
+pub(crate) const FIRST_TSS: u16 = 0x28;
 
 /// RFLAGS: what is always set, and flags by name.
 pub(crate) const FLAGS: u64 = 2;
@@ -56,6 +56,7 @@ const GS_BASE: u32 = 0xc000_0101;
 /// Numbers of registers in [`Cpu::gpr`].
 pub(crate) const AX: usize = 0;
 pub(crate) const CX: usize = 1;
+pub(crate) const DX: usize = 2;
 pub(crate) const SP: usize = 4;
 pub(crate) const SI: usize = 6;
 pub(crate) const DI: usize = 7;
@@ -114,7 +115,7 @@ pub(crate) struct Cpu {
 }
 
 /// Most interruptions of one [`run`]. Code that has more is stopped: it would never end.
-pub(crate) const EVENTS_MAX: u64 = 20_000;
+pub(crate) const EVENTS_MAX: u64 = 2_000;
 
 impl Cpu {
     const fn new() -> Self {
@@ -153,11 +154,6 @@ impl Cpu {
     /// Of which vCPU it is.
     fn number(&self) -> usize {
         (self.this - CPUS.0.0.get() as u64) as usize / size_of::<Self>()
-    }
-
-    /// Whether it is, or was when it was interrupted, at CPL 3.
-    pub(crate) fn is_user(&self) -> bool {
-        self.cs & 3 == 3
     }
 }
 
@@ -261,14 +257,14 @@ pub(crate) fn install(vcpu: usize) {
         IDT.0[vector][1].store(high, Relaxed);
     }
     let [low, high] = interrupt_gate(nmi as unsafe extern "C" fn() -> ! as usize as u64);
-    IDT.0[2][0].store(low | 2 * GATE_IST, Relaxed);
+    IDT.0[2][0].store(low | (2 * GATE_IST), Relaxed);
     IDT.0[2][1].store(high, Relaxed);
 
     let (tss, stacks) = (&TSS.0[vcpu], &STACKS.0[vcpu]);
     // RSP0 is at byte 4, IST 1 at byte 36, IST 2 at byte 44; the I/O map's offset at byte 102 says that there is none.
     for (byte, value) in [(4, stacks.entry.end()), (36, stacks.fault.end()), (44, stacks.nmi.end())] {
         tss[byte / 8].store(tss[byte / 8].load(Relaxed) & 0xffff_ffff | value << 32, Relaxed);
-        tss[byte / 8 + 1].store(value >> 32, Relaxed);
+        tss[byte / 8 + 1].store(tss[byte / 8 + 1].load(Relaxed) & !0xffff_ffff | value >> 32, Relaxed);
     }
     tss[12].store(104 << 48, Relaxed);
     let selector = FIRST_TSS + 16 * vcpu as u16;
@@ -296,7 +292,12 @@ pub(crate) fn load_gdt(base: u64) {
     unsafe { asm!("lgdt [{}]", in(reg) &register, options(readonly, nostack, preserves_flags)) };
 }
 
-/// Loads an IDT: [`idt`]'s, or a copy of it.
+/// Loads this module's IDT.
+pub(crate) fn load_own_idt() {
+    load_idt(IDT.0.as_ptr() as u64);
+}
+
+/// Loads an IDT: this module's, or a copy of it.
 pub(crate) fn load_idt(base: u64) {
     let register = TableRegister { limit: (size_of_val(&IDT.0) - 1) as u16, base };
     // SAFETY: its entries are gates to handlers of this module.
@@ -311,6 +312,15 @@ pub(crate) fn tables() -> (&'static [AtomicU64], &'static [[AtomicU64; 2]]) {
 /// Where the TSS of a vCPU is.
 pub(crate) fn tss(vcpu: usize) -> &'static [AtomicU64] {
     &TSS.0[vcpu]
+}
+
+/// Has what interrupts CPL 3 use another stack. Returns the one before.
+pub(crate) fn set_entry_stack(vcpu: usize, end: u64) -> u64 {
+    let tss = &TSS.0[vcpu];
+    let before = tss[0].load(Relaxed) >> 32 | tss[1].load(Relaxed) << 32;
+    tss[0].store(tss[0].load(Relaxed) & 0xffff_ffff | end << 32, Relaxed);
+    tss[1].store(tss[1].load(Relaxed) & !0xffff_ffff | end >> 32, Relaxed);
+    before
 }
 
 pub(crate) fn read_msr(msr: u32) -> u64 {
@@ -345,7 +355,7 @@ pub(crate) fn invalidate(address: u64) {
 
 /// Executes code: from the state in `cpu` until `handler` says to stop. `cpu` has its state then.
 pub(crate) fn run(cpu: &mut Cpu, handler: Handler) {
-    load_idt(IDT.0.as_ptr() as u64);
+    load_own_idt();
     run_in(cpu, handler);
     exceptions::load();
 }

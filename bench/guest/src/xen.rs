@@ -21,6 +21,20 @@ const MEMORY_OP: u64 = 12;
 const MEMORY_MAP: u64 = 9;
 /// What the map calls memory.
 const RAM: u32 = 1;
+/// `XENMEM_decrease_reservation`.
+const DECREASE_RESERVATION: u64 = 1;
+/// `XENMEM_populate_physmap`.
+const POPULATE_PHYSMAP: u64 = 6;
+/// `XENMEM_maximum_gpfn`.
+const MAXIMUM_GPFN: u64 = 14;
+/// `DOMID_SELF`.
+const DOMID_SELF: u16 = 0x7ff0;
+/// `__HYPERVISOR_hvm_op`.
+const HVM_OP: u64 = 34;
+/// `HVMOP_get_mem_type` (Xen, public/hvm/hvm_op.h).
+const GET_MEM_TYPE: u64 = 15;
+/// `HVMOP_altp2m`.
+const ALTP2M: u64 = 25;
 /// `SCHEDOP_yield` (Xen, public/sched.h).
 const SCHEDOP_YIELD: u64 = 0;
 /// `SCHEDOP_shutdown`.
@@ -144,6 +158,69 @@ pub(crate) fn memory(into: &mut [Range<u64>; REGIONS]) -> &[Range<u64>] {
         }
     }
     &into[..found]
+}
+
+/// The highest guest frame that there is anything at.
+pub(crate) fn highest_frame() -> u64 {
+    let domain = u64::from(DOMID_SELF);
+    // SAFETY: `main` has connected; the argument is what the operation takes: a `domid_t`.
+    let highest = unsafe { hypercall(MEMORY_OP, MAXIMUM_GPFN, &raw const domain as u64, 0) };
+    u64::try_from(highest).unwrap_or(0)
+}
+
+/// `struct xen_memory_reservation`, for one page.
+#[repr(C)]
+struct Reservation {
+    extent: *const u64,
+    extents: u64,
+    order: u32,
+    flags: u32,
+    domain: u16,
+}
+
+fn reservation(operation: u64, frame: u64) -> u64 {
+    let reservation = Reservation { extent: &frame, extents: 1, order: 0, flags: 0, domain: DOMID_SELF };
+    // SAFETY: `main` has connected; the argument is what the operations take. The page is no Rust object.
+    unsafe { hypercall(MEMORY_OP, operation, &raw const reservation as u64, 0) as u64 }
+}
+
+/// Gives a page back to Xen. How many it has taken.
+pub(crate) fn give_back(frame: u64) -> u64 {
+    reservation(DECREASE_RESERVATION, frame)
+}
+
+/// Has Xen put a page there. How many it has put.
+pub(crate) fn take(frame: u64) -> u64 {
+    reservation(POPULATE_PHYSMAP, frame)
+}
+
+/// `struct xen_hvm_get_mem_type`.
+#[repr(C)]
+struct MemoryType {
+    domain: u16,
+    kind: u16,
+    _padding: [u16; 2],
+    frame: u64,
+}
+
+/// What Xen says a frame is: an error, or a type.
+pub(crate) fn memory_type(frame: u64) -> u64 {
+    let mut asked = MemoryType { domain: DOMID_SELF, kind: 0, _padding: [0; 2], frame };
+    // SAFETY: `main` has connected; the argument is what the operation takes.
+    let result = unsafe { hypercall(HVM_OP, GET_MEM_TYPE, &raw mut asked as u64, 0) };
+    if result < 0 { result as u64 } else { u64::from(asked.kind) }
+}
+
+/// An altp2m operation, with nothing in its argument. What Xen answers.
+pub(crate) fn altp2m(command: u32) -> i64 {
+    /// `HVMOP_ALTP2M_INTERFACE_VERSION`.
+    const VERSION: u32 = 1;
+    // `struct xen_hvm_altp2m_op`: version, command, domain, and what depends on the command.
+    let mut operation = [0_u64; 16];
+    operation[0] = u64::from(command) << 32 | u64::from(VERSION);
+    operation[1] = u64::from(DOMID_SELF);
+    // SAFETY: `main` has connected; the argument is what the operation takes.
+    unsafe { hypercall(HVM_OP, ALTP2M, operation.as_mut_ptr() as u64, 0) }
 }
 
 /// Lets another vCPU have this CPU for a while.

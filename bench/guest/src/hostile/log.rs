@@ -109,12 +109,27 @@ pub(super) fn note_memory(name: &str, from: u64, words: u64) {
     (0..words).for_each(|n| note(name, read(from + 8 * n)));
 }
 
+/// The address of a block's site.
+pub(super) fn site(block: u64, number: usize) -> u64 {
+    sites_of(block).nth(number).unwrap_or(block)
+}
+
+fn sites_of(block: u64) -> impl Iterator<Item = u64> {
+    let end = blocks().iter().copied().filter(|other| *other > block).min().unwrap_or(u64::MAX);
+    sites().iter().copied().filter(move |site| (block..end).contains(site))
+}
+
+/// Counts another execution, if there is a site at this address.
+pub(super) fn executed_at(address: u64) {
+    if let Some(index) = sites().iter().position(|site| *site == address) {
+        let sample = &SAMPLES.0[FIRST_SITE + index];
+        sample.store(sample.load(Relaxed) + 1, Relaxed);
+    }
+}
+
 /// Counts executions of each site of a block.
 pub(super) fn executed(block: u64, times: u64) {
-    let end = blocks().iter().copied().filter(|other| *other > block).min().unwrap_or(u64::MAX);
-    for (site, sample) in sites().iter().zip(&SAMPLES.0[FIRST_SITE..]) {
-        if (block..end).contains(site) {
-            sample.store(sample.load(Relaxed) + times, Relaxed);
-        }
+    for site in sites_of(block) {
+        (0..times).for_each(|_| executed_at(site));
     }
 }
