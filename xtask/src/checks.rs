@@ -24,6 +24,11 @@ const TWO_CPUS: &str = "two-cpus";
 /// The storms, small ones: virtual CPUs, and calls each of them makes.
 const STORM_VCPUS: [u32; 2] = [2, 4];
 const STORM_CALLS: u32 = 20;
+/// A small hostile guest: the named mechanisms but those that are parts of `auto`, and breakpoints in place. The others are for
+/// `cargo xtask check-hostile`.
+const HOSTILE_VCPUS: u32 = 2;
+const HOSTILE_CPUS: u32 = 1;
+const HOSTILE_UNDER: [&str; 4] = ["auto", "view-step", "repair", "in-place+auto+view-fast-step"];
 /// How often the runner is killed, and how often it attaches and detaches.
 const KILLS: u32 = 10;
 const ATTACHES: u32 = 24;
@@ -121,6 +126,8 @@ pub(crate) fn run(
     println!("With 2 CPUs:");
     checks.add(&lines(&two.join("checks-2"))?);
     storms(&two.join("storm-2"), checks)?;
+    println!("A hostile guest:");
+    hostile(&dir.join(ONE_CPU).join(format!("hostile-{HOSTILE_CPUS}")), checks)?;
     println!("Killed and recovered, attached and detached:");
     checks.add(&lines(&two.join("recover-2"))?);
     checks.add(&lines(&dir.join(ONE_CPU).join("recover-1"))?);
@@ -140,8 +147,9 @@ fn jobs(bench: &Bench<'_>, runner: &Path, programs: &[Elsewhere], trace: &Trace)
         job
     };
     let storm = || bench.storm(runner, 2, &STORM_VCPUS, STORM_CALLS, &[]);
+    let hostile = bench.hostile(runner, HOSTILE_CPUS, &[HOSTILE_VCPUS], &HOSTILE_UNDER.map(str::to_owned), &[]);
     // Where all share a CPU, the monitor leaves before a virtual CPU has gone on with its answer.
-    let one_cpu = vec![with_programs(bench.checks(runner, 1)), bench.recover(runner, 1, 0, ATTACHES)];
+    let one_cpu = vec![with_programs(bench.checks(runner, 1)), bench.recover(runner, 1, 0, ATTACHES), hostile];
     let two_cpus = vec![with_programs(bench.checks(runner, 2)), storm(), bench.recover(runner, 2, KILLS, ATTACHES)];
     let quick = Selection {
         elsewhere: Elsewhere::named(programs, Elsewhere::in_dom0),
@@ -213,6 +221,16 @@ fn storms(dir: &Path, checks: &mut Checks) -> Result<()> {
             );
             checks.check(&what, storm.is_right());
         }
+    }
+    Ok(())
+}
+
+/// What a guest has tried, and found.
+fn hostile(dir: &Path, checks: &mut Checks) -> Result<()> {
+    let results = crate::hostile::results(dir, HOSTILE_VCPUS)?;
+    print!("{}", hyperbp_report::hostile_details(&results));
+    for result in &results {
+        checks.check(&crate::hostile::line(result), result.is_right());
     }
     Ok(())
 }

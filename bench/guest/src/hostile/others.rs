@@ -76,6 +76,12 @@ fn interrupted(cpu: &mut Cpu) -> Flow {
     next(cpu)
 }
 
+/// Lets the other one execute something; it may need this CPU for that.
+fn pause() {
+    (0..200).for_each(|_| core::hint::spin_loop());
+    xen::yield_cpu();
+}
+
 /// Both execute the same.
 pub(super) fn together(of: Ring) {
     begin(of, 2);
@@ -125,7 +131,7 @@ fn send(of: Ring, what: u64) {
                     privilege::write_msr(APIC_BASE, privilege::read_msr(APIC_BASE) | X2APIC);
                     while EXECUTING.load(Acquire) > 0 {
                         privilege::write_msr(COMMAND, APIC.load(Relaxed) << 32 | what);
-                        (0..200).for_each(|_| core::hint::spin_loop());
+                        pause();
                     }
                 }
                 _ => {}
@@ -167,7 +173,7 @@ pub(super) fn cross_modifying(of: Ring) {
                     while EXECUTING.load(Acquire) > 0 {
                         for value in [BEFORE << 1, BEFORE] {
                             write_byte(modified() + 1, value);
-                            (0..200).for_each(|_| core::hint::spin_loop());
+                            pause();
                         }
                     }
                 }
