@@ -242,8 +242,15 @@ hostile_blocks:
         site
         mov ds, ecx                     # beyond the GDT
 9:      faulting
+        xor eax, eax
+        xor ecx, ecx
+        .byte 0x0f, 0x01, 0xd4          # VMFUNC: into the first view
+9:      faulting
+        mov ecx, 1
+        .byte 0x0f, 0x01, 0xd4
+9:      faulting
         site
-        .byte 0x0f, 0x01, 0xd4          # VMFUNC
+        .byte 0x0f, 0x01, 0xd4
 9:      done
 
 # What only CPL 0 may do.
@@ -375,6 +382,7 @@ hostile_blocks:
 
 # Prefixes, and string instructions.
         block prefixes
+        mov rbp, rdi
         site
         .byte 0xf3, 0x90
         site
@@ -399,6 +407,7 @@ hostile_blocks:
         site
         repne scasb
         mov ecx, 1
+        add rdi, 64
         std
         site
         rep movsq
@@ -407,7 +416,7 @@ hostile_blocks:
         mov ecx, 8
         site
         rep lodsb                       # of this page, which has breakpoints
-        and rdi, -0x1000
+        mov rdi, rbp
         site
         lock cmpxchg [rdi + 0x100], rcx
         site
