@@ -28,7 +28,7 @@ const STORM_CALLS: u32 = 20;
 /// `cargo xtask check-hostile`.
 const HOSTILE_VCPUS: u32 = 2;
 const HOSTILE_CPUS: u32 = 1;
-const HOSTILE_UNDER: [&str; 4] = ["auto", "view-step", "repair", "in-place+auto+view-fast-step"];
+const HOSTILE_UNDER: [&str; 4] = ["auto", "view-step", "repair", "in-place+auto+data"];
 /// How often the runner is killed, and how often it attaches and detaches.
 const KILLS: u32 = 10;
 const ATTACHES: u32 = 24;
