@@ -1,8 +1,9 @@
 //! The registry: which pages have breakpoints, and where, and which are watched. The only place that maps an address to a
 //! breakpoint.
 
-use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::collections::{BTreeSet, HashMap};
+use std::ops::Bound::{Excluded, Unbounded};
 
 use rustc_hash::FxBuildHasher;
 
@@ -38,8 +39,10 @@ pub(crate) struct Breakpoint {
     pub(crate) figures: Figures,
     /// The serial number of the subscriber that came first.
     first: u64,
-    /// Those of the others, ascending: in the order they came.
-    others: Vec<u64>,
+    /// Those of the others, in the order they came.
+    others: BTreeSet<u64>,
+    /// The one that came last of all.
+    last: u64,
 }
 
 impl Breakpoint {
@@ -54,7 +57,7 @@ impl Breakpoint {
     /// The subscriber that came first, and the one that came last.
     #[inline]
     pub(crate) fn first_and_last(&self) -> (BreakpointId, BreakpointId) {
-        (self.id(self.first), self.id(*self.others.last().unwrap_or(&self.first)))
+        (self.id(self.first), self.id(self.last))
     }
 
     /// Counts a hit that was stepped over.
@@ -81,8 +84,15 @@ impl Breakpoint {
 
     /// The first subscriber that came after this one, but no later than `last`.
     pub(crate) fn next(&self, subscriber: BreakpointId, last: BreakpointId) -> Option<BreakpointId> {
-        let next = self.serials().find(|next| *next > subscriber.serial)?;
+        let next = match self.first > subscriber.serial {
+            true => self.first,
+            false => *self.others.range((Excluded(subscriber.serial), Unbounded)).next()?,
+        };
         (next <= last.serial).then(|| self.id(next))
+    }
+
+    fn has(&self, serial: u64) -> bool {
+        self.first == serial || self.others.contains(&serial)
     }
 }
 
@@ -98,6 +108,10 @@ pub(crate) struct Page {
     pub(crate) breakpoints: Vec<Breakpoint>,
     /// Virtual CPUs for which the breakpoints of this page, in place, are out for the moment.
     pub(crate) lifted: u16,
+    /// Virtual CPUs that are to settle it after their step.
+    pub(crate) owed: u16,
+    /// It is among the pages that are to be given back, if there are no breakpoints in it then.
+    pub(crate) vacant: bool,
     /// It is to be [settled](crate::placement::settle): what is known of its bytes may be wrong, and breakpoints may be out.
     pub(crate) unsettled: bool,
 }
@@ -262,7 +276,7 @@ impl Registry {
 
     /// The breakpoint a subscriber has subscribed to.
     pub(crate) fn get(&self, id: BreakpointId) -> Result<(&Page, &Breakpoint), Error> {
-        let found = self.at(id.gpa).filter(|(_, breakpoint)| breakpoint.serials().any(|serial| serial == id.serial));
+        let found = self.at(id.gpa).filter(|(_, breakpoint)| breakpoint.has(id.serial));
         found.ok_or(Error::NoSuchBreakpoint)
     }
 
@@ -283,10 +297,14 @@ impl Registry {
         let breakpoints = &mut self.pages[page].breakpoints;
         let page = u32::try_from(page).ok()?;
         match self.spots.entry(gpa) {
-            Entry::Occupied(spot) => breakpoints[spot.get().breakpoint as usize].others.push(serial),
+            Entry::Occupied(spot) => {
+                let breakpoint = &mut breakpoints[spot.get().breakpoint as usize];
+                breakpoint.others.insert(serial);
+                breakpoint.last = serial;
+            }
             Entry::Vacant(spot) => {
                 spot.insert(Spot { page, breakpoint: breakpoints.len() as u32 });
-                let (figures, others) = (Figures::default(), Vec::new());
+                let (figures, others) = (Figures::default(), BTreeSet::new());
                 let not_emulable = false;
                 breakpoints.push(Breakpoint {
                     gpa,
@@ -296,6 +314,7 @@ impl Registry {
                     figures,
                     first: serial,
                     others,
+                    last: serial,
                 });
             }
         }
@@ -307,11 +326,12 @@ impl Registry {
         self.generation += 1;
         let spot = *self.spots.get(&id.gpa)?;
         let (page, at) = (&mut self.pages[spot.page as usize], spot.breakpoint as usize);
-        let Breakpoint { first, others, .. } = &mut page.breakpoints[at];
+        let Breakpoint { first, others, last, .. } = &mut page.breakpoints[at];
         if *first != id.serial {
-            others.retain(|serial| *serial != id.serial);
-        } else if !others.is_empty() {
-            *first = others.remove(0);
+            others.remove(&id.serial);
+            *last = *others.last().unwrap_or(first);
+        } else if let Some(next) = others.pop_first() {
+            *first = next;
         } else {
             page.breakpoints.swap_remove(at);
             self.spots.remove(&id.gpa);
@@ -344,12 +364,10 @@ impl Registry {
     }
 
     pub(crate) fn ids(&self) -> Vec<BreakpointId> {
-        let of = |breakpoint: &Breakpoint| -> Vec<_> {
-            let gpa = breakpoint.gpa;
-            breakpoint.serials().map(|serial| BreakpointId { gpa, serial }).collect()
-        };
-        let mut ids: Vec<_> = self.pages.iter().flat_map(|page| page.breakpoints.iter().flat_map(of)).collect();
-        ids.sort_by_key(|id| (id.gpa, id.serial));
+        let all = self.pages.iter().flat_map(|page| &page.breakpoints);
+        let mut ids = Vec::with_capacity(self.spots.len());
+        ids.extend(all.flat_map(|breakpoint| breakpoint.serials().map(|serial| breakpoint.id(serial))));
+        ids.sort_unstable_by_key(|id| (id.gpa, id.serial));
         ids
     }
 }

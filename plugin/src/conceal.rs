@@ -67,19 +67,19 @@ pub(crate) fn on_own_bytes<H: Hypervisor>(
 ) -> Result<Reply, H::Error> {
     match (page.placement, views) {
         (Placement::Shadow, Some(views)) if !write => Ok(step::step_on_own_pages(vcpu, views)),
-        (Placement::Shadow, Some(views)) if vcpu.owe(page.gfn) => {
+        (Placement::Shadow, Some(views)) if vcpu.owe_page(page) => {
             views.permit_write(hv, page.gfn)?;
             Ok(step::step_on_own_pages(vcpu, views))
         }
         (Placement::InPlace, _) => {
             let lift = !vcpu.owes(page.gfn) || page.lifted == 0;
-            if !vcpu.owe(page.gfn) {
+            if !vcpu.owe_page(page) {
                 return Ok(Reply { action: Action::Emulate, ..Reply::default() });
             }
             if lift {
                 let linear = registers.cs_base.wrapping_add(registers.rip);
                 let within = paging::translate(hv, registers, linear).is_none_or(|gpa| gpa.gfn() == page.gfn);
-                placement::lift(hv, views, page, within).inspect_err(|_| vcpu.forget(page.gfn))?;
+                placement::lift(hv, views, page, within).inspect_err(|_| vcpu.forget_page(page))?;
             }
             Ok(Reply { step: vcpu.step(), ..Reply::default() })
         }

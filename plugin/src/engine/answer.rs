@@ -147,7 +147,7 @@ impl Engine {
             return self.end_hit(hv, index, event, found, changed, reply);
         }
         // There is no breakpoint to meet again: better none than at some later time.
-        let changed = changed.filter(|_| !self.vcpus[index].late);
+        let changed = changed.filter(|_| !self.is_late(index));
         let moved = changed.is_some_and(|registers| registers.rip != event.registers.rip);
         let done = match (observed, &event.reason) {
             (Observed::Accessed(_), _) => {
@@ -185,7 +185,7 @@ impl Engine {
             *reply = self.give_way(event, &error);
         }
         if let (Some(registers), Action::Resume) = (changed, &reply.action)
-            && !self.vcpus[index].late
+            && !self.is_late(index)
         {
             reply.action = Action::SetRegisters(*registers);
         }
@@ -221,10 +221,11 @@ impl Engine {
             self.counters.unexplained += 1;
             return None;
         };
-        if !matches!(event.reason, Reason::EmulationFailed) {
+        // Xen may have dropped an emulation; then a later failure, elsewhere or of another's, is not that of ours.
+        let answered = vcpu.answered.take();
+        if !matches!(event.reason, Reason::EmulationFailed) || answered != Some(event.registers.rip) {
             vcpu.emulating = None;
         }
-        vcpu.answered = None;
         let stepping = vcpu.stepping;
         // Still at the instruction, it may not be through.
         if vcpu.fast.take() == Some(event.registers.rip) {
@@ -249,9 +250,10 @@ impl Engine {
     /// The last of an answer to a virtual CPU that is at `rip`.
     #[inline(always)]
     fn conclude<H: Hypervisor>(&mut self, hv: &mut H, index: usize, rip: u64, reply: &mut Reply) {
+        let late = self.is_late(index);
         let vcpu = &mut self.vcpus[index];
-        if vcpu.late {
-            vcpu.late = false;
+        if late {
+            vcpu.unmappings = self.unmappings_noted;
             if !matches!(reply.action, Action::Resume | Action::SetRegisters(_)) {
                 // It tries again, and then it is not too late any more.
                 self.counters.reinjected -= u64::from(matches!(reply.action, Action::Reinject));
@@ -260,7 +262,15 @@ impl Engine {
         }
         if !matches!(reply.action, Action::Resume) {
             vcpu.answered = Some(rip);
+            if matches!(reply.action, Action::SetRegisters(_) | Action::Reinject) {
+                // What was to be emulated is not.
+                vcpu.emulating = None;
+            }
+            if !vcpu.pending {
+                self.note_pending(index);
+            }
         }
+        let vcpu = &self.vcpus[index];
         if vcpu.home && !vcpu.stepping {
             self.bring_home(index, reply);
         }
@@ -286,7 +296,7 @@ impl Engine {
             log::warn!("not everything could be set up again: {error}");
             self.counters.failures += 1;
         }
-        self.vcpus[index].late = false;
+        self.vcpus[index].unmappings = self.unmappings_noted;
     }
 
     /// A virtual CPU whose fast step was stopped is in the own view, and is not to stay there: unless it is stepped now, it

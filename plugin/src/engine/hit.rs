@@ -134,7 +134,7 @@ impl Engine {
         reply: &mut Reply,
     ) {
         if let (Some(found), Some(changed)) = (found, changed)
-            && self.vcpus[index].late
+            && self.is_late(index)
         {
             return self.put_off(hv, index, event, found, changed, reply);
         }
@@ -189,6 +189,7 @@ impl Engine {
         // now: after an answer that it is not late with.
         let crowded = self.chores >= VACANT && changed.is_none();
         self.check_current(hv, found)?;
+        let late = self.is_late(index);
         let (vcpu, views) = (&mut self.vcpus[index], self.views.as_ref());
         let (page, spot, claims) = self.registry.parts(found);
         let breakpoint = &mut page.breakpoints[spot];
@@ -197,7 +198,7 @@ impl Engine {
             *reply = self.reinjected_after_hit(index, at, found);
             return Ok(());
         }
-        let at_once = match breakpoint.step_over.steps() || vcpu.late || crowded {
+        let at_once = match breakpoint.step_over.steps() || late || crowded {
             true => None,
             false => step::at_once(hv, views, vcpu, claims, (page.placement, breakpoint), registers, reply),
         };

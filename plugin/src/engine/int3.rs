@@ -99,11 +99,10 @@ impl Engine {
     /// known to be the same hit.
     #[cold]
     pub(super) fn reinjected_after_hit(&mut self, index: usize, at: Gpa, found: Located) -> Reply {
-        let vcpu = &mut self.vcpus[index];
-        if !vcpu.late {
+        if !self.is_late(index) {
             return self.reinjected();
         }
-        vcpu.step_over(at, found)
+        self.vcpus[index].step_over(at, found)
     }
 
     /// The virtual CPU has met the breakpoint again at which its registers were [put off](Self::put_off).
@@ -116,11 +115,12 @@ impl Engine {
         event: &Event,
         registers: Registers,
     ) -> Result<Reply, H::Error> {
+        let late = self.is_late(index);
         let (vcpu, views) = (&mut self.vcpus[index], self.views.as_ref());
         let (page, breakpoint) = self.registry.located(found);
         let moved = registers.rip != event.registers.rip;
         let mut reply = Reply::default();
-        if vcpu.late || (page.lifted > 0 && !moved) {
+        if late || (page.lifted > 0 && !moved) {
             // Not yet.
             return Ok(reply);
         }

@@ -13,6 +13,8 @@ mod settled;
 mod stepped;
 mod watching;
 
+use std::collections::BTreeMap;
+
 use hdrhistogram::Histogram;
 use iced_x86::InstructionInfoFactory;
 
@@ -22,7 +24,7 @@ use crate::breakpoint::{BreakpointId, Page, Registry};
 use crate::stats::HandlingTime;
 use crate::step::Vcpu;
 use crate::views::Views;
-use crate::{Counters, Error, Figures, Gfn, Hypervisor};
+use crate::{Counters, Error, Figures, Gfn, Hypervisor, VcpuId};
 
 /// How many pages without breakpoints are left as they are while nothing else gives an occasion.
 const VACANT: usize = 16;
@@ -52,12 +54,16 @@ pub struct Engine {
     /// Made with the first shadow.
     views: Option<Views>,
     /// Pages whose last breakpoint is gone, but that the hypervisor has refused to make the guest's own again.
-    unclosed: Vec<Page>,
+    unclosed: BTreeMap<Gfn, Page>,
     /// Pages whose last breakpoint was gone when they could not be [given back](Self::is_settled), and that are to be after
     /// an event.
     vacant: Vec<Gfn>,
     /// All is to be [set up again](Self::resync) after an event.
     resync_pending: bool,
+    /// Virtual CPUs that may still have [to go on](Self::is_settled) with what they were answered.
+    pending: Vec<VcpuId>,
+    /// How often views have let go of pages.
+    unmappings_noted: u64,
     /// Zero if nothing is to be done after an event. [`VACANT`] or more if that is to be soon.
     chores: usize,
     /// The number of the page that is to be [compared](Self::verify) next.
@@ -81,9 +87,11 @@ impl Engine {
             registry: Registry::default(),
             vcpus: vec![Vcpu::at_home(true); usize::from(hv.vcpus())],
             views: None,
-            unclosed: Vec::new(),
+            unclosed: BTreeMap::new(),
             vacant: Vec::new(),
             resync_pending: false,
+            pending: Vec::with_capacity(usize::from(hv.vcpus())),
+            unmappings_noted: 0,
             chores: 0,
             verified: 0,
             telling: false,

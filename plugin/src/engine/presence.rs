@@ -66,7 +66,7 @@ impl Engine {
         self.enter_if_needed(hv)?;
         let Some(views) = &self.views else { return Ok(()) };
         paused(hv, |hv| {
-            for (vcpu, slot) in (0..).map(VcpuId).zip(&mut self.vcpus) {
+            for (vcpu, slot) in (0..=u16::MAX).map(VcpuId).zip(&mut self.vcpus) {
                 // A fast step would take it back to where it was at home.
                 if slot.fast.take().is_some() {
                     hv.stop_step(vcpu).doing("end a single-step")?;
@@ -94,7 +94,7 @@ impl Engine {
         }
         if self.is_settled(hv) {
             result = result.and(self.vacate_all(hv).doing("give a page back"));
-            result = result.and(self.close_again(hv, |_| true).doing("give a page back"));
+            result = result.and(self.close_all_again(hv).doing("give a page back"));
         }
         result
     }
@@ -129,14 +129,14 @@ impl Engine {
             views.destroy(hv).doing("drop the views")
         })?;
         self.views = None;
-        self.vcpus.iter_mut().for_each(|vcpu| vcpu.late = false);
+        self.vcpus.iter_mut().for_each(|vcpu| vcpu.unmappings = self.unmappings_noted);
         // What could not be given back until now went with the views.
         for gfn in std::mem::take(&mut self.vacant) {
             self.registry.remove_page(gfn);
         }
         self.resync_pending = false;
         self.count_chores();
-        self.unclosed.retain(|page| page.shadow.is_none());
+        self.unclosed.retain(|_, page| page.shadow.is_none());
         Ok(())
     }
 }

@@ -63,11 +63,11 @@ impl Engine {
         if placement == Placement::InPlace && watch.is_some_and(|watch| watch.accesses.execute) {
             return Err(Error::WatchConflict(gfn));
         }
-        if self.unclosed.iter().any(|page| page.gfn == gfn) {
+        if self.unclosed.contains_key(&gfn) {
             if !self.is_settled(hv) {
                 return Err(Error::NotGivenBack(gfn.at(0)));
             }
-            self.close_again(hv, |page| page.gfn == gfn).doing("prepare the page")?;
+            self.close_again(hv, gfn).doing("prepare the page")?;
         }
         // Nobody is to write to the page while we look at it, nor to run between two of the steps.
         paused(hv, |hv| {
@@ -80,7 +80,17 @@ impl Engine {
             }
             let shadow = placement::prepare(hv, self.views.as_mut(), gfn, placement).doing("prepare the page")?;
             let (breakpoints, conceal) = (Vec::new(), mechanism.conceal());
-            self.registry.add_page(Page { gfn, placement, conceal, shadow, breakpoints, lifted: 0, unsettled: false });
+            self.registry.add_page(Page {
+                gfn,
+                placement,
+                conceal,
+                shadow,
+                breakpoints,
+                lifted: 0,
+                owed: 0,
+                vacant: false,
+                unsettled: false,
+            });
             let opened = placement::open(hv, self.views.as_ref(), gfn, shadow).doing("prepare the page");
             if opened.is_err() && shadow.is_none() {
                 self.registry.remove_page(gfn);
@@ -147,7 +157,8 @@ impl Engine {
     fn give_back<H: Hypervisor>(&mut self, hv: &mut H, gfn: Gfn) -> Result<(), H::Error> {
         let shadowed = self.registry.page(gfn).is_some_and(|page| page.shadow.is_some());
         if shadowed && (self.telling || !self.is_settled(hv)) {
-            if !self.vacant.contains(&gfn) {
+            if let Some(page) = self.registry.page_mut(gfn).filter(|page| !page.vacant) {
+                page.vacant = true;
                 self.vacant.push(gfn);
                 self.count_chores();
             }
@@ -160,7 +171,9 @@ impl Engine {
     fn vacate<H: Hypervisor>(&mut self, hv: &mut H, gfn: Gfn) -> Result<(), H::Error> {
         let Some(page) = self.registry.remove_page(gfn) else { return Ok(()) };
         // If there are breakpoints in it again before a step is over, that is another page.
-        self.vcpus.iter_mut().for_each(|vcpu| vcpu.forget(gfn));
+        if page.owed > 0 {
+            self.vcpus.iter_mut().for_each(|vcpu| vcpu.forget(gfn));
+        }
         self.close(hv, page)
     }
 
@@ -171,7 +184,9 @@ impl Engine {
         let vacant = std::mem::take(&mut self.vacant);
         self.count_chores();
         for gfn in vacant {
-            if self.registry.page(gfn).is_some_and(|page| page.breakpoints.is_empty()) {
+            let Some(page) = self.registry.page_mut(gfn) else { continue };
+            page.vacant = false;
+            if page.breakpoints.is_empty() {
                 result = result.and(self.vacate(hv, gfn));
             }
         }
@@ -185,7 +200,7 @@ impl Engine {
         self.note_unmappings(unmappings);
         let closed = closed.and_then(|()| self.restrict(hv, page.gfn));
         if closed.is_err() {
-            self.unclosed.push(page);
+            self.unclosed.insert(page.gfn, page);
         }
         closed
     }
@@ -198,19 +213,19 @@ impl Engine {
     /// virtual CPU's next response ([`Views::unmappings`](crate::views::Views::unmappings)).
     pub(super) fn note_unmappings(&mut self, before: u64) {
         if self.unmappings() != before {
-            self.vcpus.iter_mut().for_each(|vcpu| vcpu.late = true);
+            self.unmappings_noted += 1;
         }
     }
 
-    /// The same with those of which that was refused before.
-    pub(super) fn close_again<H: Hypervisor>(
-        &mut self,
-        hv: &mut H,
-        which: impl Fn(&Page) -> bool,
-    ) -> Result<(), H::Error> {
+    /// The same with one of which that was refused before.
+    fn close_again<H: Hypervisor>(&mut self, hv: &mut H, gfn: Gfn) -> Result<(), H::Error> {
+        self.unclosed.remove(&gfn).map_or(Ok(()), |page| self.close(hv, page))
+    }
+
+    /// The same with all of them.
+    pub(super) fn close_all_again<H: Hypervisor>(&mut self, hv: &mut H) -> Result<(), H::Error> {
         let mut result = Ok(());
-        let pages: Vec<_> = self.unclosed.extract_if(.., |page| which(page)).collect();
-        for page in pages {
+        for page in std::mem::take(&mut self.unclosed).into_values() {
             result = result.and(self.close(hv, page));
         }
         result

@@ -13,10 +13,33 @@ impl Engine {
     /// stepped. (By way of a register a guest can still keep us waiting.) Nor does one whose next event, at the same
     /// instruction, has not been handled.
     pub fn is_settled<H: Hypervisor>(&mut self, hv: &mut H) -> bool {
-        (0..).map(VcpuId).zip(&mut self.vcpus).all(|(vcpu, slot)| {
-            slot.answered = slot.answered.filter(|at| hv.rip(vcpu).is_ok_and(|rip| rip == *at));
-            slot.answered.is_none()
-        })
+        while let Some(vcpu) = self.pending.last().copied() {
+            if let Some(slot) = self.vcpus.get_mut(usize::from(vcpu.0)) {
+                slot.answered = slot.answered.filter(|at| hv.rip(vcpu).is_ok_and(|rip| rip == *at));
+                if slot.answered.is_some() {
+                    return false;
+                }
+                slot.pending = false;
+            }
+            self.pending.pop();
+        }
+        true
+    }
+
+    /// A virtual CPU has something to do with its answer when it goes on.
+    #[cold]
+    pub(super) fn note_pending(&mut self, index: usize) {
+        if let Ok(vcpu) = u16::try_from(index) {
+            self.vcpus[index].pending = true;
+            self.pending.push(VcpuId(vcpu));
+        }
+    }
+
+    /// Whether a view has let go of a page since a virtual CPU was last answered: then Xen would be
+    /// [late](crate::views::Views::unmappings) with its next answer.
+    #[inline(always)]
+    pub(super) fn is_late(&self, index: usize) -> bool {
+        self.vcpus[index].unmappings != self.unmappings_noted
     }
 
     /// A virtual CPU has raised an event that the engine is not asked about: it has gone on with what it was answered.

@@ -45,7 +45,7 @@ pub(crate) fn lift<H: Hypervisor>(
         });
     // What failed is what the caller is to hear about, not that undoing it failed too.
     match (&lifted, page.lifted) {
-        (Ok(()), _) => page.lifted += 1,
+        (Ok(()), _) => page.lifted = page.lifted.saturating_add(1),
         (Err(_), 0) => {
             // Only those that were there: what a device has written over another one is taken over later.
             for b in page.breakpoints.iter().filter(|b| bytes[usize::from(b.offset())] == INT3) {

@@ -124,6 +124,7 @@ pub(crate) fn restore<H: Hypervisor>(hv: &mut H, views: Option<&mut Views>, page
 
 /// After an instruction has accessed the page: puts the breakpoints on what is there now.
 pub(crate) fn settle<H: Hypervisor>(hv: &mut H, views: Option<&Views>, page: &mut Page) -> Result<(), H::Error> {
+    page.owed = page.owed.saturating_sub(1);
     page.lifted = page.lifted.saturating_sub(1);
     page.unsettled = true;
     catch_up(hv, views, page)

@@ -9,7 +9,7 @@ mod view_step;
 pub(crate) use view_fast_step::begin as fast_step_in_own_view;
 pub(crate) use view_step::{begin as step_on_own_pages, view_of};
 
-use crate::breakpoint::{Breakpoint, Claims, Located};
+use crate::breakpoint::{Breakpoint, Claims, Located, Page};
 use crate::insn::Walks;
 use crate::views::Views;
 use crate::{Access, Gfn, Gpa, Hypervisor, Placement, Registers, Reply, Step, StepOver};
@@ -66,11 +66,13 @@ pub(crate) struct Vcpu {
     pub(crate) accessing: Option<Access>,
     /// It is at home in the execute view; else in the own view.
     pub(crate) monitored: bool,
-    /// A view has let go of a page since it was last answered ([`Views::unmappings`]).
-    pub(crate) late: bool,
+    /// How often views had let go of pages when it was last answered: see [`Engine::is_late`](crate::Engine).
+    pub(crate) unmappings: u64,
     /// Where it was when it was last answered, if the answer has something to be done when it goes on: RIP is another one
     /// as soon as that is done. None if that is known to be.
     pub(crate) answered: Option<u64>,
+    /// It is among those that may still have to go on with what they were answered.
+    pub(crate) pending: bool,
     /// The registers that it is to have when it meets the breakpoint again that it is [over](Self::over): Xen would have been
     /// late with them.
     pub(crate) changed: Option<Registers>,
@@ -107,8 +109,9 @@ impl Vcpu {
             pages: Pages { gfns: [Gfn(0); 8], count: 0 },
             accessing: None,
             monitored,
-            late: false,
+            unmappings: 0,
             answered: None,
+            pending: false,
             changed: None,
             walks: Walks::NONE,
         }
@@ -144,9 +147,28 @@ impl Vcpu {
         self.owes(gfn) || self.pages.add(gfn)
     }
 
+    /// The same of a page with breakpoints, which counts for how many virtual CPUs it is so.
+    pub(crate) fn owe_page(&mut self, page: &mut Page) -> bool {
+        if !self.owes(page.gfn) {
+            if !self.pages.add(page.gfn) {
+                return false;
+            }
+            page.owed = page.owed.saturating_add(1);
+        }
+        true
+    }
+
     /// A page is not to be settled any more.
     pub(crate) fn forget(&mut self, gfn: Gfn) {
         self.pages.remove(gfn);
+    }
+
+    /// The same of a page with breakpoints.
+    pub(crate) fn forget_page(&mut self, page: &mut Page) {
+        if self.owes(page.gfn) {
+            self.pages.remove(page.gfn);
+            page.owed = page.owed.saturating_sub(1);
+        }
     }
 }
 
