@@ -4,6 +4,8 @@ mod displaced;
 pub(crate) mod interpret;
 #[cfg(all(test, target_os = "linux", target_arch = "x86_64"))]
 mod native;
+#[cfg(all(test, target_os = "linux", target_arch = "x86_64"))]
+mod oracle;
 pub(crate) mod paging;
 #[cfg(test)]
 mod tables;
