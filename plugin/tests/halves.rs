@@ -412,6 +412,24 @@ fn an_access_that_xen_would_be_late_to_emulate_is_tried_again() {
     assert_eq!(through(&mut engine, &mut machine, &read).action, Action::Emulate);
 }
 
+/// What was not asked of Xen cannot have failed: this is an instruction of somebody else's.
+#[test]
+fn an_emulation_that_is_dropped_is_forgotten() {
+    let mechanism = Mechanism::new(Placement::Shadow, StepOver::Auto, Conceal::Emulate).unwrap();
+    let mut machine = Machine::new();
+    let mut engine = Engine::new(&machine);
+    engine.insert(&mut machine, MOVE, mechanism).unwrap();
+    machine.pages.get_mut(&DATA).unwrap()[0x20..0x22].copy_from_slice(&[0x8b, 0x03]);
+    let gone = engine.insert(&mut machine, DATA.at(0), mechanism).unwrap();
+    engine.remove(&mut machine, gone).unwrap();
+    let read = access(EXEC, DATA.at(0x20).0, MOVE, READ);
+    assert_eq!(through(&mut engine, &mut machine, &read), Reply::default());
+    let failed = event(EXEC, DATA.at(0x30).0, Reason::EmulationFailed);
+    assert_eq!(through(&mut engine, &mut machine, &failed), Reply::default());
+    let counters = engine.counters();
+    assert_eq!((counters.emulation_failures, counters.unexplained), (0, 1));
+}
+
 #[test]
 fn a_page_that_loses_its_breakpoints_between_the_halves_is_given_back_when_xen_cannot_be_late() {
     for mechanism in AT_ONCE {

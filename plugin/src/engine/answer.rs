@@ -258,6 +258,8 @@ impl Engine {
                 // It tries again, and then it is not too late any more.
                 self.counters.reinjected -= u64::from(matches!(reply.action, Action::Reinject));
                 reply.action = Action::Resume;
+                // If Xen cannot emulate something now, it is nothing of ours.
+                vcpu.emulating = None;
             }
         }
         if !matches!(reply.action, Action::Resume) {
