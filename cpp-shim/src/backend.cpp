@@ -1,5 +1,6 @@
 #include "hyperbp/backend.h"
 
+#include <atomic>
 #include <exception>
 #include <memory>
 #include <stdexcept>
@@ -22,6 +23,8 @@ struct hyperbp_session
     ffi::Event event {};
     ffi::Reply reply {};
     hyperbp::EmulationData data {};
+    // Somebody is in one of the functions below.
+    mutable std::atomic<bool> in_use {false};
 };
 
 struct hyperbp_waiter
@@ -55,6 +58,54 @@ T guarded(T otherwise, Work work) noexcept
         remember("something that is no std::exception was thrown");
     }
     return otherwise;
+}
+
+/// The use of a session by one function. It is refused where there is no session, and where it is in use: a callback of
+/// the session's own, or another thread, would find it in the middle of something.
+class Use
+{
+public:
+    explicit Use(const hyperbp_session_t* session) noexcept : session_(session)
+    {
+        if (session_ == nullptr) {
+            remember("there is no session: NULL was given");
+        } else if (session_->in_use.exchange(true, std::memory_order_acquire)) {
+            session_ = nullptr;
+            remember("the session is in use: neither a callback of its own, nor another thread at the same time, may "
+                     "call it");
+        }
+    }
+
+    ~Use()
+    {
+        if (session_ != nullptr)
+            session_->in_use.store(false, std::memory_order_release);
+    }
+
+    Use(const Use&) = delete;
+    Use& operator=(const Use&) = delete;
+
+    explicit operator bool() const noexcept
+    {
+        return session_ != nullptr;
+    }
+
+    /// The session is about to be freed.
+    void forget() noexcept
+    {
+        session_ = nullptr;
+    }
+
+private:
+    const hyperbp_session_t* session_;
+};
+
+/// Calls `work` with a session, and returns what it returns, or, if it is refused or throws, `otherwise`.
+template<typename T, typename Work>
+T with(const hyperbp_session_t* session, T otherwise, Work work) noexcept
+{
+    const Use use(session);
+    return use ? guarded(otherwise, work) : otherwise;
 }
 
 /// The host's functions, as a class.
@@ -185,7 +236,7 @@ bool hyperbp_leave(hyperbp_session_t* session) noexcept
 {
     if (session == nullptr)
         return true;
-    return guarded(false, [&] {
+    return with(session, false, [&] {
         session->session->leave();
         return true;
     });
@@ -195,6 +246,10 @@ bool hyperbp_close(hyperbp_session_t* session) noexcept
 {
     if (session == nullptr)
         return true;
+    Use use(session);
+    if (!use)
+        return false;
+    use.forget();
     const std::unique_ptr<hyperbp_session_t> owned(session);
     hyperbp::forget_failed_emulations(owned->vmi);
     return guarded(false, [&] {
@@ -205,7 +260,7 @@ bool hyperbp_close(hyperbp_session_t* session) noexcept
 
 bool hyperbp_insert(hyperbp_session_t* session, uint64_t pa) noexcept
 {
-    return guarded(false, [&] {
+    return with(session, false, [&] {
         session->session->insert(pa);
         return true;
     });
@@ -213,7 +268,7 @@ bool hyperbp_insert(hyperbp_session_t* session, uint64_t pa) noexcept
 
 bool hyperbp_remove(hyperbp_session_t* session, uint64_t pa) noexcept
 {
-    return guarded(false, [&] {
+    return with(session, false, [&] {
         session->session->remove(pa);
         return true;
     });
@@ -221,7 +276,7 @@ bool hyperbp_remove(hyperbp_session_t* session, uint64_t pa) noexcept
 
 bool hyperbp_watch(hyperbp_session_t* session, uint64_t gfn, vmi_mem_access_t access, bool after) noexcept
 {
-    return guarded(false, [&] {
+    return with(session, false, [&] {
         session->session->watch(gfn, hyperbp::accesses_of(access), after);
         return true;
     });
@@ -232,6 +287,13 @@ hyperbp_observed_t hyperbp_begin(hyperbp_session_t* session, vmi_event_t* event,
 {
     *what = {};
     *response = VMI_EVENT_RESPONSE_NONE;
+    const Use use(session);
+    if (!use)
+        return HYPERBP_FAILED;
+    if (event->vcpu_id > UINT16_MAX) {
+        remember("there are no virtual CPUs with such a number");
+        return HYPERBP_FAILED;
+    }
     if (event->type == VMI_EVENT_SINGLESTEP
         && session->session->step(static_cast<std::uint16_t>(event->vcpu_id), session->reply)) {
         *response = respond(*session, *event);
@@ -257,6 +319,9 @@ hyperbp_observed_t hyperbp_begin(hyperbp_session_t* session, vmi_event_t* event,
 
 event_response_t hyperbp_finish(hyperbp_session_t* session, vmi_event_t* event, event_response_t response) noexcept
 {
+    const Use use(session);
+    if (!use)
+        return response & ~hyperbp::OURS;
     if ((response & VMI_EVENT_RESPONSE_SET_REGISTERS) != 0) {
         hyperbp::general_of(*event->x86_regs, session->event.registers.general);
         session->session->finish_with(session->event.registers.general, session->reply);
@@ -268,12 +333,13 @@ event_response_t hyperbp_finish(hyperbp_session_t* session, vmi_event_t* event, 
 
 bool hyperbp_failed(const hyperbp_session_t* session) noexcept
 {
-    return session->session->failed();
+    // One that is not there cannot be used either.
+    return session == nullptr || session->session->failed();
 }
 
 bool hyperbp_monitor(hyperbp_session_t* session, uint16_t vcpu, bool monitored, uint16_t* view) noexcept
 {
-    return guarded(false, [&] {
+    return with(session, false, [&] {
         *view = session->session->monitor(vcpu, monitored);
         return true;
     });
@@ -281,7 +347,7 @@ bool hyperbp_monitor(hyperbp_session_t* session, uint16_t vcpu, bool monitored, 
 
 bool hyperbp_monitor_all(hyperbp_session_t* session, bool monitored) noexcept
 {
-    return guarded(false, [&] {
+    return with(session, false, [&] {
         session->session->monitor_all(monitored);
         return true;
     });
@@ -289,12 +355,12 @@ bool hyperbp_monitor_all(hyperbp_session_t* session, bool monitored) noexcept
 
 uint16_t hyperbp_view(const hyperbp_session_t* session) noexcept
 {
-    return session->session->view();
+    return session == nullptr ? std::uint16_t {0} : session->session->view();
 }
 
 size_t hyperbp_breakpoints(const hyperbp_session_t* session, hyperbp_figures_t* into, size_t room) noexcept
 {
-    return guarded(std::size_t {0}, [&] {
+    return with(session, std::size_t {0}, [&] {
         std::vector<ffi::Figures> figures(into != nullptr ? room : 0);
         const std::size_t count = session->session->breakpoints({figures.data(), figures.size()});
         for (std::size_t n = 0; n < figures.size() && n < count; ++n) {
@@ -311,7 +377,7 @@ size_t hyperbp_breakpoints(const hyperbp_session_t* session, hyperbp_figures_t* 
 
 bool hyperbp_counters(const hyperbp_session_t* session, hyperbp_counters_t* into) noexcept
 {
-    return guarded(false, [&] {
+    return with(session, false, [&] {
         const ffi::Counters from = session->session->counters();
         *into = {from.hits,
                  from.reads,
@@ -346,6 +412,8 @@ void hyperbp_waiter_close(hyperbp_waiter_t* waiter) noexcept
 hyperbp_waited_t hyperbp_wait(hyperbp_waiter_t* waiter, int timeout) noexcept
 {
     return guarded(HYPERBP_NOT_WAITED, [&] {
+        if (waiter == nullptr)
+            throw std::invalid_argument("there is no waiter: NULL was given");
         switch (waiter->waiter->wait(timeout)) {
         case ffi::Waited::TimedOut:
             return HYPERBP_TIMED_OUT;
@@ -361,6 +429,8 @@ hyperbp_waited_t hyperbp_wait(hyperbp_waiter_t* waiter, int timeout) noexcept
 bool hyperbp_stop_waiting(hyperbp_waiter_t* waiter) noexcept
 {
     return guarded(false, [&] {
+        if (waiter == nullptr)
+            throw std::invalid_argument("there is no waiter: NULL was given");
         waiter->waiter->stop();
         return true;
     });
@@ -369,6 +439,8 @@ bool hyperbp_stop_waiting(hyperbp_waiter_t* waiter) noexcept
 bool hyperbp_waiter_figures(const hyperbp_waiter_t* waiter, hyperbp_waits_t* into) noexcept
 {
     return guarded(false, [&] {
+        if (waiter == nullptr)
+            throw std::invalid_argument("there is no waiter: NULL was given");
         const ffi::Waits from = waiter->waiter->waits();
         *into = {from.watched, from.watched_in_vain, from.halted, from.halted_in_vain, from.slept};
         return true;

@@ -59,6 +59,8 @@ protected:
         host_memory.data = this;
         host_memory.add_page = [](void* data, std::uint64_t* gfn) {
             auto* self = static_cast<Backend*>(data);
+            if (self->on_add_page)
+                self->on_add_page();
             return !self->out_of_memory && attempt([&] { *gfn = self->machine.add_page(); });
         };
         host_memory.drop_page = [](void* data, std::uint64_t gfn) {
@@ -156,11 +158,82 @@ protected:
     std::vector<std::uint8_t> before;
     std::vector<Told> told;
     std::function<event_response_t(const Told&, vmi_event_t*)> on_told;
+    std::function<void()> on_add_page;
     bool out_of_memory = false;
     bool keeps_pages = false;
     unsigned mapped_by_host = 0;
     unsigned created_by_host = 0;
 };
+
+/// Every function that takes a session, as a host may call it where it is not to. Expects it to be refused.
+void expect_refused(hyperbp_session_t* session, vmi_event_t& event, const std::string& why)
+{
+    const auto refused = [&](const char* what, bool result) {
+        EXPECT_FALSE(result) << what;
+        EXPECT_NE(std::string(hyperbp_error()).find(why), std::string::npos) << what << ": " << hyperbp_error();
+    };
+    refused("insert", hyperbp_insert(session, AT));
+    refused("remove", hyperbp_remove(session, AT));
+    refused("watch", hyperbp_watch(session, 3, VMI_MEMACCESS_W, false));
+    std::uint16_t view = 0;
+    refused("monitor", hyperbp_monitor(session, 0, true, &view));
+    refused("monitor_all", hyperbp_monitor_all(session, true));
+    hyperbp_counters_t counters {};
+    refused("counters", hyperbp_counters(session, &counters));
+    hyperbp_figures_t figures {};
+    refused("breakpoints", hyperbp_breakpoints(session, &figures, 1) != 0);
+    hyperbp_what_t what;
+    event_response_t response = VMI_EVENT_RESPONSE_EMULATE;
+    refused("begin", hyperbp_begin(session, &event, &what, &response) != HYPERBP_FAILED);
+    EXPECT_EQ(response, VMI_EVENT_RESPONSE_NONE);
+    refused("finish", hyperbp_finish(session, &event, VMI_EVENT_RESPONSE_NONE) != VMI_EVENT_RESPONSE_NONE);
+}
+
+TEST_F(Backend, NoSessionIsAnErrorInEveryFunction)
+{
+    expect_refused(nullptr, interrupt, "there is no session");
+    EXPECT_TRUE(hyperbp_failed(nullptr));
+    EXPECT_EQ(hyperbp_view(nullptr), 0);
+    // It has left, and is closed, already.
+    EXPECT_TRUE(hyperbp_leave(nullptr));
+    EXPECT_TRUE(hyperbp_close(nullptr));
+    EXPECT_EQ(hyperbp_wait(nullptr, 0), HYPERBP_NOT_WAITED);
+    EXPECT_FALSE(hyperbp_stop_waiting(nullptr));
+    hyperbp_waits_t waits {};
+    EXPECT_FALSE(hyperbp_waiter_figures(nullptr, &waits));
+}
+
+TEST_F(Backend, ACallbackOfTheSessionCannotCallTheSession)
+{
+    open("auto");
+    unsigned called = 0;
+    on_add_page = [&] {
+        ++called;
+        expect_refused(session, interrupt, "in use");
+        EXPECT_FALSE(hyperbp_leave(session));
+        EXPECT_FALSE(hyperbp_close(session));
+        EXPECT_FALSE(hyperbp_failed(session));
+    };
+    ASSERT_TRUE(hyperbp_insert(session, AT)) << hyperbp_error();
+    EXPECT_GT(called, 0U);
+    on_add_page = nullptr;
+    run_to(AFTER);
+    EXPECT_EQ(told.size(), 1U);
+    close();
+}
+
+TEST_F(Backend, ASecondThreadCannotCallTheSessionAtTheSameTime)
+{
+    open("auto");
+    on_add_page = [&] {
+        std::thread([&] { expect_refused(session, interrupt, "in use"); }).join();
+    };
+    ASSERT_TRUE(hyperbp_insert(session, AT)) << hyperbp_error();
+    on_add_page = nullptr;
+    // One after the other they may.
+    std::thread([&] { EXPECT_TRUE(hyperbp_remove(session, AT)) << hyperbp_error(); }).join();
+    close();
+}
 
 class BackendMechanism : public Backend, public testing::WithParamInterface<std::string>
 {

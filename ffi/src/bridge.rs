@@ -232,24 +232,24 @@ pub(crate) mod ffi {
             mechanism: &str,
         ) -> Result<Box<Session>>;
 
-        fn leave(self: &mut Session) -> Result<()>;
-        fn close(self: &mut Session) -> Result<()>;
-        fn insert(self: &mut Session, pa: u64) -> Result<()>;
-        fn remove(self: &mut Session, pa: u64) -> Result<()>;
-        fn watch(self: &mut Session, gfn: u64, accesses: Accesses, after: bool) -> Result<()>;
-        fn begin(self: &mut Session, event: &Event, reply: &mut Reply) -> Observed;
+        fn leave(self: &Session) -> Result<()>;
+        fn close(self: &Session) -> Result<()>;
+        fn insert(self: &Session, pa: u64) -> Result<()>;
+        fn remove(self: &Session, pa: u64) -> Result<()>;
+        fn watch(self: &Session, gfn: u64, accesses: Accesses, after: bool) -> Result<()>;
+        fn begin(self: &Session, event: &Event, reply: &mut Reply) -> Observed;
         fn hits_need_registers(self: &Session) -> bool;
-        fn begin_int3(self: &mut Session, vcpu: u16, view: u16, gpa: u64, rip: u64, reply: &mut Reply) -> Observed;
-        fn step(self: &mut Session, vcpu: u16, reply: &mut Reply) -> bool;
-        fn finish(self: &mut Session, reply: &mut Reply);
-        fn finish_with(self: &mut Session, registers: &General, reply: &mut Reply);
+        fn begin_int3(self: &Session, vcpu: u16, view: u16, gpa: u64, rip: u64, reply: &mut Reply) -> Observed;
+        fn step(self: &Session, vcpu: u16, reply: &mut Reply) -> bool;
+        fn finish(self: &Session, reply: &mut Reply);
+        fn finish_with(self: &Session, registers: &General, reply: &mut Reply);
         fn failed(self: &Session) -> bool;
-        fn monitor(self: &mut Session, vcpu: u16, monitored: bool) -> Result<u16>;
-        fn monitor_all(self: &mut Session, monitored: bool) -> Result<()>;
+        fn monitor(self: &Session, vcpu: u16, monitored: bool) -> Result<u16>;
+        fn monitor_all(self: &Session, monitored: bool) -> Result<()>;
         fn view(self: &Session) -> u16;
         fn mechanism(self: &Session) -> String;
-        fn counters(self: &Session) -> Counters;
-        fn breakpoints(self: &Session, into: &mut [Figures]) -> usize;
+        fn counters(self: &Session) -> Result<Counters>;
+        fn breakpoints(self: &Session, into: &mut [Figures]) -> Result<usize>;
 
         type Waiter;
 

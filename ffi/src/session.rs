@@ -3,6 +3,7 @@
 use std::any::Any;
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Mutex, MutexGuard, TryLockError};
 use std::thread;
 use std::time::Duration;
 
@@ -41,6 +42,9 @@ pub(crate) enum Error {
     /// It is closed.
     #[error("the session is closed")]
     Closed,
+    /// A callback of the hypervisor's has called the session that has called it, or another thread has.
+    #[error("the session is in use: neither a callback of its own, nor another thread at the same time, may call it")]
+    InUse,
     /// There is none.
     #[error("there is no breakpoint at {0}")]
     NoBreakpoint(Gpa),
@@ -78,8 +82,147 @@ enum State {
     Closed,
 }
 
-/// An engine, the hypervisor it works on, and the event between the two halves of its answer.
+/// A session that C++ may call from where it is not to: an event of a callback's, or of a second thread's, finds it in use.
+/// What does not change is outside.
 pub(crate) struct Session {
+    inner: Mutex<Inner>,
+    view: ViewId,
+    mechanism: Mechanism,
+}
+
+impl Session {
+    fn new(machine: Machine, mechanism: &str) -> Result<Box<Self>, Error> {
+        let inner = Inner::new(machine, mechanism)?;
+        Ok(Box::new(Self { view: inner.view, mechanism: inner.mechanism, inner: Mutex::new(inner) }))
+    }
+
+    /// The session, unless it is in use. It never waits: that would be for itself.
+    fn enter(&self) -> Result<MutexGuard<'_, Inner>, Error> {
+        match self.inner.try_lock() {
+            Ok(inner) => Ok(inner),
+            // Panics are caught within, and remembered.
+            Err(TryLockError::Poisoned(poisoned)) => Ok(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => Err(Error::InUse),
+        }
+    }
+
+    /// See [`Inner::leave`].
+    ///
+    /// # Errors
+    /// If it is in use, and those of that. So with all below.
+    pub(crate) fn leave(&self) -> Result<(), Error> {
+        self.enter()?.leave()
+    }
+
+    /// See [`Inner::close`].
+    pub(crate) fn close(&self) -> Result<(), Error> {
+        self.enter()?.close()
+    }
+
+    /// See [`Inner::insert`].
+    pub(crate) fn insert(&self, pa: u64) -> Result<(), Error> {
+        self.enter()?.insert(pa)
+    }
+
+    /// See [`Inner::remove`].
+    pub(crate) fn remove(&self, pa: u64) -> Result<(), Error> {
+        self.enter()?.remove(pa)
+    }
+
+    /// See [`Inner::watch`].
+    pub(crate) fn watch(&self, gfn: u64, accesses: ffi::Accesses, after: bool) -> Result<(), Error> {
+        self.enter()?.watch(gfn, accesses, after)
+    }
+
+    /// See [`Inner::monitor`].
+    pub(crate) fn monitor(&self, vcpu: u16, monitored: bool) -> Result<u16, Error> {
+        self.enter()?.monitor(vcpu, monitored)
+    }
+
+    /// See [`Inner::monitor_all`].
+    pub(crate) fn monitor_all(&self, monitored: bool) -> Result<(), Error> {
+        self.enter()?.monitor_all(monitored)
+    }
+
+    /// See [`Inner::begin`]. If the session is in use, the reply lets the virtual CPU try again.
+    pub(crate) fn begin(&self, event: &ffi::Event, reply: &mut ffi::Reply) -> ffi::Observed {
+        match self.enter() {
+            Ok(mut inner) => inner.begin(event, reply),
+            Err(error) => refused(&error, reply),
+        }
+    }
+
+    /// See [`Inner::begin_int3`]; for the rest, as [`begin`](Self::begin).
+    pub(crate) fn begin_int3(&self, vcpu: u16, view: u16, gpa: u64, rip: u64, reply: &mut ffi::Reply) -> ffi::Observed {
+        match self.enter() {
+            Ok(mut inner) => inner.begin_int3(vcpu, view, gpa, rip, reply),
+            Err(error) => refused(&error, reply),
+        }
+    }
+
+    /// See [`Inner::step`]. False if it is in use.
+    pub(crate) fn step(&self, vcpu: u16, reply: &mut ffi::Reply) -> bool {
+        self.enter().is_ok_and(|mut inner| inner.step(vcpu, reply))
+    }
+
+    /// See [`Inner::finish`].
+    pub(crate) fn finish(&self, reply: &mut ffi::Reply) {
+        match self.enter() {
+            Ok(mut inner) => inner.finish(reply),
+            Err(error) => drop(refused(&error, reply)),
+        }
+    }
+
+    /// See [`Inner::finish_with`].
+    pub(crate) fn finish_with(&self, registers: &ffi::General, reply: &mut ffi::Reply) {
+        match self.enter() {
+            Ok(mut inner) => inner.finish_with(registers, reply),
+            Err(error) => drop(refused(&error, reply)),
+        }
+    }
+
+    /// Whether a hit needs the registers, for there is something to emulate or to compute.
+    pub(crate) const fn hits_need_registers(&self) -> bool {
+        let by_stepping = matches!(self.mechanism.step_over(), StepOver::ViewStep | StepOver::ViewFastStep);
+        !(by_stepping && matches!(self.mechanism.placement(), Placement::Shadow))
+    }
+
+    /// See [`Inner::failed`]. Not while it is in use.
+    pub(crate) fn failed(&self) -> bool {
+        self.enter().is_ok_and(|inner| inner.failed())
+    }
+
+    /// The view in which virtual CPUs meet breakpoints.
+    pub(crate) const fn view(&self) -> u16 {
+        self.view.0
+    }
+
+    /// The name of the mechanism of all breakpoints.
+    pub(crate) fn mechanism(&self) -> String {
+        self.mechanism.to_string()
+    }
+
+    /// See [`Inner::counters`].
+    pub(crate) fn counters(&self) -> Result<ffi::Counters, Error> {
+        Ok(self.enter()?.counters())
+    }
+
+    /// See [`Inner::breakpoints`].
+    pub(crate) fn breakpoints(&self, into: &mut [ffi::Figures]) -> Result<usize, Error> {
+        Ok(self.enter()?.breakpoints(into))
+    }
+}
+
+/// The answer to an event that comes when the session is in use: the virtual CPU raises it again.
+#[cold]
+fn refused(error: &Error, reply: &mut ffi::Reply) -> ffi::Observed {
+    log::error!("an event is not handled: {error}");
+    convert::reply(&Reply::default(), reply);
+    convert::observed(ffi::Kind::Failed)
+}
+
+/// An engine, the hypervisor it works on, and the event between the two halves of its answer.
+pub(crate) struct Inner {
     engine: Engine,
     machine: Recorded<Machine>,
     mechanism: Mechanism,
@@ -166,12 +309,12 @@ fn message_of(panic: &(dyn Any + Send)) -> String {
         .to_owned()
 }
 
-impl Session {
-    fn new(machine: Machine, mechanism: &str) -> Result<Box<Self>, Error> {
+impl Inner {
+    fn new(machine: Machine, mechanism: &str) -> Result<Self, Error> {
         logger::install();
         let mechanism = mechanism.parse()?;
         let machine = Recorded::new(machine);
-        let mut session = Box::new(Self {
+        let mut session = Self {
             engine: Engine::new(&machine),
             clock: Clock::new(machine.now()),
             machine,
@@ -190,7 +333,7 @@ impl Session {
             reply: Reply::default(),
             #[cfg(feature = "fault-injection")]
             hits_until_panic: std::env::var("HYPERBP_PANIC_AT_HIT").ok().and_then(|hits| hits.parse().ok()),
-        });
+        };
         session.view = session.engine.enter(&mut session.machine)?;
         Ok(session)
     }
@@ -339,12 +482,6 @@ impl Session {
         }
     }
 
-    /// Whether a hit needs the registers, for there is something to emulate or to compute.
-    pub(crate) const fn hits_need_registers(&self) -> bool {
-        let by_stepping = matches!(self.mechanism.step_over(), StepOver::ViewStep | StepOver::ViewFastStep);
-        !(by_stepping && matches!(self.mechanism.placement(), Placement::Shadow))
-    }
-
     /// First half of an INT3 of one byte, if hits do not need the registers.
     pub(crate) fn begin_int3(
         &mut self,
@@ -431,16 +568,6 @@ impl Session {
         matches!(self.state, State::Failed(_))
     }
 
-    /// The view in which virtual CPUs meet breakpoints.
-    pub(crate) const fn view(&self) -> u16 {
-        self.view.0
-    }
-
-    /// The name of the mechanism of all breakpoints.
-    pub(crate) fn mechanism(&self) -> String {
-        self.mechanism.to_string()
-    }
-
     /// What happened so far.
     pub(crate) fn counters(&self) -> ffi::Counters {
         let counters = self.engine.counters();
@@ -508,7 +635,8 @@ impl Session {
         let own = match self.event.reason {
             // With prefixes, the 0xCC is the last byte. What is in the next page is left to the guest.
             Reason::Int3(int3) => {
-                let at = Gpa(int3.gpa.0 + u64::from(int3.length.max(1)) - 1);
+                // Where that is, is the host's word.
+                let at = Gpa(int3.gpa.0.wrapping_add(u64::from(int3.length.max(1)) - 1));
                 let mut byte = [0];
                 let read = without_panic(|| Ok(self.machine.read(at, &mut byte)?));
                 at.offset() < int3.gpa.offset() || read.is_err() || byte == [INT3]
@@ -521,7 +649,7 @@ impl Session {
     }
 }
 
-impl Drop for Session {
+impl Drop for Inner {
     fn drop(&mut self) {
         if !matches!(self.state, State::Closed)
             && let Err(error) = self.close()

@@ -18,7 +18,9 @@
  *         }
  *     }
  *
- * A session is used by one thread at a time. No exception, and no panic, leaves these functions.
+ * A session is used by one thread at a time, and not from within a function of it: what a callback of hyperbp_memory_t,
+ * or a second thread, calls meanwhile fails (hyperbp_begin with HYPERBP_FAILED), and so does what is given no session.
+ * It must not be closed while another thread may still call it. No exception, and no panic, leaves these functions.
  */
 #ifndef HYPERBP_BACKEND_H
 #define HYPERBP_BACKEND_H
