@@ -20,6 +20,7 @@ const FUNCTIONS: &[&str] = &[
     "xc_monitor_(enable|disable|software_breakpoint|singlestep|emul_unimplemented)",
     "xenevtchn_(open|close|fd|bind_interdomain|unbind|notify|pending|unmask)",
     "xenforeignmemory_(open|close|map|unmap)",
+    "xc_evtchn_status",
     "xs_(open|close|read|directory)",
 ];
 
@@ -28,11 +29,12 @@ const TYPES: &[&str] = &["vm_event_(request_t|response_t|sring|sring_entry)", "x
 const CONSTANTS: &[&str] = &[
     "VM_EVENT_(INTERFACE_VERSION|FLAG_.*|REASON_.*)",
     "MEM_ACCESS_.*",
-    "HVM_PARAM_ALTP2M",
+    "HVM_PARAM_(ALTP2M|STORE_EVTCHN|CONSOLE_EVTCHN)",
     "XEN_ALTP2M_disabled",
     "XEN_DOMCTL_DEBUG_OP_SINGLE_STEP_OFF",
     "XEN_DOMINF_(dying|hvm_guest|paused|shutdown.*)",
-    "SHUTDOWN_crash",
+    "SHUTDOWN_(crash|suspend)",
+    "EVTCHNSTAT_interdomain",
 ];
 
 fn main() {

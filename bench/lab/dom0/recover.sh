@@ -45,6 +45,85 @@ checks() {
         echo "FAILED: attaching and detaching (exit code $?): $(tr '\n' ' ' </tmp/attached)"
     # A domain with nothing to recover.
     hyperbp-bench recover --domain bench | grep -q "nothing to recover" && echo "ok: nothing left to recover"
+    faults
+}
+
+# Starts a trace, and waits until it counts.
+start() {
+    hyperbp-bench trace --domain bench --function 0x101000 "$@" >/tmp/traced 2>/tmp/trace.err </dev/null &
+    tracer=$!
+    until grep -q '^Tracing' /tmp/trace.err; do
+        kill -0 $tracer 2>/dev/null || break
+        usleep 100000
+    done
+    begun=$(date +%s)
+}
+# ended WHAT CODE TEXT: it ends soon, with this exit code, says TEXT, and prints what it has counted.
+ended() {
+    wait $tracer
+    code=$?
+    took=$(($(date +%s) - begun))
+    if [ $code -eq "$2" ] && [ $took -lt 15 ] && grep -q "$3" /tmp/trace.err && grep -q 0x101000 /tmp/traced; then
+        echo "ok: $1: the counts are kept"
+    else
+        echo "FAILED: $1: exit code $code after $took s: $(cat /tmp/trace.err /tmp/traced | tr '\n' ' ')"
+    fi
+}
+goes_on() {
+    if hyperbp-bench storm --domain bench --count $calls --mechanism auto >/tmp/storm 2>&1; then
+        echo "ok: $1, and the guest goes on"
+    else
+        echo "FAILED: $1, and the guest goes on: $(tr '\n' ' ' </tmp/storm)"
+    fi
+}
+# What an operator may do to a domain while a monitor is attached.
+faults() {
+    start --for 2
+    xl pause bench
+    ended "a domain that is paused is left" 0 "is paused"
+    xl unpause bench
+    goes_on "after a pause"
+
+    # Another program's monitor has no ledger. This one is to be like that.
+    start
+    rm /run/hyperbp/*.ledger
+    if hyperbp-bench recover --domain bench >/tmp/recovered 2>&1; then
+        echo "FAILED: a live monitor without a ledger is left alone: $(tr '\n' ' ' </tmp/recovered)"
+    elif grep -q "lives.*--force" /tmp/recovered; then
+        echo "ok: a live monitor without a ledger is left alone"
+    else
+        echo "FAILED: a live monitor without a ledger is left alone: $(cat /tmp/recovered)"
+    fi
+    kill -INT $tracer
+    ended "a monitor that nobody took the ring from ends" 0 "Tracing"
+    goes_on "after a monitor without a ledger"
+
+    # The same, but it has died.
+    start
+    rm /run/hyperbp/*.ledger
+    kill -9 $tracer
+    wait $tracer
+    if hyperbp-bench recover --domain bench >/tmp/recovered 2>&1 && grep -q "no ledger" /tmp/recovered; then
+        echo "ok: a dead monitor without a ledger is recovered from"
+    else
+        echo "FAILED: a dead monitor without a ledger is recovered from: $(tr '\n' ' ' </tmp/recovered)"
+    fi
+
+    # Its shadows are gone from the image, or they would be the guest's after that.
+    start
+    xl save bench /tmp/image >/tmp/saved 2>&1
+    ended "a domain that is saved is left" 0 "suspended\|is gone"
+    if xl restore /tmp/image >/tmp/restored 2>&1; then
+        goes_on "after it was saved and restored"
+    else
+        echo "FAILED: a domain is saved and restored: $(cat /tmp/saved /tmp/restored | tr '\n' ' ')"
+        xl create -q /tmp/recover.cfg
+    fi
+    rm -f /tmp/image
+
+    start
+    xl destroy bench
+    ended "a domain that is destroyed is left" 0 "is gone"
 }
 sed -e 's/^vcpus.*/vcpus = 2/' /guest/guest.cfg >/tmp/recover.cfg
 xl create -q /tmp/recover.cfg || exit

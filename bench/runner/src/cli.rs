@@ -61,7 +61,8 @@ A monitor that is killed (SIGKILL, the OOM killer, a crash) cannot take its brea
 next one, or at the next read of a page that is guarded; it sees none of them. This lets it run on, unmodified.
 
 What is to be undone is in the monitor's ledger, /run/hyperbp/NUMBER.ledger. The guest may have been given breakpoints by any
-program that keeps one. It is an error if that program is still alive. Exit code 0 also if there is nothing to do.";
+program that keeps one. It is an error if that program is still alive, or any other whose events the domain's are: --force
+takes them from it. Exit code 0 also if there is nothing to do.";
 
 /// Measures what a breakpoint hit costs, from inside a guest: bpbench's workloads with every mechanism of hyperbp.
 #[derive(Debug, Parser)]
@@ -129,6 +130,10 @@ pub(crate) struct Recover {
     /// Name or number of the domain
     #[arg(long, value_name = "NAME")]
     pub(crate) domain: String,
+
+    /// Take the domain's events even from a monitor that lives
+    #[arg(long)]
+    pub(crate) force: bool,
 }
 
 #[derive(Debug, Args)]

@@ -3,12 +3,12 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use hdrhistogram::Histogram;
-use hyperbp::{BreakpointId, Counters, Engine, Figures, Gpa, Hit, Mechanism, Reason, Reply, Verdict};
+use hyperbp::{BreakpointId, Counters, Engine, Figures, Gpa, Hit, Hypervisor as _, Mechanism, Reason, Reply, Verdict};
 
 use crate::ring::{self, Monitor, PATIENCE};
-use crate::xen::{Domain, Error};
+use crate::xen::{Domain, Error, State};
 
 /// What came of serving breakpoints.
 #[derive(Clone, Debug)]
@@ -18,13 +18,16 @@ pub(crate) struct Outcome {
     pub(crate) counters: Counters,
     /// How long a hit took, in ticks of dom0's time-stamp counter.
     pub(crate) handling: Histogram<u64>,
+    /// What the domain did when it was left.
+    pub(crate) state: State,
 }
 
 impl Outcome {
     /// What came of it until now.
     fn of(engine: &Engine, breakpoints: &[BreakpointId]) -> Result<Self> {
         let figures = breakpoints.iter().map(|id| engine.figures(*id)).collect::<Result<_, _>>()?;
-        Ok(Self { figures, counters: engine.counters(), handling: engine.handling_time() })
+        let (counters, handling) = (engine.counters(), engine.handling_time());
+        Ok(Self { figures, counters, handling, state: State::Running })
     }
 
     /// What of it has come since `begin`, an earlier outcome of the same breakpoints.
@@ -71,7 +74,7 @@ pub(crate) type Idle<'a> = dyn FnMut() -> Option<Duration> + 'a;
 /// Sets a breakpoint at each address, serves them as long as `idle` says, and removes them.
 ///
 /// # Errors
-/// If a breakpoint cannot be set, or Xen refuses something; the domain is left as far as it lets us.
+/// If a breakpoint cannot be set, or Xen refuses something; the domain is left as far as it lets us. If somebody has paused it.
 pub(crate) fn run(
     domain: &mut Domain,
     monitor: &mut Monitor,
@@ -79,10 +82,13 @@ pub(crate) fn run(
     at: &[Gpa],
     idle: &mut Idle<'_>,
 ) -> Result<Outcome> {
-    watch(domain, monitor, mechanism, at, &mut |_, _| {}, idle)
+    let outcome = watch(domain, monitor, mechanism, at, &mut |_, _| {}, idle)?;
+    ensure!(outcome.state != State::Paused, "somebody has paused the domain: `xl unpause` lets it run");
+    Ok(outcome)
 }
 
-/// The same, and tells `on_hit` of each hit, before its instruction runs.
+/// The same, and tells `on_hit` of each hit, before its instruction runs. If the domain does not go on when it is left, it is
+/// paused once more, until the caller, who drops the monitor before, [lets it go on](Domain::let_go_on).
 ///
 /// # Errors
 /// Those of [`run`].
@@ -107,24 +113,35 @@ pub(crate) fn watch(
                 on_hit(index, &|| Outcome::of(engine, &breakpoints));
             }
         };
+        let mut refused = 0;
         while let Some(patience) = idle() {
-            serve(domain, monitor, &mut engine, patience, &mut seen)?;
+            if let Err(error) = serve(domain, monitor, &mut engine, patience, &mut seen, &mut refused) {
+                // What was counted until a domain ended is not worth less.
+                if !domain.state()?.has_ended() {
+                    bail!(error);
+                }
+                break;
+            }
         }
-        Outcome::of(&engine, &breakpoints)
+        let mut outcome = Outcome::of(&engine, &breakpoints)?;
+        outcome.counters.failures += refused;
+        Ok(outcome)
     });
     // Also after a failure: the guest is to be left as it was.
     let left = leave(domain, monitor, &mut engine).context("cannot leave the domain");
-    let outcome = served?;
-    left.map(|()| outcome)
+    let mut outcome = served?;
+    outcome.state = left?;
+    Ok(outcome)
 }
 
-/// Waits for events, and answers those there are. Whether there were any.
+/// Waits for events, and answers those there are. Whether there were any. `refused` counts INT3s that Xen did not deliver.
 fn serve(
     domain: &mut Domain,
     monitor: &mut Monitor,
     engine: &mut Engine,
     patience: Duration,
     seen: &mut dyn FnMut(&Engine, &Hit<'_>),
+    refused: &mut u64,
 ) -> Result<bool, Error> {
     monitor.wait(patience)?;
     let (mut any, mut reply) = (false, Reply::default());
@@ -140,8 +157,11 @@ fn serve(
         };
         engine.answer(domain, &event, &mut on_hit, &mut reply);
         let (response, inject) = ring::response_to(&request, &reply);
-        if inject && let Reason::Int3(int3) = event.reason {
-            domain.inject_int3(event.vcpu, int3.length)?;
+        if inject
+            && let Reason::Int3(int3) = event.reason
+            && !domain.inject_int3(event.vcpu, int3.length)
+        {
+            *refused += 1;
         }
         monitor.respond(&response);
     }
@@ -163,20 +183,44 @@ fn settle(domain: &mut Domain, engine: &mut Engine) {
     }
 }
 
-fn leave(domain: &mut Domain, monitor: &mut Monitor, engine: &mut Engine) -> Result<()> {
+fn leave(domain: &mut Domain, monitor: &mut Monitor, engine: &mut Engine) -> Result<State> {
     /// Each ends with [`SETTLED`] and [`PATIENCE`] at most.
     const ROUNDS: u32 = 500;
-    engine.leave(domain)?;
     for _ in 0..ROUNDS {
+        // One that does not run settles nothing, however long it is waited for.
+        let state = domain.state()?;
+        if state != State::Running {
+            return leave_as_it_is(domain, engine, state);
+        }
+        engine.leave(domain)?;
         settle(domain, engine);
         engine.leave(domain)?;
         // Without an event for a while, none is queued.
-        if !serve(domain, monitor, engine, PATIENCE, &mut |_, _| {})? && engine.is_idle(domain) {
-            return Ok(engine.finish(domain)?);
+        if !serve(domain, monitor, engine, PATIENCE, &mut |_, _| {}, &mut 0)? && engine.is_idle(domain) {
+            engine.finish(domain)?;
+            return Ok(State::Running);
         }
     }
     let idle = engine.is_idle(domain);
     engine.finish(domain)?;
-    ensure!(idle, "a virtual CPU does not go on, or does not come out of its step: is the domain paused?");
-    Ok(())
+    ensure!(idle, "a virtual CPU does not go on, or does not come out of its step");
+    Ok(State::Running)
+}
+
+/// Leaves a domain none of whose virtual CPUs goes on. What they were answered and have not done yet, Xen forgets with the ring
+/// (`vm_event_cleanup_domain`, xen/arch/x86/vm_event.c): they do the instruction by themselves, on the guest's own bytes. So
+/// none may go on before the ring is gone.
+fn leave_as_it_is(domain: &mut Domain, engine: &mut Engine, state: State) -> Result<State> {
+    if state == State::Gone {
+        return Ok(state);
+    }
+    let left = domain.pause().context("cannot pause it").and_then(|()| {
+        engine.leave(domain)?;
+        Ok(engine.finish(domain)?)
+    });
+    // It may be destroyed at any time.
+    match domain.state()? {
+        State::Gone => Ok(State::Gone),
+        _ => left.map(|()| state),
+    }
 }

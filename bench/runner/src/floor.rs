@@ -163,7 +163,7 @@ impl Floor {
                     self.step_over(request, &mut response);
                 } else {
                     self.counts.own_int3s += 1;
-                    domain.inject_int3(ring::vcpu_of(request), int3.length)?;
+                    domain.inject_int3(ring::vcpu_of(request), int3.length);
                 }
             }
             sys::VM_EVENT_REASON_SINGLESTEP => {
@@ -278,7 +278,7 @@ impl Floor {
                 let int3 = ring::int3_of(&request);
                 if int3.gpa != self.gpa {
                     self.counts.own_int3s += 1;
-                    domain.inject_int3(ring::vcpu_of(&request), int3.length)?;
+                    domain.inject_int3(ring::vcpu_of(&request), int3.length);
                 }
             } else if request.reason == sys::VM_EVENT_REASON_SINGLESTEP && self.mechanism == FloorMechanism::Repair {
                 response.flags |= sys::VM_EVENT_FLAG_TOGGLE_SINGLESTEP;

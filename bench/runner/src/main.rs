@@ -102,7 +102,7 @@ fn measure(run: &Run) -> anyhow::Result<()> {
 }
 
 fn recover(arguments: &cli::Recover) -> anyhow::Result<()> {
-    let done = recover::recover(&mut Domain::connect(&arguments.domain)?)?;
+    let done = recover::recover(&mut Domain::connect(&arguments.domain)?, arguments.force)?;
     if done.is_empty() {
         println!("There was nothing to recover in domain {}.", arguments.domain);
         return Ok(());
@@ -210,12 +210,15 @@ fn trace(arguments: &cli::Trace) -> anyhow::Result<()> {
     let mut places = trace::locate(&mut domain, arguments.symbols.as_deref(), &names)?;
     let between = arguments.between.as_ref().and_then(|_| places.pop());
     let plan = trace::Plan { functions: places, between, mechanism, limit };
-    let trace = trace::trace(&mut domain, &arguments.domain, &plan)?;
+    let trace::Traced { trace, ended, problem } = trace::trace(&mut domain, &arguments.domain, &plan)?;
     print!("{}", trace.table());
+    if let Some(ended) = ended {
+        eprintln!("The trace has ended: {ended}.");
+    }
     if let Some(file) = &arguments.json {
         std::fs::write(file, trace.to_json()?).with_context(|| format!("cannot write {}", file.display()))?;
     }
-    Ok(())
+    problem.map_or(Ok(()), Err)
 }
 
 /// A mechanism by name, or spelled out.

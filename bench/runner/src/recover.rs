@@ -16,13 +16,18 @@ const VIEWS: usize = 10;
 
 /// Undoes what a dead monitor has left in a domain. Tells what it did, a line each; none if there was nothing to do.
 ///
-/// It can be killed itself, and run again.
+/// It can be killed itself, and run again. With `force`, also from a monitor that lives and has no ledger.
 ///
 /// # Errors
 /// If a monitor is alive, or Xen refuses something: then it may be run again.
-pub(crate) fn recover(domain: &mut Domain) -> Result<Vec<String>> {
+pub(crate) fn recover(domain: &mut Domain, force: bool) -> Result<Vec<String>> {
     let mut done = Vec::new();
     let ledger = Ledger::leftover(Path::new(ledger::DIRECTORY), domain.id(), domain.uuid())?;
+    // It may be another program's, which has none.
+    ensure!(
+        force || !domain.is_monitored().context("cannot tell whether a monitor lives")?,
+        "a monitor of this domain lives (its ring's event channel is held): stop it first; --force takes the ring from it"
+    );
     let stopped = ring::stop_all(domain).context("cannot stop what is reported of the domain")?;
     done.extend(stopped.iter().map(|what| format!("{what} were still reported")));
     if ledger.is_none() && stopped.is_empty() {

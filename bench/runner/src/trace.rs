@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow};
 use hyperbp::{Figures, Gpa, Hypervisor, Mechanism};
 use hyperbp_report::{Served, Trace, TracedFunction};
 
@@ -17,10 +17,10 @@ use crate::core::{self, Outcome};
 use crate::ring::Monitor;
 use crate::storm::handling;
 use crate::symbols::Symbols;
-use crate::xen::Domain;
+use crate::xen::{Domain, Requests, State};
 
-/// Between two looks at whether the domain is alive.
-const LOOK: Duration = Duration::from_secs(1);
+/// Between two looks at what the domain does.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// A function by the name it was asked for, and where it is.
 pub(crate) type Place = (String, Gpa);
@@ -63,11 +63,21 @@ fn address(text: &str) -> Result<Option<Gpa>, Usage> {
     address.map(|address| Some(Gpa(address))).map_err(|error| Usage(format!("`{text}` is no address: {error}")))
 }
 
+/// What was counted, whatever came in between.
+#[derive(Debug)]
+pub(crate) struct Traced {
+    pub(crate) trace: Trace,
+    /// Why it ended, if not because it was to.
+    pub(crate) ended: Option<String>,
+    /// What is wrong with that.
+    pub(crate) problem: Option<anyhow::Error>,
+}
+
 /// Counts, and says on standard error when the breakpoints are set.
 ///
 /// # Errors
-/// If the domain cannot be monitored, Xen refuses a breakpoint, or it ended before the calls that were to be waited for.
-pub(crate) fn trace(domain: &mut Domain, name: &str, plan: &Plan) -> Result<Trace> {
+/// If the domain cannot be monitored, or Xen refuses a breakpoint.
+pub(crate) fn trace(domain: &mut Domain, name: &str, plan: &Plan) -> Result<Traced> {
     let at: Vec<Gpa> = plan.functions.iter().chain(&plan.between).map(|(_, gpa)| *gpa).collect();
     let mark = plan.functions.len();
     let marks: RefCell<Vec<(Instant, Result<Outcome>)>> = RefCell::default();
@@ -78,7 +88,10 @@ pub(crate) fn trace(domain: &mut Domain, name: &str, plan: &Plan) -> Result<Trac
     };
     let interrupted = interrupted()?;
     let id = domain.id();
-    let alive = domain.watcher();
+    let state = domain.watcher();
+    // Without xenstore nobody can ask for a suspension that way.
+    let requests = Requests::of(id).inspect_err(|error| log::info!("no requests are heard of: {error}")).ok();
+    let mut to_suspend = false;
     let (mut begin, mut looked) = (None, Instant::now());
     let mut idle = || {
         let begin = *begin.get_or_insert_with(|| {
@@ -88,7 +101,8 @@ pub(crate) fn trace(domain: &mut Domain, name: &str, plan: &Plan) -> Result<Trac
         let ended = marks.borrow().len() == 2 || plan.limit.is_some_and(|limit| begin.elapsed() >= limit);
         if looked.elapsed() >= LOOK {
             looked = Instant::now();
-            if !alive() {
+            to_suspend = requests.as_ref().is_some_and(Requests::is_to_suspend);
+            if to_suspend || state().has_ended() {
                 return None;
             }
         }
@@ -99,20 +113,33 @@ pub(crate) fn trace(domain: &mut Domain, name: &str, plan: &Plan) -> Result<Trac
     let mut monitor = Monitor::attach(domain).context("cannot monitor the domain")?;
     let outcome = core::watch(domain, &mut monitor, plan.mechanism, &at, &mut on_hit, &mut idle);
     drop(monitor);
-    ensure!(domain.is_running()?, "the domain has ended or crashed: `xl dmesg` may show why");
     let (end, outcome) = (Instant::now(), outcome?);
+    // It was paused for the time in which the monitor leaves, if it did not run then.
+    if let Err(error) = domain.let_go_on() {
+        log::info!("cannot let the domain go on: {error}");
+    }
+    let state = outcome.state;
     let mut marks = marks.into_inner().into_iter();
+    let mut problem = (state == State::Crashed).then(|| anyhow!("{state}"));
     let (begin, end, outcome) = match (&plan.between, marks.next(), marks.next()) {
         (None, ..) => (begin.unwrap_or(end), end, outcome),
         (Some(_), Some((begin, from)), Some((end, to))) => (begin, end, to?.since(&from?)?),
         (Some((function, _)), first, _) => {
             let calls = if first.is_some() { "only once" } else { "not once" };
-            anyhow::bail!("`{function}` was called {calls}, so there is no time between two calls");
+            problem.get_or_insert_with(|| {
+                anyhow!("`{function}` was called {calls}, so the counts are not of the time between two calls")
+            });
+            (begin.unwrap_or(end), end, outcome)
         }
+    };
+    let ended = if to_suspend && state == State::Running {
+        Some("the domain is about to be suspended, and its image is to have nothing of ours in it".to_owned())
+    } else {
+        (state != State::Running).then(|| state.to_string())
     };
     let functions =
         plan.functions.iter().zip(&outcome.figures).map(|((name, gpa), figures)| traced(name, *gpa, figures));
-    Ok(Trace {
+    let trace = Trace {
         domain: name.to_owned(),
         vcpus: domain.vcpus().into(),
         mechanism: plan.mechanism.to_string(),
@@ -122,7 +149,8 @@ pub(crate) fn trace(domain: &mut Domain, name: &str, plan: &Plan) -> Result<Trac
         writes: outcome.counters.writes,
         failures: outcome.counters.failures,
         handling: handling(&outcome),
-    })
+    };
+    Ok(Traced { trace, ended, problem })
 }
 
 fn traced(name: &str, gpa: Gpa, figures: &Figures) -> TracedFunction {

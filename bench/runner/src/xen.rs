@@ -1,5 +1,6 @@
 //! One Xen domain, through libxenctrl: memory, views and rights, everything undone when it is dropped.
 
+mod channels;
 mod error;
 mod frames;
 mod handle;
@@ -21,9 +22,10 @@ use hyperbp_guest_page::PageCache;
 use hyperbp_xen_sys as sys;
 
 pub(crate) use error::{Error, OpenError, check};
-pub(crate) use handle::{CpuTime, Interface, Page};
-use handle::{ForeignMemory, Mapping, PRIVCMD, info, map};
+pub(crate) use handle::{CpuTime, Interface, Page, State};
+use handle::{ForeignMemory, Mapping, PRIVCMD, info, map, state};
 pub(crate) use memory::SHADOW_FIRST;
+pub(crate) use store::Requests;
 use store::id_of;
 
 /// The breakpoint exception.
@@ -191,11 +193,9 @@ impl Domain {
         map(&self.memory, self.id, gfn)
     }
 
-    /// Delivers the guest's own INT3, of `length` bytes, to it when this virtual CPU goes on.
-    ///
-    /// # Errors
-    /// If there is no such virtual CPU, or another exception waits for it already.
-    pub(crate) fn inject_int3(&mut self, vcpu: VcpuId, length: u8) -> Result<(), Error> {
+    /// Delivers the guest's own INT3, of `length` bytes, to it when this virtual CPU goes on. Whether Xen has taken it: it does
+    /// not while another exception waits. The virtual CPU must be answered all the same; it executes the INT3 again then.
+    pub(crate) fn inject_int3(&mut self, vcpu: VcpuId, length: u8) -> bool {
         // SAFETY: the handle is open.
         let result = unsafe {
             sys::xc_hvm_inject_trap(
@@ -210,6 +210,8 @@ impl Domain {
             )
         };
         check("xc_hvm_inject_trap", result)
+            .inspect_err(|error| log::warn!("an INT3 of the guest's own: {error}"))
+            .is_ok()
     }
 
     /// CPUs of the machine Xen runs on.
@@ -253,18 +255,30 @@ impl Domain {
         CpuTime { xc: Rc::clone(&self.xc), id }
     }
 
-    /// Whether it exists and has neither shut down nor crashed.
+    /// What it does.
     ///
     /// # Errors
     /// If Xen does not answer.
-    pub(crate) fn is_running(&self) -> Result<bool, Error> {
-        Ok(info(&self.xc, self.id)?.is_some_and(|info| info.is_running()))
+    pub(crate) fn state(&self) -> Result<State, Error> {
+        state(&self.xc, self.id)
     }
 
-    /// Tells whether it is running, also while it is borrowed for something else.
-    pub(crate) fn watcher(&self) -> impl Fn() -> bool + use<> {
+    /// Tells what it does, also while it is borrowed for something else.
+    pub(crate) fn watcher(&self) -> impl Fn() -> State + use<> {
         let (xc, id) = (Rc::clone(&self.xc), self.id);
-        move || matches!(info(&xc, id), Ok(Some(info)) if info.is_running())
+        // If Xen does not answer now, the next one who asks is told why.
+        move || state(&xc, id).unwrap_or(State::Running)
+    }
+
+    /// Undoes every `pause` of ours.
+    ///
+    /// # Errors
+    /// If the domain is gone.
+    pub(crate) fn let_go_on(&mut self) -> Result<(), Error> {
+        while self.pauses > 0 {
+            self.resume()?;
+        }
+        Ok(())
     }
 
     /// Lets it run, however often somebody who is gone now has paused it.
@@ -292,7 +306,7 @@ impl Domain {
     /// # Errors
     /// If Xen does not answer.
     pub(crate) fn has_crashed(&self) -> Result<bool, Error> {
-        Ok(info(&self.xc, self.id)?.is_some_and(|info| info.has_crashed()))
+        Ok(self.state()? == State::Crashed)
     }
 
     fn page(&mut self, gpa: Gpa, length: usize) -> Result<&Page, Error> {
@@ -413,8 +427,8 @@ impl Drop for Domain {
         let Some(ledger) = self.ledger.take() else { return };
         // The guest may be gone already, and then so is all of this.
         let mut results = Vec::new();
-        // One that has crashed may be looked at.
-        if matches!(info(&self.xc, self.id), Ok(Some(info)) if info.is_running() || info.has_crashed()) {
+        // One that has crashed may be looked at, and one that is suspended goes on.
+        if !matches!(self.state(), Ok(State::Gone)) {
             self.undo(&mut results);
         }
         for error in results.iter().filter_map(|result| result.as_ref().err()) {

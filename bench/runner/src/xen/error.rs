@@ -52,8 +52,8 @@ impl Error {
     /// Somebody else has the domain's ring.
     pub(crate) fn busy(domain: u32) -> Self {
         let problem = format!(
-            "another monitor is attached to domain {domain}: stop it; if it has died, run `hyperbp-bench recover --domain \
-             {domain}`"
+            "another monitor is attached to domain {domain}: stop it; if there is none any more, `hyperbp-bench recover \
+             --domain {domain}` takes away what it has left"
         );
         Self::invalid("xc_monitor_enable", problem)
     }

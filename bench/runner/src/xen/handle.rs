@@ -101,16 +101,6 @@ impl Info {
         self.0.flags & flag != 0
     }
 
-    /// Whether it has neither shut down nor crashed.
-    pub(super) fn is_running(&self) -> bool {
-        !self.has(sys::XEN_DOMINF_dying | sys::XEN_DOMINF_shutdown)
-    }
-
-    pub(super) fn has_crashed(&self) -> bool {
-        let reason = self.0.flags >> sys::XEN_DOMINF_shutdownshift & sys::XEN_DOMINF_shutdownmask;
-        self.has(sys::XEN_DOMINF_shutdown) && reason == sys::SHUTDOWN_crash
-    }
-
     /// How long all its virtual CPUs have been running.
     pub(super) fn cpu_time(&self) -> Duration {
         Duration::from_nanos(self.0.cpu_time)
@@ -120,6 +110,65 @@ impl Info {
     pub(super) fn memory_limit(&self) -> u64 {
         self.0.max_pages.saturating_mul(PAGE_SIZE as u64 / 1024)
     }
+}
+
+/// What a domain does, as far as its virtual CPUs and their monitor go on or do not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum State {
+    /// It runs, or waits for something of its own.
+    Running,
+    /// Somebody has paused it.
+    Paused,
+    /// It has suspended itself, to be saved or moved.
+    Suspended,
+    /// It has crashed: a triple fault, for one.
+    Crashed,
+    /// It has shut down, or is about to start again.
+    ShutDown,
+    /// There is no such domain any more.
+    Gone,
+}
+
+impl State {
+    fn of(info: Option<&Info>) -> Self {
+        let Some(info) = info else { return Self::Gone };
+        if info.has(sys::XEN_DOMINF_dying) {
+            Self::Gone
+        } else if info.has(sys::XEN_DOMINF_shutdown) {
+            match info.0.flags >> sys::XEN_DOMINF_shutdownshift & sys::XEN_DOMINF_shutdownmask {
+                sys::SHUTDOWN_crash => Self::Crashed,
+                sys::SHUTDOWN_suspend => Self::Suspended,
+                _ => Self::ShutDown,
+            }
+        } else if info.has(sys::XEN_DOMINF_paused) {
+            Self::Paused
+        } else {
+            Self::Running
+        }
+    }
+
+    /// Whether nothing will happen in it any more, unless somebody takes it up again.
+    pub(crate) const fn has_ended(self) -> bool {
+        !matches!(self, Self::Running | Self::Paused)
+    }
+}
+
+impl std::fmt::Display for State {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Running => "the domain runs",
+            Self::Paused => "the domain is paused",
+            Self::Suspended => "the domain has been suspended",
+            Self::Crashed => "the domain has crashed: `xl dmesg` may show why",
+            Self::ShutDown => "the domain has shut down",
+            Self::Gone => "the domain is gone",
+        })
+    }
+}
+
+/// What a domain does.
+pub(super) fn state(xc: &Interface, id: u32) -> Result<State, Error> {
+    Ok(State::of(info(xc, id)?.as_ref()))
 }
 
 /// What Xen says about a domain, if there is one with this number.

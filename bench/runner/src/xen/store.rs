@@ -27,6 +27,49 @@ pub(super) fn most_memory(id: u32) -> Result<Option<u64>, Error> {
     Ok(value.and_then(|value| value.trim().parse().ok()))
 }
 
+/// The event channels that a guest says its devices have.
+pub(super) fn device_channels(id: u32) -> Result<Vec<u32>, Error> {
+    /// A device's queue: `device/vif/0/queue-1`.
+    const DEEPEST: u32 = 4;
+    let store = Store::open()?;
+    let mut found = Vec::new();
+    let mut paths = vec![(format!("/local/domain/{id}/device"), 0)];
+    while let Some((path, depth)) = paths.pop() {
+        let Ok(node) = CString::new(path.as_str()) else { continue };
+        if path.rsplit('/').next().is_some_and(|name| name.starts_with("event-channel")) {
+            let value = store.read(&node).and_then(|value| String::from_utf8(value).ok());
+            found.extend(value.and_then(|value| value.trim().parse::<u32>().ok()));
+        } else if depth < DEEPEST {
+            // It may have none, or be gone already.
+            let names = store.directory(&node).unwrap_or_default();
+            paths.extend(names.into_iter().map(|name| (format!("{path}/{name}"), depth + 1)));
+        }
+    }
+    Ok(found)
+}
+
+/// What is asked of a domain: to suspend itself, so that it can be saved or moved.
+pub(crate) struct Requests {
+    store: Store,
+    node: CString,
+}
+
+impl Requests {
+    /// Those to this domain.
+    ///
+    /// # Errors
+    /// If there is no xenstore.
+    pub(crate) fn of(id: u32) -> Result<Self, Error> {
+        let node = CString::new(format!("/local/domain/{id}/control/shutdown")).unwrap_or_default();
+        Ok(Self { store: Store::open()?, node })
+    }
+
+    /// Whether it is asked to suspend itself. It does so milliseconds later at the earliest, and answers by emptying the node.
+    pub(crate) fn is_to_suspend(&self) -> bool {
+        self.store.read(&self.node).is_some_and(|value| value == b"suspend")
+    }
+}
+
 /// A connection to xenstore.
 struct Store(NonNull<sys::xs_handle>);
 
