@@ -117,9 +117,10 @@ fn send(of: Ring, what: u64) {
     privilege::write_msr(SPURIOUS, APIC_ON);
     APIC.store(privilege::read_msr(APIC_ID), Relaxed);
     privilege::cpu(0).nmis = 0;
+    // The other one may be the first to begin.
+    privilege::load_own_idt();
     vcpu::all(
         |vcpu, what| {
-            privilege::load_own_idt();
             match vcpu {
                 0 => {
                     // `what` says whether interrupts are to be let in, too.
@@ -135,9 +136,6 @@ fn send(of: Ring, what: u64) {
                     }
                 }
                 _ => {}
-            }
-            if vcpu != 0 {
-                crate::exceptions::load();
             }
         },
         what,
