@@ -4,9 +4,9 @@ use core::sync::atomic::AtomicU64;
 use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
 use super::log::{executed, note};
-use super::{DATA, modified, next, plain, prepare};
+use super::{DATA, digest, modified, next, plain, prepare};
 use crate::page::write_byte;
-use crate::privilege::{self, AX, Cpu, DI, Flow, IF, IPI, Ring, SI};
+use crate::privilege::{self, AX, CX, Cpu, DI, Flow, IF, IPI, Ring, SI};
 use crate::{vcpu, xen};
 
 /// Times a vCPU executes a block.
@@ -140,8 +140,14 @@ fn send(of: Ring, what: u64) {
         },
         what,
     );
-    // All of them have ended, so nothing is sent any more.
-    (0..4).for_each(|_| xen::yield_cpu());
+    // All of them have ended, so nothing is sent any more. What is pending is taken now, and not by another probe.
+    (0..4).for_each(|_| {
+        xen::yield_cpu();
+        let cpu = privilege::cpu(0);
+        prepare(cpu, Ring::Kernel, digest(), IF);
+        cpu.gpr[CX] = 64;
+        privilege::run_in(cpu, interrupted);
+    });
     crate::exceptions::load();
     note("wrong", WRONG.load(Relaxed));
     executed(plain(), ROUNDS);
