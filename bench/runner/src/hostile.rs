@@ -25,7 +25,7 @@ const LIST: u32 = u32::MAX;
 /// Most differences that are told of a probe.
 const DIFFERENCES: usize = 4;
 /// A guest that dies more often than this under one mechanism is given up: each time its domain is created again.
-const DEATHS: usize = 6;
+const DEATHS: usize = 3;
 /// Hits of a site that are told of a probe that has lost or doubled some.
 const MISCOUNTED: usize = 4;
 
