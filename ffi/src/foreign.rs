@@ -45,6 +45,10 @@ impl Hypervisor for Foreign {
         Ok(self.it().write(gpa.0, bytes)?)
     }
 
+    fn write_ram(&mut self, gpa: Gpa, bytes: &[u8]) -> Result<bool, Error> {
+        self.write(gpa, bytes).map(|()| true)
+    }
+
     fn now(&self) -> u64 {
         self.hypervisor.as_ref().map_or(0, ffi::Hypervisor::now)
     }

@@ -77,6 +77,10 @@ impl Hypervisor for Machine {
         whichever!(self, it => it.write(gpa, bytes))
     }
 
+    fn write_ram(&mut self, gpa: Gpa, bytes: &[u8]) -> Result<bool, Error> {
+        whichever!(self, it => it.write_ram(gpa, bytes))
+    }
+
     fn now(&self) -> u64 {
         whichever!(self, it => it.now())
     }

@@ -112,6 +112,10 @@ impl<H: Hypervisor> Hypervisor for Recorded<H> {
         self.inner.write(gpa, bytes)
     }
 
+    fn write_ram(&mut self, gpa: Gpa, bytes: &[u8]) -> Result<bool, H::Error> {
+        self.inner.write_ram(gpa, bytes)
+    }
+
     fn displace(&mut self, gpa: Gpa, original: u8) -> Result<(), H::Error> {
         // Before it is done: it may be done and nevertheless fail.
         self.displaced.insert(gpa, original);

@@ -32,7 +32,8 @@ pub trait Hypervisor {
     /// Virtual CPUs of the domain.
     fn vcpus(&self) -> u16;
 
-    /// Reads guest memory. The range lies within one page.
+    /// Reads guest memory: what a virtual CPU would read at this moment, also if the guest has put another page there
+    /// since the last access. The range lies within one page.
     ///
     /// # Errors
     /// If there is no such page.
@@ -53,6 +54,18 @@ pub trait Hypervisor {
     /// # Errors
     /// If there is no such page, or it cannot be written.
     fn write(&mut self, gpa: Gpa, bytes: &[u8]) -> Result<(), Self::Error>;
+
+    /// Writes what an instruction of the guest would write, if the page is plain memory: readable, writable, and nobody
+    /// keeps a record of what is written to it. A write to anything else is the hypervisor's to make: a ROM discards it, and
+    /// a migration must know of it (log-dirty mode). False if nothing is written; then the instruction is stepped, or
+    /// emulated by the hypervisor. So is every instruction that writes, where this is not implemented.
+    ///
+    /// # Errors
+    /// Those of [`write`](Self::write).
+    fn write_ram(&mut self, gpa: Gpa, bytes: &[u8]) -> Result<bool, Self::Error> {
+        let _ = (gpa, bytes);
+        Ok(false)
+    }
 
     /// Writes 0xCC over a byte of the guest's own page, `original` being what the guest has there. Whoever can should
     /// note it where it outlives this process first, so that the guest can be repaired if this process is killed.
@@ -116,6 +129,26 @@ pub trait Hypervisor {
     /// # Errors
     /// If the view or the page does not exist.
     fn set_rights(&mut self, view: ViewId, gfn: Gfn, rights: Rights) -> Result<(), Self::Error>;
+
+    /// What a view permits on a page. None if that is not known, as everywhere where this is not implemented.
+    ///
+    /// # Errors
+    /// If the view does not exist.
+    fn rights(&mut self, view: ViewId, gfn: Gfn) -> Result<Option<Rights>, Self::Error> {
+        let _ = (view, gfn);
+        Ok(None)
+    }
+
+    /// Sets what the host view permits on every page that the guest gets, or moves, from now on. (What is there already is
+    /// as it was.) So the engine is told when a page is executed that has come in place of another. Does nothing where that
+    /// is not known: then breakpoints in such a page are gone.
+    ///
+    /// # Errors
+    /// If the hypervisor refuses.
+    fn set_default_rights(&mut self, rights: Rights) -> Result<(), Self::Error> {
+        let _ = rights;
+        Ok(())
+    }
 
     /// The instruction pointer of a virtual CPU. What a reply says counts only when it has gone on: until then it is that
     /// of the event.

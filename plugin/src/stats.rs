@@ -22,6 +22,9 @@ pub struct Counters {
     /// The bytes of a page with breakpoints were not those that are known of it, though the guest has not written to it: a
     /// device has, another domain, or the device model. Its breakpoints were set on the new ones.
     pub resynced: u64,
+    /// The guest, or somebody else, has put another page where breakpoints were, or Xen has reset the views: they were set
+    /// again, before that page was executed.
+    pub rearmed: u64,
     /// The guest's own INT3s were delivered to it.
     pub reinjected: u64,
     /// The hypervisor was told to emulate an instruction and could not; it was stepped.

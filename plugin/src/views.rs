@@ -131,7 +131,13 @@ impl Views {
 
     /// Lets the execute view show a shadow in place of a page, guards the page in all of them, and shows nothing where the
     /// shadow is.
+    ///
+    /// The host view does not let the page be executed. No virtual CPU is in that view; but when Xen puts another page
+    /// there, or resets a view (`p2m_altp2m_propagate_change`, `p2m_reset_altp2m`), the views have what the host view has:
+    /// then the next execution is an event, and the page is [shown again](crate::placement::rearm).
     pub(crate) fn show<H: Hypervisor>(&self, hv: &mut H, shadow: Gfn, at: Gfn) -> Result<(), H::Error> {
+        // First: Xen carries a change of the host view into the others.
+        hv.set_rights(ViewId::HOST, at, Rights::ReadWrite)?;
         // A view is remapped to what it shows itself at the other frame, not to what the host view shows there
         // (`p2m_change_altp2m_gfn`, xen/arch/x86/mm/p2m.c). So it is only now that the shadow is hidden in it.
         hv.remap(self.exec, at, Some(shadow))?;
@@ -172,7 +178,10 @@ impl Views {
     /// Lets all views show the page itself again.
     pub(crate) fn unshow<H: Hypervisor>(&mut self, hv: &mut H, at: Gfn) -> Result<(), H::Error> {
         self.unmappings += 1;
-        self.all().into_iter().try_for_each(|view| hv.remap(view, at, None))
+        // The execute view lets go of the shadow. No view may let go of the page itself: Xen would forget where its frame
+        // is (`set_gpfn_from_mfn` in `p2m_remove_entry`), and so would we.
+        hv.remap(self.exec, at, None)?;
+        [ViewId::HOST, self.own, self.write].into_iter().try_for_each(|view| hv.set_rights(view, at, Rights::All))
     }
 
     /// Whether the frame is not the guest's.

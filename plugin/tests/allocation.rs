@@ -88,6 +88,10 @@ impl Hypervisor for Memory {
         Ok(())
     }
 
+    fn write_ram(&mut self, gpa: Gpa, bytes: &[u8]) -> Result<bool, Infallible> {
+        self.write(gpa, bytes).map(|()| true)
+    }
+
     fn now(&self) -> u64 {
         self.next.into()
     }

@@ -60,6 +60,10 @@ impl Hypervisor for Machine {
         Ok(())
     }
 
+    fn write_ram(&mut self, gpa: Gpa, bytes: &[u8]) -> Result<bool, Infallible> {
+        self.write(gpa, bytes).map(|()| true)
+    }
+
     fn now(&self) -> u64 {
         0
     }

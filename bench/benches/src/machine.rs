@@ -87,6 +87,10 @@ impl Hypervisor for Machine {
         Ok(())
     }
 
+    fn write_ram(&mut self, gpa: Gpa, bytes: &[u8]) -> Result<bool, Infallible> {
+        self.write(gpa, bytes).map(|()| true)
+    }
+
     #[inline(never)]
     fn now(&self) -> u64 {
         // As many nanoseconds as handling an event takes, about.

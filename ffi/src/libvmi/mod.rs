@@ -50,13 +50,15 @@ impl Domain {
         Ok(Self { vmi, vcpus, memory, pages: PageCache::default() })
     }
 
+    /// A page stays mapped. If the guest puts another one there, this is still the old one: LibVMI does not tell.
     fn page(&mut self, gpa: Gpa, length: usize) -> Result<&Page, Error> {
         if usize::from(gpa.offset()) + length > PAGE_SIZE {
             return Err(Error::TwoPages(gpa, length));
         }
         let Self { pages, vmi, memory, .. } = self;
         // SAFETY: `new` was promised that the instance lives.
-        pages.get(gpa.gfn(), || unsafe { page::map(*vmi, memory.pin_mut(), gpa.gfn()) })
+        let page = pages.get(gpa.gfn(), || unsafe { page::map(*vmi, memory.pin_mut(), gpa.gfn()) });
+        page.map(|page| &*page)
     }
 
     fn memory(&mut self) -> Pin<&mut ffi::Memory> {
@@ -100,6 +102,10 @@ impl Hypervisor for Domain {
     fn write(&mut self, gpa: Gpa, bytes: &[u8]) -> Result<(), Error> {
         self.page(gpa, bytes.len())?.write(gpa.offset().into(), bytes);
         Ok(())
+    }
+
+    fn write_ram(&mut self, gpa: Gpa, bytes: &[u8]) -> Result<bool, Error> {
+        self.write(gpa, bytes).map(|()| true)
     }
 
     fn now(&self) -> u64 {

@@ -212,6 +212,10 @@ impl Hypervisor for Machine {
         Ok(())
     }
 
+    fn write_ram(&mut self, gpa: Gpa, bytes: &[u8]) -> Result<bool, Refused> {
+        self.write(gpa, bytes).map(|()| true)
+    }
+
     fn displace(&mut self, gpa: Gpa, original: u8) -> Result<(), Refused> {
         self.call()?;
         let own = self.own(gpa, 1).ok_or(Refused)?[0];

@@ -4,10 +4,24 @@ use super::{Engine, Observed};
 use crate::breakpoint::Page;
 use crate::insn::paging;
 use crate::views::Views;
-use crate::{Access, Action, Event, Gpa, Hypervisor, Registers, Reply, conceal, placement, step};
+use crate::{Access, Action, Event, Gfn, Gpa, Hypervisor, Registers, Reply, Rights, ViewId, conceal, placement, step};
 
 impl Engine {
     pub(super) fn on_access<H: Hypervisor>(
+        &mut self,
+        hv: &mut H,
+        index: usize,
+        event: &Event,
+        access: &Access,
+        reply: &mut Reply,
+    ) -> Result<Observed, H::Error> {
+        if access.execute && !access.read && !access.write && !access.page_walk {
+            return self.on_fetch(hv, index, event, access, reply);
+        }
+        self.on_other_access(hv, index, event, access, reply)
+    }
+
+    fn on_other_access<H: Hypervisor>(
         &mut self,
         hv: &mut H,
         index: usize,
@@ -39,6 +53,61 @@ impl Engine {
             }
             (false, None) => reply.answered(self.on_guarded(hv, index, event, access)),
         }
+    }
+
+    /// An instruction was to be fetched from a page that does not permit it.
+    #[cold]
+    fn on_fetch<H: Hypervisor>(
+        &mut self,
+        hv: &mut H,
+        index: usize,
+        event: &Event,
+        access: &Access,
+        reply: &mut Reply,
+    ) -> Result<Observed, H::Error> {
+        let gfn = access.gpa.gfn();
+        let ours = |views: &Views| views.all().contains(&event.view) || event.view == ViewId::HOST;
+        let watched = self.registry.claims.watches().get(gfn).is_some_and(|watch| watch.accesses.execute);
+        let hidden = self.views.as_ref().is_some_and(|views| views.hides(gfn));
+        // An event of an earlier view of ours is queued.
+        if watched || hidden || !self.views.as_ref().map_or(event.view == ViewId::HOST, ours) {
+            return self.on_other_access(hv, index, event, access, reply);
+        }
+        *reply = Reply::default();
+        if event.view == ViewId::HOST
+            && let Some(views) = self.views.as_ref().filter(|_| !self.leaving)
+        {
+            // It was not there when the others were switched.
+            reply.view = Some(views.home(self.vcpus[index].monitored));
+        }
+        match self.registry.page(gfn) {
+            // Others try again until nobody accesses it any more.
+            Some(page) if page.lifted > 0 => return self.on_other_access(hv, index, event, access, reply),
+            Some(_) => self.rearm(hv, gfn)?,
+            // A page that the guest has got meanwhile.
+            None => {
+                hv.set_rights(ViewId::HOST, gfn, Rights::All)?;
+                self.restrict(hv, gfn)?;
+            }
+        }
+        Ok(Observed::Answered)
+    }
+
+    /// Sets the breakpoints of a page again that was executed without them, or would have been.
+    pub(super) fn rearm<H: Hypervisor>(&mut self, hv: &mut H, gfn: Gfn) -> Result<(), H::Error> {
+        let (Some(page), views) = (self.registry.page_mut(gfn), self.views.as_ref()) else { return Ok(()) };
+        hv.pause()?;
+        let rearmed = placement::rearm(hv, views, page).and_then(|gone| self.restrict(hv, gfn).map(|()| gone));
+        hv.resume()?;
+        if rearmed? {
+            self.counters.rearmed += 1;
+            if self.counters.rearmed == 1 {
+                log::warn!("another page is at {gfn}, or the views were reset: its breakpoints are set again");
+            }
+        } else {
+            self.counters.held += 1;
+        }
+        Ok(())
     }
 
     /// The breakpoint whose instruction an access is to fetch. That instruction is stepped in another view now, and so its

@@ -39,8 +39,7 @@ const VACANT: usize = 16;
 ///
 /// - A breakpoint is at a guest-physical address, and stays there: if the guest writes a new instruction to it, it is set
 ///   on that one ([`Figures::rewritten`] counts), and if the guest frees the page and uses it for something else, it is a
-///   breakpoint in that. If it gives the page back to the hypervisor (ballooning), the breakpoint is gone without notice:
-///   a host that gets to know calls [`resync`](Self::resync).
+///   breakpoint in that. If it puts another page there (ballooning), the breakpoint is set in that one before it is executed.
 /// - What a device, or another domain, writes to the page is no event: [`verify`](Self::verify) finds it.
 /// - Several may subscribe to the same instruction. Each is told of every hit, in the order they came.
 /// - An instruction that faults and is run again by the guest (a page fault, say) is a hit each time.
@@ -78,6 +77,8 @@ pub struct Engine {
     /// The last breakpoint that was met between the two halves of an event.
     met: Option<Met>,
     leaving: bool,
+    /// Pages that the guest gets cannot be executed without an event.
+    traps_new_pages: bool,
 }
 
 impl Engine {
@@ -101,6 +102,7 @@ impl Engine {
             hit_at: 0,
             met: None,
             leaving: false,
+            traps_new_pages: false,
         }
     }
 

@@ -120,6 +120,12 @@ impl Engine {
     /// # Errors
     /// If the hypervisor refuses; it may be called again.
     pub fn finish<H: Hypervisor>(&mut self, hv: &mut H) -> Result<(), Error> {
+        if std::mem::take(&mut self.traps_new_pages)
+            && let Err(error) = hv.set_default_rights(Rights::All)
+        {
+            self.traps_new_pages = true;
+            return Err(error).doing("watch new pages no more");
+        }
         let Some(views) = &mut self.views else { return Ok(()) };
         paused(hv, |hv| {
             for vcpu in 0..hv.vcpus() {

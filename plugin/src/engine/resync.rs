@@ -5,7 +5,7 @@ use super::presence::paused;
 use super::{Engine, VACANT};
 use crate::breakpoint::Located;
 use crate::error::Doing;
-use crate::{Error, Gpa, Hypervisor, placement};
+use crate::{Error, Gpa, Hypervisor, Rights, placement};
 
 impl Engine {
     /// Compares the next `pages` pages that have breakpoints with what is known of them, in turn: so all of them are
@@ -28,13 +28,30 @@ impl Engine {
             if self.verified >= self.registry.page_count() {
                 self.verified = 0;
             }
-            match self.resync_page(hv, self.verified) {
+            let number = self.verified;
+            match self.resync_page(hv, number).and_then(|changed| Ok(self.rearm_if_lost(hv, number)? || changed)) {
                 Ok(changed) => found += usize::from(changed),
                 Err(error) => result = result.and(Err(error)),
             }
             self.verified += 1;
         }
         result.doing("compare a page with what is known of it").map(|()| found)
+    }
+
+    /// If the execute view does not show a page's shadow any more, and the hypervisor tells: sets its breakpoints again. Most
+    /// often that is noticed when the page is executed; not so where a view that has lost a page permits everything (Xen
+    /// from 4.19 on, when the guest drops a page and gets one there later).
+    fn rearm_if_lost<H: Hypervisor>(&mut self, hv: &mut H, number: usize) -> Result<bool, H::Error> {
+        let (Some(page), Some(views)) = (self.registry.nth_page_mut(number), &self.views) else { return Ok(false) };
+        let gfn = page.gfn;
+        if page.shadow.is_none() || self.registry.is_watched(gfn) {
+            return Ok(false);
+        }
+        let lost = hv.rights(views.exec, gfn)?.is_some_and(|rights| rights != Rights::Execute);
+        if lost {
+            self.rearm(hv, gfn)?;
+        }
+        Ok(lost)
     }
 
     /// How many pages have breakpoints, or had until a moment ago.

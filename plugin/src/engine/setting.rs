@@ -5,7 +5,7 @@ use super::presence::paused;
 use crate::breakpoint::Page;
 use crate::error::Doing;
 use crate::insn::Displaced;
-use crate::{BreakpointId, Error, Gfn, Gpa, Hypervisor, Mechanism, PAGE_SIZE, Placement, StepOver, placement};
+use crate::{BreakpointId, Error, Gfn, Gpa, Hypervisor, Mechanism, PAGE_SIZE, Placement, Rights, StepOver, placement};
 
 impl Engine {
     /// Sets a breakpoint on the instruction at a guest-physical address, or subscribes to the one that is there.
@@ -38,10 +38,7 @@ impl Engine {
         }
         let new = page.is_none();
         if new {
-            let opened = self.open(hv, gpa.gfn(), mechanism);
-            // Page tables may be in that page, or where the shadow's frame is now.
-            self.vcpus.iter_mut().for_each(|vcpu| vcpu.walks.forget());
-            opened?;
+            self.open(hv, gpa.gfn(), mechanism)?;
         }
         let armed = self.arm(hv, gpa, mechanism.step_over());
         if armed.is_err() && new {
@@ -80,6 +77,10 @@ impl Engine {
             // It may be one since a moment ago.
             if self.views.as_ref().is_some_and(|views| views.hides(gfn)) {
                 return Err(Error::NoMemory(gfn.at(0)));
+            }
+            if !self.traps_new_pages {
+                hv.set_default_rights(Rights::ReadWrite).doing("watch new pages")?;
+                self.traps_new_pages = true;
             }
             let shadow = placement::prepare(hv, self.views.as_mut(), gfn, placement).doing("prepare the page")?;
             let (breakpoints, conceal) = (Vec::new(), mechanism.conceal());

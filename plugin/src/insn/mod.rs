@@ -4,11 +4,9 @@ mod displaced;
 pub(crate) mod interpret;
 #[cfg(all(test, target_os = "linux", target_arch = "x86_64"))]
 mod native;
-#[cfg(all(test, target_os = "linux", target_arch = "x86_64"))]
-mod oracle;
 pub(crate) mod paging;
 #[cfg(test)]
-pub(crate) mod tables;
+mod tables;
 mod walks;
 
 pub(crate) use displaced::{Displaced, Form, LOOK_BACK, MemoryUse, is_plain_after};

@@ -64,6 +64,19 @@ pub(crate) fn uncover<H: Hypervisor>(hv: &mut H, views: Option<&Views>, gfn: Gfn
     unguard(hv, views, gfn)
 }
 
+/// Sets the breakpoints in a page that has come in place of the one they were in. Whether there is one.
+pub(super) fn rearm<H: Hypervisor>(hv: &mut H, views: Option<&Views>, page: &mut Page) -> Result<bool, H::Error> {
+    let mut bytes = [0; PAGE_SIZE];
+    hv.read(page.gfn.at(0), &mut bytes)?;
+    // Most often the event is of a moment ago, when the page was lifted.
+    if page.breakpoints.iter().all(|breakpoint| bytes[usize::from(breakpoint.offset())] == INT3) {
+        guard(hv, views, page.gfn)?;
+        return Ok(false);
+    }
+    lower(hv, views, page)?;
+    Ok(true)
+}
+
 pub(super) fn lower<H: Hypervisor>(hv: &mut H, views: Option<&Views>, page: &mut Page) -> Result<(), H::Error> {
     set_rights(hv, views, page.gfn, Rights::None)?;
     let mut bytes = [0; PAGE_SIZE];

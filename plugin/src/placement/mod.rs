@@ -11,7 +11,7 @@ pub(crate) use in_place::{guests_byte, lift, uncover};
 use crate::breakpoint::{Breakpoint, Page};
 use crate::insn::Displaced;
 use crate::views::Views;
-use crate::{Gfn, Gpa, Hypervisor, INSTRUCTION_BYTES, PAGE_SIZE, Placement};
+use crate::{Gfn, Gpa, Hypervisor, INSTRUCTION_BYTES, PAGE_SIZE, Placement, Rights, ViewId};
 
 /// INT3.
 pub(crate) const INT3: u8 = 0xcc;
@@ -119,6 +119,22 @@ pub(crate) fn restore<H: Hypervisor>(hv: &mut H, views: Option<&mut Views>, page
         // While it is lifted, it is not guarded.
         (_, views) if page.lifted == 0 && !page.unsettled => in_place::guard(hv, views.as_deref(), page.gfn),
         _ => Ok(()),
+    }
+}
+
+/// A page that should not be executable without its breakpoints is executed: the guest has put another page there, or Xen has
+/// reset the views. Sets the breakpoints in what is there now. No virtual CPU may run. Whether they were gone.
+pub(crate) fn rearm<H: Hypervisor>(hv: &mut H, views: Option<&Views>, page: &mut Page) -> Result<bool, H::Error> {
+    match (page.shadow, views) {
+        (Some(shadow), Some(views)) => {
+            shadow::follow(hv, page, shadow)?;
+            // A view is remapped to what it shows itself: at the shadow's frame that is the sink. With a change of the host
+            // view it is the shadow again, and no view has to let go of anything.
+            hv.set_rights(ViewId::HOST, shadow, Rights::All)?;
+            views.show(hv, shadow, page.gfn)?;
+            Ok(true)
+        }
+        (_, views) => in_place::rearm(hv, views, page),
     }
 }
 

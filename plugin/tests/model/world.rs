@@ -390,6 +390,10 @@ impl Hypervisor for World {
         self.put(gpa, bytes)
     }
 
+    fn write_ram(&mut self, gpa: Gpa, bytes: &[u8]) -> Result<bool, NoPage> {
+        self.write(gpa, bytes).map(|()| true)
+    }
+
     fn displace(&mut self, gpa: Gpa, original: u8) -> Result<(), NoPage> {
         self.call()?;
         self.note(Note::Displaced { gpa, original });
