@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 /// Where Xen's development files are, laid out as under `/`. Unset: the system's own.
 const SYSROOT: &str = "HYPERBP_XEN_SYSROOT";
 
-const LIBRARIES: [&str; 4] = ["xenctrl", "xenevtchn", "xenforeignmemory", "xenstore"];
+const LIBRARIES: [&str; 5] = ["xencall", "xenctrl", "xenevtchn", "xenforeignmemory", "xenstore"];
 
 const FUNCTIONS: &[&str] = &[
     "xc_interface_(open|close)",
@@ -15,21 +15,34 @@ const FUNCTIONS: &[&str] = &[
     "xc_domain_(populate_physmap|decrease_reservation)_exact",
     "xc_hvm_(param_get|inject_trap)",
     "xc_physinfo",
-    "xc_altp2m_([gs]et_domain_state|create_view|destroy_view|switch_to_view|change_gfn|set_mem_access)",
+    "xc_(maximum_ram_page|machphys_mfn_list)",
+    "xc_hvm_modified_memory",
+    "xc_altp2m_([gs]et_domain_state|create_view|destroy_view|switch_to_view|change_gfn|[gs]et_mem_access)",
     "xc_set_mem_access",
     "xc_monitor_(enable|disable|software_breakpoint|singlestep|emul_unimplemented)",
+    "xencall_(open|close|alloc_buffer|free_buffer)",
+    "xencall2",
     "xenevtchn_(open|close|fd|bind_interdomain|unbind|notify|pending|unmask)",
     "xenforeignmemory_(open|close|map|unmap)",
     "xc_evtchn_status",
     "xs_(open|close|read|directory)",
 ];
 
-const TYPES: &[&str] = &["vm_event_(request_t|response_t|sring|sring_entry)", "xenmem_access_t", "hvm_hw_cpu"];
+const TYPES: &[&str] = &[
+    "vm_event_(request_t|response_t|sring|sring_entry)",
+    "xenmem_access_t",
+    "hvm_hw_cpu",
+    "xen_hvm_get_mem_type_t",
+    "hvmmem_type_t",
+];
 
 const CONSTANTS: &[&str] = &[
     "VM_EVENT_(INTERFACE_VERSION|FLAG_.*|REASON_.*)",
     "MEM_ACCESS_.*",
     "HVM_PARAM_(ALTP2M|STORE_EVTCHN|CONSOLE_EVTCHN)",
+    "HVMOP_get_mem_type",
+    "HVMMEM_ram_rw",
+    "__HYPERVISOR_hvm_op",
     "XEN_ALTP2M_disabled",
     "XEN_DOMCTL_DEBUG_OP_SINGLE_STEP_OFF",
     "XEN_DOMINF_(dying|hvm_guest|paused|shutdown.*)",

@@ -8,6 +8,7 @@ use hyperbp_lab::plan::{self, Selection};
 use hyperbp_lab::{Bench, Elsewhere, Job, Lab, Program};
 use hyperbp_report::{Collection, Results, Workload};
 
+use crate::balloon;
 use crate::budgets::{self, Table};
 use crate::steps::Steps;
 use crate::trace::Trace;
@@ -131,6 +132,9 @@ pub(crate) fn run(
     println!("Killed and recovered, attached and detached:");
     checks.add(&lines(&two.join("recover-2"))?);
     checks.add(&lines(&dir.join(ONE_CPU).join("recover-1"))?);
+    println!("Pages that the guest replaces:");
+    checks.add(&lines(&two.join("balloon-2"))?);
+    checks.add(&lines(&dir.join(ONE_CPU).join("balloon-1"))?);
     println!("A Linux guest's kernel:");
     checks.add(&trace.results(&dir.join("trace-1-2"))?.1);
     for program in programs.iter().filter(|program| program.host == plan::SMARTVMI) {
@@ -149,8 +153,11 @@ fn jobs(bench: &Bench<'_>, runner: &Path, programs: &[Elsewhere], trace: &Trace)
     let storm = || bench.storm(runner, 2, &STORM_VCPUS, STORM_CALLS, &[]);
     let hostile = bench.hostile(runner, HOSTILE_CPUS, &[HOSTILE_VCPUS], &HOSTILE_UNDER.map(str::to_owned), &[]);
     // Where all share a CPU, the monitor leaves before a virtual CPU has gone on with its answer.
-    let one_cpu = vec![with_programs(bench.checks(runner, 1)), bench.recover(runner, 1, 0, ATTACHES), hostile];
-    let two_cpus = vec![with_programs(bench.checks(runner, 2)), storm(), bench.recover(runner, 2, KILLS, ATTACHES)];
+    let balloon = |cpus| bench.balloon(runner, cpus, &balloon::VCPUS, balloon::ROUNDS);
+    let one_cpu =
+        vec![with_programs(bench.checks(runner, 1)), bench.recover(runner, 1, 0, ATTACHES), hostile, balloon(1)];
+    let two_cpus =
+        vec![with_programs(bench.checks(runner, 2)), storm(), bench.recover(runner, 2, KILLS, ATTACHES), balloon(2)];
     let quick = Selection {
         elsewhere: Elsewhere::named(programs, Elsewhere::in_dom0),
         stock: Elsewhere::stock(programs),

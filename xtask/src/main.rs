@@ -6,6 +6,7 @@ use clap::{Parser, Subcommand};
 use hyperbp_lab::{repo, target};
 
 mod archive;
+mod balloon;
 mod bench;
 mod boot;
 mod browser;
@@ -42,6 +43,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Balloon(balloon::Balloon),
     Bench(Box<bench::Bench>),
     Boot(boot::Boot),
     Budgets(budgets::Budgets),
@@ -60,6 +62,7 @@ enum Command {
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
+        Command::Balloon(balloon) => balloon.run(),
         Command::Bench(bench) => bench.run(),
         Command::Boot(boot) => boot.run(),
         Command::Budgets(budgets) => budgets.run(),

@@ -39,7 +39,7 @@ pub const PROGRAM_MAGIC: u64 = u64::from_le_bytes(*b"HBPPROCS");
 pub const LABEL_MAGIC: u64 = u64::from_le_bytes(*b"HBPLABEL");
 
 /// [`Control::version`] of this layout. A runner refuses any other.
-pub const VERSION: u32 = 4;
+pub const VERSION: u32 = 5;
 
 /// Samples that fit in the sample pages, and so the most a request may ask for.
 pub const SAMPLES_MAX: u32 = 4096;
@@ -94,6 +94,18 @@ pub const TARGET: [u8; PAGE_SIZE] = {
     page
 };
 
+/// Where the code of [`Workload::Balloon`] is in its page.
+pub const BALLOON_OFFSET: usize = 0x100;
+
+/// That code: loads RAX from where RDI says, pushes RBP, clears it, pops it, and returns.
+pub const BALLOON_CODE: [u8; 8] = [0x48, 0x8b, 0x07, 0x55, 0x31, 0xed, 0x5d, 0xc3];
+
+/// Where in its page breakpoints go: on the load, and on the push.
+pub const BALLOON_SITES: [usize; 2] = [BALLOON_OFFSET, BALLOON_OFFSET + 3];
+
+/// Runs of that code for each of the `count` rounds of [`Workload::Balloon`].
+pub const BALLOON_RUNS: u32 = 4;
+
 /// What the guest is asked to do `count` times. The numbers are the wire format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(u32)]
@@ -129,11 +141,16 @@ pub enum Workload {
     Label = 12,
     /// Run a probe of a hostile guest: number `count`, or, if there is none with this number, list them all. See [`hostile`].
     Hostile = 13,
+    /// Give pages back to Xen and get others in their place (a stack, an operand, a page table, the page with the breakpoints),
+    /// `count` times each, and execute [`BALLOON_CODE`] after each. The first samples count what was not as it must be: what was
+    /// popped, what was popped where page tables had changed, what was loaded, the bytes of the code, and hypercalls that were
+    /// refused.
+    Balloon = 14,
 }
 
 impl Workload {
     /// Every workload, in wire order.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::Timer,
         Self::ExecBp,
         Self::ExecPage,
@@ -147,6 +164,7 @@ impl Workload {
         Self::Scan,
         Self::Label,
         Self::Hostile,
+        Self::Balloon,
     ];
 
     /// The workload with this number, if there is one.
@@ -204,6 +222,8 @@ pub struct Control {
     pub process: u64,
     /// Runner: what [`Workload::Label`] writes.
     pub tag: u64,
+    /// Guest-physical address of the page with [`BALLOON_CODE`].
+    pub balloon_gpa: u64,
 }
 
 /// What is at the start of a program's page while the runner looks for it.
@@ -255,7 +275,7 @@ mod tests {
         assert_eq!(offset_of!(Control, executions), 0x30);
         assert_eq!(offset_of!(Control, mismatch_seen), 0x50);
         assert_eq!(offset_of!(Control, alive), 0x70);
-        assert_eq!(size_of::<Control>(), 0x88);
+        assert_eq!(size_of::<Control>(), 0x90);
         assert_eq!(size_of::<Label>(), 24);
         assert_eq!(SAMPLE_PAGES, 8);
         assert!(size_of::<Storm>() <= PAGE_SIZE);
@@ -276,6 +296,6 @@ mod tests {
             assert_eq!(Workload::from_wire(workload as u32), Some(workload));
         }
         assert_eq!(Workload::from_wire(0), None);
-        assert_eq!(Workload::from_wire(14), None);
+        assert_eq!(Workload::from_wire(15), None);
     }
 }

@@ -10,7 +10,7 @@
 
 enum {
     PAGE_SIZE = 4096,
-    VERSION = 4,
+    VERSION = 5,
     SAMPLES_MAX = 4096,
     SAMPLE_PAGES = SAMPLES_MAX * sizeof(uint64_t) / PAGE_SIZE,
     BREAKPOINT_OFFSET = PAGE_SIZE - 8,

@@ -87,13 +87,14 @@ gdt_register:
 # Guest-virtual is guest-physical. The first 4 MiB, which hold the image and the control page, have 4 KiB pages, so that
 # a monitor meets the page under test the way it does in any guest; 2 MiB pages follow, up to 1 GiB. From there on the same
 # is mapped once more, all of it by 2 MiB pages. The last GiB of guest-physical addresses below 4 GiB, where no memory is,
-# is mapped too. Every entry is present, writable, executable, accessed and dirty, and for ring 3, too (0x67): no first access
+# is mapped too; what is between belongs to the module `balloon`. Every entry is present, writable, executable, accessed and dirty, and for ring 3, too (0x67): no first access
 # is dearer than the ones after it.
         .pushsection .page_tables, "aw"
         .balign 4096
 page_map_level_4:
         .quad page_directory_pointers + 0x67
         .fill 511, 8, 0
+        .globl page_directory_pointers
 page_directory_pointers:
         .quad page_directory + 0x67
         .quad page_directory_again + 0x67

@@ -8,7 +8,7 @@ use hyperbp_bench_abi::{Control, MAGIC, VERSION};
 use hyperbp_bench_guest::{Request, expected_at};
 
 use crate::page::{PAGE_UNDER_TEST, SAMPLES};
-use crate::{snippet, storm};
+use crate::{balloon, snippet, storm};
 
 /// The control page itself; the linker script puts it where the runner looks for it.
 #[repr(C, align(4096))]
@@ -39,6 +39,7 @@ pub(crate) static CONTROL: ControlPage = ControlPage(UnsafeCell::new(Control {
     alive: 0,
     process: 0,
     tag: 0,
+    balloon_gpa: 0,
 }));
 
 /// A field of the control page as an atomic: the runner accesses it at the same time.
@@ -59,6 +60,7 @@ pub(crate) fn announce(vcpus: u32) {
     field!(AtomicU64, samples_gpa).store(SAMPLES.0.as_ptr() as u64, Relaxed);
     field!(AtomicU64, storm_gpa).store(storm::address(), Relaxed);
     field!(AtomicU64, snippets_gpa).store(snippet::pages(), Relaxed);
+    field!(AtomicU64, balloon_gpa).store(balloon::code(), Relaxed);
     field!(AtomicU64, magic).store(MAGIC, Release);
 }
 

@@ -23,7 +23,10 @@ impl Request {
     #[must_use]
     pub fn from_wire(workload: u32, count: u32) -> Option<Self> {
         let workload = Workload::from_wire(workload)?;
-        let samples = !matches!(workload, Workload::Storm | Workload::Snippets | Workload::Scan | Workload::Hostile);
+        let samples = !matches!(
+            workload,
+            Workload::Storm | Workload::Snippets | Workload::Scan | Workload::Hostile | Workload::Balloon
+        );
         let most = if samples { SAMPLES_MAX } else { u32::MAX };
         Some(Self { workload, count: count.min(most) as usize })
     }
@@ -174,7 +177,7 @@ mod tests {
         for workload in Workload::ALL {
             assert_eq!(Request::from_wire(workload as u32, 7), Some(Request { workload, count: 7 }));
         }
-        for workload in [Workload::Storm, Workload::Snippets, Workload::Scan, Workload::Hostile] {
+        for workload in [Workload::Storm, Workload::Snippets, Workload::Scan, Workload::Hostile, Workload::Balloon] {
             let request = Request::from_wire(workload as u32, u32::MAX);
             assert_eq!(request.map(|request| request.count), Some(u32::MAX as usize), "its count is not of samples");
         }

@@ -6,6 +6,7 @@
 #![no_std]
 #![no_main]
 
+mod balloon;
 mod control;
 mod exceptions;
 mod hostile;
@@ -45,6 +46,7 @@ extern "C" fn main() -> ! {
     exceptions::install();
     privilege::install(0);
     snippet::prepare();
+    balloon::prepare();
     control::announce(vcpu::count());
     loop {
         let Some((number, request)) = control::next_request() else {
@@ -61,6 +63,7 @@ extern "C" fn main() -> ! {
             Some(Request { workload: Workload::Snippets, count }) => snippet::run(count as u32),
             Some(Request { workload: Workload::Scan, count }) => scan::run(count as u64),
             Some(Request { workload: Workload::Hostile, count }) => hostile::run(count as u32),
+            Some(Request { workload: Workload::Balloon, count }) => balloon::run(count as u64),
             Some(request) => workload::run(request),
             None => {}
         }

@@ -29,7 +29,8 @@ pub(crate) fn run(request: Request) {
         | Workload::Snippets
         | Workload::Scan
         | Workload::Label
-        | Workload::Hostile => return,
+        | Workload::Hostile
+        | Workload::Balloon => return,
     };
     for slot in &SAMPLES.0[..request.count] {
         slot.store(sample(page), Relaxed);

@@ -17,7 +17,11 @@ const SCHED_OP: u64 = 29;
 const VCPU_OP: u64 = 24;
 /// `__HYPERVISOR_memory_op`.
 const MEMORY_OP: u64 = 12;
-/// `XENMEM_memory_map` (Xen, public/memory.h).
+/// `XENMEM_add_to_physmap`.
+const ADD_TO_PHYSMAP: u64 = 7;
+/// `XENMAPSPACE_gmfn`: a page of the guest's own.
+const SPACE_GMFN: u32 = 2;
+/// `XENMEM_memory_map`.
 const MEMORY_MAP: u64 = 9;
 /// What the map calls memory.
 const RAM: u32 = 1;
@@ -221,6 +225,24 @@ pub(crate) fn altp2m(command: u32) -> i64 {
     operation[1] = u64::from(DOMID_SELF);
     // SAFETY: `main` has connected; the argument is what the operation takes.
     unsafe { hypercall(HVM_OP, ALTP2M, operation.as_mut_ptr() as u64, 0) }
+}
+
+/// `struct xen_add_to_physmap`.
+#[repr(C)]
+struct AddToPhysmap {
+    domain: u16,
+    size: u16,
+    space: u32,
+    index: u64,
+    gpfn: u64,
+}
+
+/// Moves a page to another guest-physical address, in place of what is there. Whether it was done.
+pub(crate) fn move_page(from: u64, to: u64) -> bool {
+    let (index, gpfn) = (from / PAGE_SIZE as u64, to / PAGE_SIZE as u64);
+    let argument = AddToPhysmap { domain: DOMID_SELF, size: 0, space: SPACE_GMFN, index, gpfn };
+    // SAFETY: `main` has connected; the argument is what the operation takes.
+    unsafe { hypercall(MEMORY_OP, ADD_TO_PHYSMAP, &raw const argument as u64, 0) == 0 }
 }
 
 /// Lets another vCPU have this CPU for a while.

@@ -73,6 +73,7 @@ const BENCH: &str = include_str!("../dom0/bench.sh");
 const CHECKS: &str = include_str!("../dom0/checks.sh");
 const STORM: &str = include_str!("../dom0/storm.sh");
 const HOSTILE: &str = include_str!("../dom0/hostile.sh");
+const BALLOON: &str = include_str!("../dom0/balloon.sh");
 const RECOVER: &str = include_str!("../dom0/recover.sh");
 const DRAKVUF: &str = include_str!("../dom0/drakvuf.sh");
 const TRACE: &str = include_str!("../dom0/trace.sh");
@@ -353,6 +354,18 @@ impl Bench<'_> {
         let mut job = self.job(format!("recover-{cpus}"), RECOVER, cpus, Duration::from_secs(3600));
         job.variables.push(("KILLS".to_owned(), kills.to_string()));
         job.variables.push(("ATTACH".to_owned(), attach.to_string()));
+        job.programs.push(runner.to_owned());
+        job
+    }
+
+    /// A job that has guests with so many virtual CPUs, one after the other, replace their pages under load, so many times
+    /// each. It leaves a file `checks` as [`checks`](Self::checks) does.
+    #[must_use]
+    pub fn balloon(&self, runner: &Path, cpus: u32, vcpus: &[u32], rounds: u32) -> Job {
+        let mut job = self.job(format!("balloon-{cpus}"), BALLOON, cpus, Duration::from_secs(3600));
+        let vcpus: Vec<String> = vcpus.iter().map(u32::to_string).collect();
+        job.variables.push(("VCPUS".to_owned(), vcpus.join(" ")));
+        job.variables.push(("ROUNDS".to_owned(), rounds.to_string()));
         job.programs.push(runner.to_owned());
         job
     }

@@ -9,6 +9,7 @@ use anyhow::{Context, Result, ensure};
 use hyperbp::Mechanism;
 use hyperbp_bench_abi::{SITES, Workload};
 
+use crate::balloon;
 use crate::bench::Subject;
 use crate::cli::{Backend, Host};
 use crate::core::{self, Idle, OnHit, Outcome};
@@ -33,7 +34,7 @@ const PROGRAM: [(Workload, u32); 9] = [
 ];
 
 /// The guest is given up after this.
-const STUCK: Duration = Duration::from_secs(60);
+pub(crate) const STUCK: Duration = Duration::from_secs(60);
 
 /// Checks them all, and what there is in other hosts, and prints a line for each. Returns how many failed.
 ///
@@ -81,6 +82,25 @@ pub(crate) fn all(domain: &mut Domain, programs: &[Program<'_>]) -> Result<usize
         }
     }
     report("the guest runs on without a monitor", one(domain, &guest, Subject::None));
+    Ok(failed)
+}
+
+/// Has the guest replace its pages, under each mechanism. Returns how many failed.
+///
+/// # Errors
+/// If the domain does not run the guest.
+pub(crate) fn balloon(domain: &mut Domain, rounds: u32) -> Result<usize> {
+    let guest = Guest::find(domain)?;
+    let mut failed = 0;
+    for mechanism in Mechanism::all() {
+        match balloon::check(domain, &guest, mechanism, rounds) {
+            Ok(()) => println!("ok: pages that the guest replaces are its own under {mechanism}"),
+            Err(error) => {
+                failed += 1;
+                println!("FAILED: pages that the guest replaces are its own under {mechanism}: {error:#}");
+            }
+        }
+    }
     Ok(failed)
 }
 

@@ -234,6 +234,10 @@ pub(crate) struct Check {
     #[arg(long, value_name = "TIMES", conflicts_with_all = ["drakvuf", "smartvmi", "vmi_rs"])]
     pub(crate) attach: Option<u32>,
 
+    /// Instead, have the guest give pages back to Xen and get others in their place, this often for each, under load
+    #[arg(long, value_name = "ROUNDS", conflicts_with_all = ["attach", "drakvuf", "smartvmi", "vmi_rs"])]
+    pub(crate) balloon: Option<u32>,
+
     #[command(flatten)]
     pub(crate) elsewhere: Elsewhere,
 }

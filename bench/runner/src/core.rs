@@ -51,6 +51,7 @@ impl Outcome {
         self.counters.writes -= begin.counters.writes;
         self.counters.held -= begin.counters.held;
         self.counters.discarded -= begin.counters.discarded;
+        self.counters.rearmed -= begin.counters.rearmed;
         self.counters.reinjected -= begin.counters.reinjected;
         self.counters.unexplained -= begin.counters.unexplained;
         self.counters.failures -= begin.counters.failures;
@@ -144,6 +145,7 @@ fn serve(
     refused: &mut u64,
 ) -> Result<bool, Error> {
     monitor.wait(patience)?;
+    domain.look_around();
     let (mut any, mut reply) = (false, Reply::default());
     while let Some(request) = monitor.next() {
         any = true;

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use hyperbp::{Gfn, Gpa, PAGE_SIZE};
 use hyperbp_bench_abi::{
-    BREAKPOINT_OFFSET, CONTROL_GPA, Control, MAGIC, REWRITTEN_OFFSET, SAMPLE_PAGES, SAMPLES_MAX, SITES, SNIPPET_PAGES,
-    Storm, StormCounts, TARGET, VCPUS_MAX, VERSION, Workload,
+    BALLOON_SITES, BREAKPOINT_OFFSET, CONTROL_GPA, Control, MAGIC, REWRITTEN_OFFSET, SAMPLE_PAGES, SAMPLES_MAX, SITES,
+    SNIPPET_PAGES, Storm, StormCounts, TARGET, VCPUS_MAX, VERSION, Workload,
 };
 
 use crate::xen::{Domain, Page};
@@ -40,6 +40,7 @@ pub(crate) struct Guest {
 struct Kernel {
     storm: Page,
     snippets: Gfn,
+    balloon: Gfn,
 }
 
 const WHAT: &str = "start the benchmark guest in it (bench/guest, with bench/lab/dom0/guest.cfg)";
@@ -91,7 +92,8 @@ impl Guest {
             .context("the guest's sample pages are not in its memory")?;
         let storm = Gpa(guest.number(offset_of!(Control, storm_gpa))).gfn();
         let storm = domain.map_page(storm).context("the guest's page of counts is not in its memory")?;
-        guest.kernel = Some(Kernel { storm, snippets });
+        let balloon = Gpa(guest.number(offset_of!(Control, balloon_gpa))).gfn();
+        guest.kernel = Some(Kernel { storm, snippets, balloon });
         Ok(Some(guest))
     }
 
@@ -179,6 +181,13 @@ impl Guest {
     pub(crate) fn snippet_byte(&self, offset: usize) -> Gpa {
         let first = self.kernel.as_ref().map_or(0, |kernel| kernel.snippets.0);
         Gfn(first.wrapping_add((offset / PAGE_SIZE) as u64)).at((offset % PAGE_SIZE) as u16)
+    }
+
+    /// Where the breakpoints of [`Workload::Balloon`] go.
+    #[must_use]
+    pub(crate) fn balloon_sites(&self) -> [Gpa; BALLOON_SITES.len()] {
+        let page = self.kernel.as_ref().map_or(Gfn(0), |kernel| kernel.balloon);
+        BALLOON_SITES.map(|offset| page.at(offset as u16))
     }
 
     /// The snippet pages, as they are in guest memory.

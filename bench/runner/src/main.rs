@@ -1,5 +1,6 @@
 //! Drives the benchmark guest from dom0: `hyperbp-bench --help`.
 
+mod balloon;
 mod bench;
 mod check;
 mod cli;
@@ -139,9 +140,10 @@ fn waiting(arguments: &cli::Waiting) -> anyhow::Result<()> {
 fn check(arguments: &cli::Check) -> anyhow::Result<()> {
     let programs = arguments.elsewhere.programs()?;
     let mut domain = Domain::open(&arguments.domain)?;
-    let failed = match arguments.attach {
-        Some(times) => check::attach(&mut domain, times)?,
-        None => check::all(&mut domain, &programs)?,
+    let failed = match (arguments.attach, arguments.balloon) {
+        (Some(times), _) => check::attach(&mut domain, times)?,
+        (None, Some(rounds)) => check::balloon(&mut domain, rounds)?,
+        (None, None) => check::all(&mut domain, &programs)?,
     };
     anyhow::ensure!(failed == 0, "{failed} checks failed");
     Ok(())

@@ -58,6 +58,7 @@ fn restore(domain: &mut Domain, ledger: Option<Ledger>, done: &mut Vec<String>) 
     ring::disable(domain).context("cannot take the old ring away")?;
     // A ring of our own: rights cannot be set without one, and virtual CPUs may wait for an answer.
     let mut monitor = Monitor::attach(domain).context("cannot monitor the domain")?;
+    domain.set_default_access(Rights::All).context("cannot set the rights of new pages")?;
     if let Some(mut ledger) = ledger {
         // One of the pauses is `recover`'s own, and what was noted may not have happened.
         let plan = ledger.plan(&domain.limits().context("cannot tell what the domain has")?);

@@ -5,6 +5,7 @@ mod error;
 mod frames;
 mod handle;
 mod memory;
+mod pages;
 mod store;
 mod views;
 
@@ -16,15 +17,15 @@ use std::path::Path;
 use std::rc::Rc;
 
 use hyperbp::ledger::{self, Ledger, Note};
-use hyperbp::{Gfn, Gpa, Hypervisor, PAGE_SIZE, Rights, VcpuId, ViewId};
+use hyperbp::{Gfn, Gpa, Hypervisor, Rights, VcpuId, ViewId};
 use hyperbp_event_channel::Ways;
-use hyperbp_guest_page::PageCache;
 use hyperbp_xen_sys as sys;
 
 pub(crate) use error::{Error, OpenError, check};
 pub(crate) use handle::{CpuTime, Interface, Page, State};
 use handle::{ForeignMemory, Mapping, PRIVCMD, info, map, state};
 pub(crate) use memory::SHADOW_FIRST;
+use pages::Pages;
 pub(crate) use store::Requests;
 use store::id_of;
 
@@ -50,11 +51,15 @@ pub(crate) struct Domain {
     vcpus: u16,
     /// The limit to put back, in KiB.
     memory_limit: u64,
-    cache: PageCache<Page>,
+    pages: Pages,
+    /// When [`look_around`](Self::look_around) last did.
+    looked_around: u64,
     altp2m_on: bool,
     views: Vec<ViewId>,
     /// Pages of the host view whose rights are not [`Rights::All`].
     guarded: Vec<Gfn>,
+    /// New pages of the host view may be executed, as ever.
+    has_default_access: bool,
     shadows: Vec<Gfn>,
     /// Where shadow pages begin; set by the first one.
     shadow_base: Option<u64>,
@@ -113,20 +118,23 @@ impl Domain {
             check("xc_hvm_param_get", result)?;
         }
 
+        let (xc, memory) = (Rc::new(xc), Rc::new(ForeignMemory::open()?));
         Ok(Self {
             has_altp2m: altp2m != u64::from(sys::XEN_ALTP2M_disabled),
             uuid: info.0.handle,
             ledger: None,
             ways: Ways::default(),
-            xc: Rc::new(xc),
-            memory: Rc::new(ForeignMemory::open()?),
+            pages: Pages::new(&xc, &memory, id)?,
+            looked_around: 0,
+            xc,
+            memory,
             id,
             vcpus: u16::try_from(info.0.max_vcpu_id.saturating_add(1)).unwrap_or(u16::MAX),
             memory_limit: info.memory_limit(),
-            cache: PageCache::default(),
             altp2m_on: false,
             views: Vec::new(),
             guarded: Vec::new(),
+            has_default_access: true,
             shadows: Vec::new(),
             shadow_base: None,
             pauses: 0,
@@ -308,14 +316,6 @@ impl Domain {
     pub(crate) fn has_crashed(&self) -> Result<bool, Error> {
         Ok(self.state()? == State::Crashed)
     }
-
-    fn page(&mut self, gpa: Gpa, length: usize) -> Result<&Page, Error> {
-        if usize::from(gpa.offset()) + length > PAGE_SIZE {
-            return Err(Error::invalid("guest memory access", format!("{length} bytes at {gpa} are in two pages")));
-        }
-        let Self { cache, memory, id, .. } = self;
-        cache.get(gpa.gfn(), || map(memory, *id, gpa.gfn()))
-    }
 }
 
 impl Hypervisor for Domain {
@@ -337,6 +337,10 @@ impl Hypervisor for Domain {
     fn write(&mut self, gpa: Gpa, bytes: &[u8]) -> Result<(), Error> {
         self.page(gpa, bytes.len())?.write(gpa.offset().into(), bytes);
         Ok(())
+    }
+
+    fn write_ram(&mut self, gpa: Gpa, bytes: &[u8]) -> Result<bool, Error> {
+        self.write_as_guest(gpa, bytes)
     }
 
     fn displace(&mut self, gpa: Gpa, original: u8) -> Result<(), Error> {
@@ -382,6 +386,14 @@ impl Hypervisor for Domain {
 
     fn set_rights(&mut self, view: ViewId, gfn: Gfn, rights: Rights) -> Result<(), Error> {
         self.set_mem_access(view, gfn, rights)
+    }
+
+    fn rights(&mut self, view: ViewId, gfn: Gfn) -> Result<Option<Rights>, Error> {
+        self.mem_access(view, gfn)
+    }
+
+    fn set_default_rights(&mut self, rights: Rights) -> Result<(), Error> {
+        self.set_default_access(rights)
     }
 
     fn rip(&mut self, vcpu: VcpuId) -> Result<u64, Error> {
@@ -452,6 +464,9 @@ impl Domain {
                 results.push(self.destroy(view));
             }
             results.push(self.set_altp2m(false));
+        }
+        if !self.has_default_access {
+            results.push(self.set_default_access(Rights::All));
         }
         for gfn in std::mem::take(&mut self.guarded) {
             results.push(self.set_rights(ViewId::HOST, gfn, Rights::All));

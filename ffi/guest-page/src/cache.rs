@@ -10,7 +10,8 @@ const WAYS: usize = 4;
 /// Pages that stay mapped, at most 2048 of them: a benchmark guest touches two or three, a kernel some hundreds. Looking
 /// one up takes a few instructions, whatever the guest does.
 ///
-/// A page that the guest gives back to the hypervisor (ballooning) and gets again stays mapped as what it was.
+/// The guest can give a frame number another page at any time (ballooning, for one). A mapping is that of the old page then:
+/// whether it [is still there](Self::get_if) is for the caller to say, at each access ([`M2p`](crate::M2p) tells).
 #[derive(Debug)]
 pub struct PageCache<P> {
     sets: Box<[Set<P>]>,
@@ -35,23 +36,44 @@ impl<P> PageCache<P> {
     ///
     /// # Errors
     /// Those of `map`.
-    pub fn get<E>(&mut self, gfn: Gfn, map: impl FnOnce() -> Result<P, E>) -> Result<&P, E> {
+    pub fn get<E>(&mut self, gfn: Gfn, map: impl FnOnce() -> Result<P, E>) -> Result<&mut P, E> {
+        self.get_if(gfn, |_| true, map)
+    }
+
+    /// The same, but a page that is mapped is unmapped, and mapped anew, unless it `is_there` still.
+    ///
+    /// # Errors
+    /// Those of `map`.
+    #[inline(always)]
+    pub fn get_if<E>(
+        &mut self,
+        gfn: Gfn,
+        is_there: impl FnOnce(&P) -> bool,
+        map: impl FnOnce() -> Result<P, E>,
+    ) -> Result<&mut P, E> {
         let set = self.set(gfn);
         let at = match set.index(gfn) {
-            Some(at) => at,
+            Some(at) if set.pages[at].as_ref().is_some_and(|(_, page)| is_there(page)) => at,
+            Some(at) => set.put(at, gfn, map)?,
             None => {
-                let page = map()?;
                 let free = set.pages.iter().position(Option::is_none);
                 let at = free.unwrap_or(usize::from(set.next));
+                let at = set.put(at, gfn, map)?;
                 set.next = (at + 1) as u8 % WAYS as u8;
-                set.pages[at] = Some((gfn, page));
                 at
             }
         };
-        match &set.pages[at] {
+        match &mut set.pages[at] {
             Some((_, page)) => Ok(page),
             None => unreachable!("it was found, or put, there"),
         }
+    }
+
+    /// The page at a frame number, if it is mapped, still there or not.
+    #[must_use]
+    pub fn peek(&self, gfn: Gfn) -> Option<&P> {
+        let set = &self.sets[gfn.0 as usize % SETS];
+        set.index(gfn).and_then(|at| set.pages[at].as_ref()).map(|(_, page)| page)
     }
 
     /// Unmaps a page: it is about to go.
@@ -68,6 +90,14 @@ impl<P> PageCache<P> {
 }
 
 impl<P> Set<P> {
+    /// Maps a page, in place of the one at `at`: that is unmapped first.
+    #[cold]
+    fn put<E>(&mut self, at: usize, gfn: Gfn, map: impl FnOnce() -> Result<P, E>) -> Result<usize, E> {
+        self.pages[at] = None;
+        self.pages[at] = Some((gfn, map()?));
+        Ok(at)
+    }
+
     fn index(&self, gfn: Gfn) -> Option<usize> {
         self.pages.iter().position(|page| page.as_ref().is_some_and(|(known, _)| *known == gfn))
     }
@@ -102,6 +132,17 @@ mod tests {
     }
 
     #[test]
+    fn a_page_that_is_not_there_any_more_is_mapped_anew() {
+        let mut cache = PageCache::default();
+        let map = |page: u8| move || Ok::<_, &str>(page);
+        assert_eq!(cache.get_if(Gfn(7), |_| false, map(1)), Ok(&mut 1), "it was mapped a moment ago");
+        assert_eq!(cache.get_if(Gfn(7), |page| *page == 1, map(2)), Ok(&mut 1));
+        assert_eq!(cache.get_if(Gfn(7), |_| false, map(2)), Ok(&mut 2));
+        assert_eq!(cache.get_if(Gfn(7), |_| false, || Err("gone")), Err("gone"));
+        assert_eq!(cache.peek(Gfn(7)), None, "its mapping is gone, too");
+    }
+
+    #[test]
     fn there_are_never_more_than_its_bound() {
         struct Counted<'a>(&'a Cell<usize>);
         impl Drop for Counted<'_> {
@@ -126,6 +167,6 @@ mod tests {
     fn what_cannot_be_mapped_is_not_there() {
         let mut cache = PageCache::<u8>::default();
         assert_eq!(cache.get(Gfn(1), || Err("no such page")), Err("no such page"));
-        assert_eq!(cache.get(Gfn(1), || Ok::<_, &str>(3)), Ok(&3));
+        assert_eq!(cache.get(Gfn(1), || Ok::<_, &str>(3)), Ok(&mut 3));
     }
 }

@@ -4,12 +4,14 @@
 //! of 8, 4, 2 or 1 bytes.
 
 mod cache;
+mod m2p;
 
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering::Relaxed};
 
 pub use cache::PageCache;
 use hyperbp::PAGE_SIZE;
+pub use m2p::{Frames, M2p};
 
 /// A page of a guest, mapped readable and writable. `M` keeps it so, and ends that when it is dropped.
 #[derive(Debug)]

@@ -57,6 +57,54 @@ impl Drop for ForeignMemory {
     }
 }
 
+/// Asks Xen for the types of a domain's pages (`HVMOP_get_mem_type`).
+#[derive(Debug)]
+pub(super) struct MemTypes {
+    handle: NonNull<sys::xencall_handle>,
+    /// Memory that a hypercall can reach.
+    buffer: NonNull<sys::xen_hvm_get_mem_type_t>,
+    domain: u32,
+}
+
+impl MemTypes {
+    pub(super) fn open(domain: u32) -> Result<Self, Error> {
+        // SAFETY: a null logger is documented to mean the default.
+        let handle = unsafe { sys::xencall_open(ptr::null_mut(), 0) };
+        let handle = NonNull::new(handle).ok_or_else(|| Error::last("xencall_open"))?;
+        // SAFETY: the handle is open.
+        let buffer = unsafe { sys::xencall_alloc_buffer(handle.as_ptr(), size_of::<sys::xen_hvm_get_mem_type_t>()) };
+        let Some(buffer) = NonNull::new(buffer) else {
+            let error = Error::last("xencall_alloc_buffer");
+            // SAFETY: opened a moment ago, and used by nobody.
+            unsafe { sys::xencall_close(handle.as_ptr()) };
+            return Err(error);
+        };
+        Ok(Self { handle, buffer: buffer.cast(), domain })
+    }
+
+    /// Whether a page is plain memory. One that is read-only, or that log-dirty mode watches, is not.
+    pub(super) fn is_ram(&self, gfn: Gfn) -> Result<bool, Error> {
+        let question = sys::xen_hvm_get_mem_type_t { domid: self.domain as u16, pfn: gfn.0, ..Default::default() };
+        // SAFETY: the buffer is ours, and there is room for the one question.
+        unsafe { self.buffer.write_volatile(question) };
+        let (call, operation) = (u32::from(sys::__HYPERVISOR_hvm_op), u64::from(sys::HVMOP_get_mem_type));
+        // SAFETY: the handle is open, and the argument is what the operation takes.
+        let result = unsafe { sys::xencall2(self.handle.as_ptr(), call, operation, self.buffer.as_ptr() as u64) };
+        check("HVMOP_get_mem_type", result)?;
+        // SAFETY: Xen has filled it; any bits are valid.
+        Ok(u32::from(unsafe { self.buffer.read_volatile() }.mem_type) == sys::HVMMEM_ram_rw)
+    }
+}
+
+impl Drop for MemTypes {
+    fn drop(&mut self) {
+        // SAFETY: allocated with this handle in `open`, and freed nowhere else.
+        unsafe { sys::xencall_free_buffer(self.handle.as_ptr(), self.buffer.as_ptr().cast()) };
+        // SAFETY: opened in `open`, and closed nowhere else.
+        unsafe { sys::xencall_close(self.handle.as_ptr()) };
+    }
+}
+
 /// A page of a guest.
 pub(crate) type Page = GuestPage<Mapping>;
 

@@ -81,7 +81,7 @@ impl Domain {
     /// If there is none.
     pub(crate) fn release(&mut self, gfn: Gfn) -> Result<(), Error> {
         // A mapping would keep the page with the domain.
-        self.cache.forget(gfn);
+        self.pages.forget(gfn);
         let mut frame = gfn.0;
         // SAFETY: the handle is open, and the one extent outlives the call.
         let result = unsafe { sys::xc_domain_decrease_reservation_exact(self.xc.raw(), self.id, 1, 0, &mut frame) };
@@ -102,6 +102,7 @@ impl Domain {
         let result = unsafe { sys::xc_domain_populate_physmap_exact(self.xc.raw(), self.id, 1, 0, 0, &mut frame) };
         check(call, result).inspect_err(|_| self.erase(Note::Frame(gfn)))?;
         self.shadows.push(gfn);
+        self.pages.add_own(gfn)?;
         Ok(gfn)
     }
 

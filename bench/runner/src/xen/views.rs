@@ -9,6 +9,18 @@ use super::{Domain, Error, check};
 /// Xen's `INVALID_GFN`: a view shows the page of the host view again.
 const INVALID_GFN: u64 = u64::MAX;
 
+/// Xen's name for rights.
+const fn access(rights: Rights) -> sys::xenmem_access_t {
+    match rights {
+        Rights::All => sys::XENMEM_access_rwx,
+        Rights::Execute => sys::XENMEM_access_x,
+        Rights::ReadWrite => sys::XENMEM_access_rw,
+        Rights::ReadExecute => sys::XENMEM_access_rx,
+        Rights::Read => sys::XENMEM_access_r,
+        Rights::None => sys::XENMEM_access_n,
+    }
+}
+
 impl Domain {
     /// How many views can be made. Only while there are none.
     ///
@@ -89,15 +101,30 @@ impl Domain {
         check("xc_altp2m_change_gfn", result)
     }
 
+    /// Sets the rights that pages of the host view have that come from now on.
+    ///
+    /// # Errors
+    /// If Xen refuses, which it does without a monitor.
+    pub(crate) fn set_default_access(&mut self, rights: Rights) -> Result<(), Error> {
+        // The default is changed in place of a page's.
+        let gfn = INVALID_GFN;
+        // SAFETY: the handle is open.
+        check("xc_set_mem_access", unsafe { sys::xc_set_mem_access(self.xc.raw(), self.id, access(rights), gfn, 1) })?;
+        self.has_default_access = rights == Rights::All;
+        Ok(())
+    }
+
+    pub(super) fn mem_access(&self, view: ViewId, gfn: Gfn) -> Result<Option<Rights>, Error> {
+        let mut found = 0;
+        // SAFETY: the handle is open, and `found` outlives the call.
+        let result = unsafe { sys::xc_altp2m_get_mem_access(self.xc.raw(), self.id, view.0, gfn.0, &mut found) };
+        check("xc_altp2m_get_mem_access", result)?;
+        let all = [Rights::All, Rights::Execute, Rights::ReadWrite, Rights::ReadExecute, Rights::Read, Rights::None];
+        Ok(all.into_iter().find(|rights| access(*rights) == found))
+    }
+
     pub(super) fn set_mem_access(&mut self, view: ViewId, gfn: Gfn, rights: Rights) -> Result<(), Error> {
-        let access = match rights {
-            Rights::All => sys::XENMEM_access_rwx,
-            Rights::Execute => sys::XENMEM_access_x,
-            Rights::ReadWrite => sys::XENMEM_access_rw,
-            Rights::ReadExecute => sys::XENMEM_access_rx,
-            Rights::Read => sys::XENMEM_access_r,
-            Rights::None => sys::XENMEM_access_n,
-        };
+        let access = access(rights);
         if view != ViewId::HOST {
             // SAFETY: the handle is open.
             let result = unsafe { sys::xc_altp2m_set_mem_access(self.xc.raw(), self.id, view.0, gfn.0, access) };
