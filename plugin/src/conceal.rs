@@ -6,11 +6,13 @@
 //! Xen's emulator works on the guest's own pages, whatever a view shows or denies, and tells nobody. So
 //! [`Conceal::Emulate`] and [`Conceal::Data`] are right only for an instruction that writes nothing and makes one read that
 //! lies wholly in the page. Besides, Xen gives *every* read of the instruction the same data, and zeros where they end
-//! (`set_context_data`, xen/arch/x86/hvm/emulate.c). So the instruction is decoded first.
+//! (`set_context_data`, xen/arch/x86/hvm/emulate.c). So the instruction is decoded first. Nor does the emulator look at the
+//! guest's own [data breakpoints](crate::dr7).
 
 use iced_x86::InstructionInfoFactory;
 
 use crate::breakpoint::Page;
+use crate::dr7::Dr7;
 use crate::insn::paging;
 use crate::step::{self, Emulating, Vcpu};
 use crate::views::Views;
@@ -27,6 +29,7 @@ pub(crate) fn begin<H: Hypervisor>(
     factory: &mut InstructionInfoFactory,
     page: &mut Page,
     event: &Event,
+    dr7: Dr7,
 ) -> Result<Reply, H::Error> {
     let Reason::Access(access) = &event.reason else { return Ok(Reply::default()) };
     let emulated = |vcpu: &mut Vcpu, action| {
@@ -35,16 +38,19 @@ pub(crate) fn begin<H: Hypervisor>(
     };
     // Without breakpoints it is to be given back, as soon as there is no answer that takes Xen a while.
     if !(access.write || access.page_walk || vcpu.stepping || page.breakpoints.is_empty()) {
-        let emulable = !event.registers.has_debugger();
         match (page.conceal, views) {
             (Conceal::ViewFastStep, Some(views)) => {
                 return Ok(step::fast_step_in_own_view(vcpu, views, event.registers.rip));
             }
-            (Conceal::Emulate, Some(_)) if emulable && lone_read(hv, factory, event, access).is_some() => {
+            (Conceal::Emulate, Some(_))
+                if lone_read(hv, factory, event, access).is_some() && dr7.watches_nothing(hv, &event.registers) =>
+            {
                 return emulated(vcpu, Action::Emulate);
             }
-            (Conceal::Data, _) if emulable => {
-                if let Some(size) = lone_read(hv, factory, event, access).filter(|size| *size <= READ_BYTES) {
+            (Conceal::Data, _) => {
+                if let Some(size) = lone_read(hv, factory, event, access).filter(|size| *size <= READ_BYTES)
+                    && dr7.watches_nothing(hv, &event.registers)
+                {
                     let data = data(hv, page, access.gpa, size)?;
                     return emulated(vcpu, Action::EmulateRead(data));
                 }

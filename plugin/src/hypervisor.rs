@@ -157,6 +157,20 @@ pub trait Hypervisor {
     /// If there is no such virtual CPU.
     fn rip(&mut self, vcpu: VcpuId) -> Result<u64, Self::Error>;
 
+    /// DR7 as a virtual CPU that waits has it now, or `None` if the hypervisor cannot tell. What an event says of DR7 may be
+    /// older ([`Registers::dr7`](crate::Registers::dr7)).
+    ///
+    /// Called at a hit, and at an access to a guarded page, when memory is about to be accessed without the CPU. With
+    /// `None`, or an error, the instruction is stepped: then the CPU makes the access, and the guest's data breakpoints
+    /// work.
+    ///
+    /// # Errors
+    /// If there is no such virtual CPU.
+    fn debug_control(&mut self, vcpu: VcpuId) -> Result<Option<u64>, Self::Error> {
+        let _ = vcpu;
+        Ok(None)
+    }
+
     /// Ends any single-step of a virtual CPU, fast or not, without an event.
     ///
     /// # Errors

@@ -10,6 +10,7 @@
 mod addr;
 mod breakpoint;
 mod conceal;
+mod dr7;
 mod engine;
 mod error;
 mod event;

@@ -44,7 +44,8 @@ pub struct Registers {
     pub cr4: u64,
     /// The EFER model-specific register.
     pub efer: u64,
-    /// Debug register 7: which of the guest's own breakpoints are on.
+    /// Debug register 7: which of the guest's own breakpoints are on. Xen gives what it saved when it last switched the
+    /// virtual CPU out; [`Hypervisor::debug_control`](crate::Hypervisor::debug_control) gives the current value.
     pub dr7: u64,
     /// Base of CS; 0 in 64-bit code.
     pub cs_base: u64,
@@ -56,12 +57,7 @@ pub struct Registers {
     pub mode: CodeMode,
 }
 
-/// The local and global enable bits of the four breakpoints (Intel SDM volume 3, section 18.2.4).
-const DR7_ENABLED: u64 = 0xff;
-
 impl Registers {
-    /// Whether the guest has breakpoints of its own in the debug registers. What is not done by the CPU does not meet them.
-    pub(crate) const fn has_debugger(&self) -> bool {
-        self.dr7 & DR7_ENABLED != 0
-    }
+    /// RFLAGS.RF: the CPU does not compare the address of the next instruction with the guest's own breakpoints.
+    pub(crate) const RF: u64 = 1 << 16;
 }

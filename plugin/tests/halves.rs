@@ -15,6 +15,8 @@ const MOVE: Gpa = Gpa(0x7010);
 const EXEC: ViewId = ViewId(1);
 const OWN: ViewId = ViewId(2);
 const WRITE: ViewId = ViewId(3);
+/// RFLAGS.RF.
+const RF: u64 = 1 << 16;
 
 /// Pages, and what the views permit on them.
 #[derive(Default)]
@@ -25,11 +27,13 @@ struct Machine {
     current: ViewId,
     /// Where all virtual CPUs are.
     rip: u64,
+    /// Their DR7, if it can be told.
+    dr7: Option<u64>,
 }
 
 impl Machine {
     fn new() -> Self {
-        let mut machine = Self::default();
+        let mut machine = Self { dr7: Some(0x400), ..Self::default() };
         for gfn in [CODE, DATA] {
             machine.pages.insert(gfn, Box::new([0x90; PAGE_SIZE]));
         }
@@ -105,6 +109,10 @@ impl Hypervisor for Machine {
 
     fn rip(&mut self, _: VcpuId) -> Result<u64, Infallible> {
         Ok(self.rip)
+    }
+
+    fn debug_control(&mut self, _: VcpuId) -> Result<Option<u64>, Infallible> {
+        Ok(self.dr7)
     }
 
     fn stop_step(&mut self, _: VcpuId) -> Result<(), Infallible> {
@@ -197,7 +205,8 @@ fn with_other_registers_the_instruction_runs_on_these() {
             }
             // Emulated it cannot be: a response has no room for both.
             _ => {
-                assert_eq!(set, registers, "{mechanism}");
+                let rf = if mechanism.step_over() == StepOver::Emulate { RF } else { 0 };
+                assert_eq!(set, Registers { rflags: rf | 2, ..registers }, "{mechanism}");
                 assert_ne!(reply.step, Step::Keep, "{mechanism}");
             }
         }
@@ -391,12 +400,100 @@ fn registers_that_xen_would_be_late_with_are_set_when_the_breakpoint_is_met_agai
         let reply = end(&mut engine, &mut machine, &hit(MOVE), &observed, Some(&changed));
         assert_eq!(reply, Reply { step: Step::On, ..Reply::default() }, "{mechanism}");
         let reply = through(&mut engine, &mut machine, &hit(MOVE));
-        let view = (rip == MOVE.0).then_some(OWN);
-        assert_eq!(reply, Reply { view, step: Step::Keep, action: Action::SetRegisters(changed) }, "{mechanism}");
+        let (view, rf) = if rip == MOVE.0 { (Some(OWN), RF) } else { (None, 0) };
+        let set = Registers { rflags: rf | 2, ..changed };
+        assert_eq!(reply, Reply { view, step: Step::Keep, action: Action::SetRegisters(set) }, "{mechanism}");
         let view = (rip == MOVE.0).then_some(EXEC);
         let reply = through(&mut engine, &mut machine, &event(view.map_or(EXEC, |_| OWN), rip, Reason::Step));
         assert_eq!(reply, Reply { view, step: Step::Off, ..Reply::default() }, "{mechanism}");
         assert_eq!(engine.counters().hits, 1, "{mechanism}");
+    }
+}
+
+/// What an event says of DR7 may be old. Memory is accessed without the CPU only if the real one has no breakpoint on data.
+#[test]
+fn memory_is_accessed_without_the_cpu_only_if_the_guest_has_no_data_breakpoint_on() {
+    const OFF: u64 = 0x400;
+    const EXECUTE: u64 = 0x401;
+    const WRITE: u64 = 0x1_0401;
+    const ACCESS: u64 = 0x30_0404;
+    // mov [ebx], eax; and mov eax, [ebx].
+    let at_once = |bytes: &[u8], mechanism: Mechanism, event_dr7, dr7, trust| {
+        let mut machine = Machine::new();
+        machine.pages.get_mut(&CODE).unwrap()[0x20..0x22].copy_from_slice(bytes);
+        machine.dr7 = dr7;
+        let mut engine = Engine::new(&machine);
+        engine.trust_event_dr7(trust);
+        engine.insert(&mut machine, CODE.at(0x20), mechanism).unwrap();
+        let mut hit = hit(CODE.at(0x20));
+        (hit.registers.gpr[3], hit.registers.dr7) = (DATA.at(0x80).0, event_dr7);
+        hit.view = if mechanism.placement() == Placement::Shadow { EXEC } else { ViewId::HOST };
+        let reply = through(&mut engine, &mut machine, &hit);
+        match reply.step {
+            Step::Keep => true,
+            _ => {
+                // It is the same instruction that goes on: the guest's breakpoint on it is not met again.
+                let rf = if trust && event_dr7 & 0xff == 0 {
+                    Action::Resume
+                } else {
+                    let registers = hit.registers;
+                    Action::SetRegisters(Registers { rflags: registers.rflags | RF, ..registers })
+                };
+                assert_eq!(reply.action, rf, "{mechanism}");
+                false
+            }
+        }
+    };
+    for mechanism in Mechanism::all()
+        .filter(|mechanism| matches!(mechanism.step_over(), StepOver::Interpret | StepOver::Emulate | StepOver::Auto))
+    {
+        for bytes in [[0x89, 0x03], [0x8b, 0x03]] {
+            let on = |event, real, trust| at_once(&bytes, mechanism, event, real, trust);
+            for (event, real, trust, expected) in [
+                (OFF, Some(OFF), false, true),
+                (OFF, Some(EXECUTE), false, true),
+                (EXECUTE, Some(EXECUTE), false, true),
+                (OFF, Some(WRITE), false, false),
+                (OFF, Some(ACCESS), false, false),
+                (OFF, None, false, false),
+                (ACCESS, Some(OFF), false, false),
+                (OFF, Some(ACCESS), true, true),
+                (OFF, None, true, true),
+                (ACCESS, None, true, false),
+            ] {
+                // There a fast step is cheaper than asking.
+                let asks = mechanism.step_over() != StepOver::Auto || mechanism.placement() == Placement::InPlace;
+                let expected = expected && (trust || asks);
+                assert_eq!(on(event, real, trust), expected, "{mechanism}: {bytes:x?} {event:#x} {real:x?} {trust}");
+            }
+        }
+        assert!(at_once(&[0x89, 0xd8], mechanism, ACCESS, None, false), "{mechanism}: no memory");
+    }
+}
+
+#[test]
+fn a_read_is_answered_by_emulation_only_if_the_guest_has_no_data_breakpoint_on() {
+    for mechanism in Mechanism::all().filter(|all| matches!(all.conceal(), Conceal::Emulate | Conceal::Data)) {
+        for (dr7, trust, emulated) in [
+            (Some(0x400), false, true),
+            (Some(0x401), false, true),
+            (Some(0x3_0401), false, false),
+            (None, false, false),
+            (None, true, true),
+        ] {
+            let mut machine = Machine::new();
+            machine.dr7 = dr7;
+            machine.pages.get_mut(&DATA).unwrap()[0x20..0x22].copy_from_slice(&[0x8b, 0x03]);
+            let mut engine = Engine::new(&machine);
+            engine.trust_event_dr7(trust);
+            engine.insert(&mut machine, MOVE, mechanism).unwrap();
+            let shadow = mechanism.placement() == Placement::Shadow;
+            let mut read = access(if shadow { EXEC } else { ViewId::HOST }, DATA.at(0x20).0, MOVE, READ);
+            read.registers.gpr[3] = MOVE.0;
+            let reply = through(&mut engine, &mut machine, &read);
+            let is_emulated = matches!(reply.action, Action::Emulate | Action::EmulateRead(_));
+            assert_eq!(is_emulated, emulated, "{mechanism} {dr7:x?} {trust}: {reply:?}");
+        }
     }
 }
 

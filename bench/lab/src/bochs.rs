@@ -38,6 +38,8 @@ const CONFIGURE: &[&str] = &[
     "--enable-vmx=2",
     "--enable-avx",
     "--enable-evex",
+    // Without it no debug register ever matches anything.
+    "--enable-x86-debugger",
     "--enable-all-optimizations",
     "--enable-pci",
     "--enable-long-phy-address",

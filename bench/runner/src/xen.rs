@@ -18,6 +18,7 @@ use std::rc::Rc;
 
 use hyperbp::ledger::{self, Ledger, Note};
 use hyperbp::{Gfn, Gpa, Hypervisor, Rights, VcpuId, ViewId};
+use hyperbp_debug_control::DebugControl;
 use hyperbp_event_channel::Ways;
 use hyperbp_xen_sys as sys;
 
@@ -69,6 +70,8 @@ pub(crate) struct Domain {
     ledger: Option<Ledger>,
     /// How a monitor of it may wait.
     ways: Ways,
+    /// Asks for DR7; none inside if it cannot. Opened when it is asked for the first time.
+    debug_control: Option<Option<DebugControl>>,
 }
 
 impl Domain {
@@ -124,6 +127,7 @@ impl Domain {
             uuid: info.0.handle,
             ledger: None,
             ways: Ways::default(),
+            debug_control: None,
             pages: Pages::new(&xc, &memory, id)?,
             looked_around: 0,
             xc,
@@ -404,6 +408,20 @@ impl Hypervisor for Domain {
         let result =
             unsafe { sys::xc_domain_hvm_getcontext_partial(self.xc.raw(), self.id, SAVED_CPU, vcpu.0, into, size) };
         check(call, result).map(|()| cpu.rip)
+    }
+
+    fn debug_control(&mut self, vcpu: VcpuId) -> Result<Option<u64>, Error> {
+        let id = self.id;
+        let control = self.debug_control.get_or_insert_with(|| {
+            let opened = u16::try_from(id).map_err(std::io::Error::other).and_then(DebugControl::open);
+            opened
+                .inspect_err(|error| {
+                    log::warn!("instructions that access memory are stepped: Xen does not tell DR7: {error}");
+                })
+                .ok()
+        });
+        let dr7 = control.as_mut().map(|control| control.get(vcpu)).transpose();
+        dr7.map_err(|source| Error::of("XEN_DOMCTL_gethvmcontext_partial", source))
     }
 
     fn stop_step(&mut self, vcpu: VcpuId) -> Result<(), Error> {

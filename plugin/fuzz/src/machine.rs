@@ -28,6 +28,8 @@ pub struct Cpu {
     pub fast: Option<ViewId>,
     /// Where it was when it was answered with what is done only when it goes on: it has not gone on yet.
     pub held: Option<u64>,
+    /// Its DR7, if that can be told.
+    pub dr7: Option<u64>,
 }
 
 /// It refuses.
@@ -306,6 +308,12 @@ impl Hypervisor for Machine {
         self.call()?;
         let cpu = self.cpus.get(usize::from(vcpu.0)).ok_or(Refused)?;
         Ok(cpu.held.unwrap_or(ELSEWHERE))
+    }
+
+    /// That of the event may be another one.
+    fn debug_control(&mut self, vcpu: VcpuId) -> Result<Option<u64>, Refused> {
+        self.call()?;
+        self.cpus.get(usize::from(vcpu.0)).map(|cpu| cpu.dr7).ok_or(Refused)
     }
 
     fn stop_step(&mut self, vcpu: VcpuId) -> Result<(), Refused> {

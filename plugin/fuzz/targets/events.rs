@@ -62,6 +62,8 @@ struct Occurrence {
     plain: bool,
     at: Place,
     what: What,
+    /// Its current DR7, if that can be told.
+    dr7: Option<u64>,
 }
 
 #[derive(Arbitrary, Clone, Copy, Debug)]
@@ -187,6 +189,7 @@ impl World {
         }
         if let Some(cpu) = self.machine.cpus.get_mut(vcpu) {
             cpu.held = None;
+            cpu.dr7 = what.dr7;
         }
         let cpu = self.machine.cpus.get(vcpu).copied().unwrap_or_default();
         let reason = match what.what {

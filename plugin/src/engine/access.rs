@@ -2,6 +2,7 @@
 
 use super::{Engine, Observed};
 use crate::breakpoint::Page;
+use crate::dr7::Dr7;
 use crate::insn::paging;
 use crate::views::Views;
 use crate::{Access, Action, Event, Gfn, Gpa, Hypervisor, Registers, Reply, Rights, ViewId, conceal, placement, step};
@@ -209,6 +210,7 @@ impl Engine {
             true => self.counters.writes += 1,
             false => self.counters.reads += 1,
         }
-        conceal::begin(hv, views, vcpu, &mut self.factory, page, event)
+        let dr7 = Dr7 { vcpu: event.vcpu, trust_event: self.trust_event_dr7, ask: true };
+        conceal::begin(hv, views, vcpu, &mut self.factory, page, event, dr7)
     }
 }

@@ -2,9 +2,12 @@
 
 use super::{Engine, Hit, VACANT, Verdict};
 use crate::breakpoint::Located;
+use crate::dr7::{self, Dr7};
 use crate::placement::INT3;
 use crate::step::{self, Over};
-use crate::{Action, BreakpointId, Error, Event, Gpa, Hypervisor, Int3, Registers, Reply, StepOver, conceal};
+use crate::{
+    Action, BreakpointId, Error, Event, Gpa, Hypervisor, Int3, Placement, Registers, Reply, StepOver, conceal,
+};
 
 /// A breakpoint that was met.
 #[derive(Clone, Copy, Debug)]
@@ -194,13 +197,15 @@ impl Engine {
         let (page, spot, claims) = self.registry.parts(found);
         let breakpoint = &mut page.breakpoints[spot];
         let at = breakpoint.gpa;
+        let ask = page.placement == Placement::InPlace || breakpoint.step_over != StepOver::Auto;
+        let dr7 = Dr7 { vcpu: event.vcpu, trust_event: self.trust_event_dr7, ask };
         if breakpoint.displaced.byte() == INT3 {
             *reply = self.reinjected_after_hit(index, at, found);
             return Ok(());
         }
         let at_once = match breakpoint.step_over.steps() || late || crowded {
             true => None,
-            false => step::at_once(hv, views, vcpu, claims, (page.placement, breakpoint), registers, reply),
+            false => step::at_once(hv, views, vcpu, claims, (page.placement, breakpoint), (registers, dr7), reply),
         };
         // A response has room for new registers or for what to emulate, but not for both.
         let fits = changed.is_none() || matches!(reply.action, Action::SetRegisters(_));
@@ -212,11 +217,38 @@ impl Engine {
                 vcpu.over = Some(Over { at: breakpoint.gpa, found });
                 *reply = conceal::on_own_bytes(hv, views, vcpu, page, registers, false)?;
                 page.breakpoints[spot].count(registers, StepOver::Repair);
+                self.set_resume_flag(index, registers, reply);
                 return Ok(());
             }
-            None => step::step(hv, views, vcpu, page.placement, (found, breakpoint), registers.rip, reply)?,
+            None => {
+                let at = (found, &*breakpoint);
+                let served = step::step(hv, views, vcpu, page.placement, at, registers.rip, reply)?;
+                breakpoint.count(registers, served);
+                // Always setting it would cost the step-overs that always step more than it is worth: only if the event shows
+                // a breakpoint of the guest's. With other registers nobody could tell that a jump to itself has resumed.
+                let steps = breakpoint.step_over.steps() || crowded;
+                let waits = breakpoint.displaced.form(registers.mode).jumps_to_itself;
+                if !(steps || waits) || dr7::is_on(registers.dr7) {
+                    self.set_resume_flag(index, registers, reply);
+                }
+                return Ok(());
+            }
         };
         breakpoint.count(registers, served);
         Ok(())
+    }
+
+    /// The CPU fetches the instruction at RIP again, where it has executed an INT3 of ours. It must not compare its address
+    /// with the guest's own breakpoints again: it has done so before the INT3, which has cleared RF (Intel SDM volume 3,
+    /// sections 18.3.1.1 and 28.3.3). With one of the guest's there, its handler would be called twice, or without end.
+    #[inline(always)]
+    pub(super) fn set_resume_flag(&self, index: usize, registers: &Registers, reply: &mut Reply) {
+        // What Xen would be late with, nobody can set.
+        if !self.is_late(index)
+            && matches!(reply.action, Action::Resume)
+            && (!self.trust_event_dr7 || dr7::is_on(registers.dr7))
+        {
+            reply.set_registers(registers).rflags |= Registers::RF;
+        }
     }
 }

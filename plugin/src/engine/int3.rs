@@ -23,7 +23,7 @@ impl Engine {
         } else if vcpu.stepping && vcpu.is_over(int3.gpa) && self.locate_met(int3.gpa, event).is_some() {
             self.step_again(hv, index, int3.gpa, event)
         } else {
-            self.on_foreign_int3(hv, int3.gpa)
+            self.on_foreign_int3(hv, index, event, int3.gpa)
         }
     }
 
@@ -55,7 +55,7 @@ impl Engine {
         match at {
             // The guest jumped to a prefix before the breakpoint: that is another instruction, and no hit.
             Some(at) if self.locate_met(at, event).is_some() => self.run_prefixed(hv, index, event, at),
-            Some(at) => self.on_foreign_int3(hv, at),
+            Some(at) => self.on_foreign_int3(hv, index, event, at),
             None => Ok(self.reinjected()),
         }
     }
@@ -81,8 +81,9 @@ impl Engine {
                 return Ok(self.reinjected());
             }
             if page.lifted == 0 {
-                let rip = event.registers.rip;
-                step::step(hv, views, vcpu, page.placement, (found, breakpoint), rip, &mut reply)?;
+                let registers = &event.registers;
+                step::step(hv, views, vcpu, page.placement, (found, breakpoint), registers.rip, &mut reply)?;
+                self.set_resume_flag(index, registers, &mut reply);
             }
         }
         Ok(reply)
@@ -133,6 +134,9 @@ impl Engine {
             self.registry.located_mut(found).count(&registers, served);
         }
         reply.action = Action::SetRegisters(registers);
+        if !moved {
+            reply.set_registers(&registers).rflags |= Registers::RF;
+        }
         Ok(reply)
     }
 
@@ -148,19 +152,29 @@ impl Engine {
             return Ok(self.reinjected());
         }
         let (vcpu, views) = (&mut self.vcpus[index], self.views.as_ref());
-        match self.registry.page_mut(at.gfn()) {
-            Some(page) => conceal::on_own_bytes(hv, views, vcpu, page, &event.registers, false),
-            None => Ok(Reply::default()),
-        }
+        let mut reply = match self.registry.page_mut(at.gfn()) {
+            Some(page) => conceal::on_own_bytes(hv, views, vcpu, page, &event.registers, false)?,
+            None => Reply::default(),
+        };
+        self.set_resume_flag(index, &event.registers, &mut reply);
+        Ok(reply)
     }
 
     /// An INT3 that is no breakpoint's: the guest's own, or one of ours that was removed while the event was queued.
     #[inline(never)]
-    fn on_foreign_int3<H: Hypervisor>(&mut self, hv: &mut H, at: Gpa) -> Result<Reply, H::Error> {
+    fn on_foreign_int3<H: Hypervisor>(
+        &mut self,
+        hv: &mut H,
+        index: usize,
+        event: &Event,
+        at: Gpa,
+    ) -> Result<Reply, H::Error> {
         let mut byte = [0];
         if hv.read(at, &mut byte).is_ok() && byte[0] != INT3 {
             self.counters.unexplained += 1;
-            return Ok(Reply::default());
+            let mut reply = Reply::default();
+            self.set_resume_flag(index, &event.registers, &mut reply);
+            return Ok(reply);
         }
         Ok(self.reinjected())
     }

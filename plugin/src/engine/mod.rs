@@ -79,6 +79,7 @@ pub struct Engine {
     leaving: bool,
     /// Pages that the guest gets cannot be executed without an event.
     traps_new_pages: bool,
+    trust_event_dr7: bool,
 }
 
 impl Engine {
@@ -103,7 +104,19 @@ impl Engine {
             met: None,
             leaving: false,
             traps_new_pages: false,
+            trust_event_dr7: false,
         }
+    }
+
+    /// Whether the DR7 of an event is taken for the current one, instead of asking
+    /// [`Hypervisor::debug_control`](crate::Hypervisor::debug_control) before memory is accessed without the CPU. It is not,
+    /// unless the host says so here.
+    ///
+    /// It saves a hypercall, or a step, at each hit of an instruction that accesses memory. The price: a guest that sets a
+    /// data breakpoint and meets one of ours before Xen switches its virtual CPU out gets no #DB for what that instruction
+    /// accesses. So it can tell that there is a breakpoint.
+    pub fn trust_event_dr7(&mut self, trust: bool) {
+        self.trust_event_dr7 = trust;
     }
 
     /// All breakpoints, by address.

@@ -65,6 +65,8 @@ pub(crate) struct Form {
     /// Xen's emulator certainly does it, and as the CPU would.
     pub(crate) certain: bool,
     pub(crate) memory: MemoryUse,
+    /// See [`jumps_to_itself`].
+    pub(crate) jumps_to_itself: bool,
 }
 
 /// What an instruction does to memory.
@@ -73,6 +75,8 @@ pub(crate) enum MemoryUse {
     None,
     Reads,
     Writes,
+    /// It accesses an I/O port, which the guest may have a breakpoint on (CR4.DE).
+    Port,
 }
 
 impl Displaced {
@@ -172,15 +176,17 @@ impl Form {
         let whole = decoder.last_error() != DecoderError::NoMoreBytes;
         let length = if whole { instruction.len().max(1) } else { bytes.len() };
         if !whole || instruction.is_invalid() {
-            return (Self { op: None, emulable: whole, certain: false, memory: MemoryUse::Writes }, length);
+            let memory = MemoryUse::Writes;
+            return (Self { op: None, emulable: whole, certain: false, memory, jumps_to_itself: false }, length);
         }
         let memory = memory_use(&instruction);
         if jumps_to_itself(&instruction) {
-            return (Self { op: None, emulable: false, certain: false, memory }, length);
+            return (Self { op: None, emulable: false, certain: false, memory, jumps_to_itself: true }, length);
         }
         let op = Op::decode(&bytes[..length], mode);
         let emulable = !is_done_wrong(&instruction);
-        (Self { op, emulable, certain: emulable && is_certain(&instruction, memory), memory }, length)
+        let certain = emulable && is_certain(&instruction, memory);
+        (Self { op, emulable, certain, memory, jumps_to_itself: false }, length)
     }
 }
 
@@ -221,6 +227,9 @@ impl Before {
 }
 
 fn memory_use(instruction: &Instruction) -> MemoryUse {
+    if matches!(instruction.mnemonic(), Mnemonic::In | Mnemonic::Out) {
+        return MemoryUse::Port;
+    }
     let mut factory = InstructionInfoFactory::new();
     let mut all = MemoryUse::None;
     for memory in factory.info(instruction).used_memory() {
@@ -268,7 +277,7 @@ fn no_device(instruction: &Instruction, memory: MemoryUse) -> bool {
     let by = |register| instruction.memory_base() == register && instruction.memory_index() == Register::None;
     match memory {
         MemoryUse::None => true,
-        MemoryUse::Writes => false,
+        MemoryUse::Writes | MemoryUse::Port => false,
         MemoryUse::Reads => {
             let segment = matches!(instruction.memory_segment(), Register::FS | Register::GS);
             let stack = [Register::RSP, Register::ESP, Register::RBP, Register::EBP].into_iter().any(by);

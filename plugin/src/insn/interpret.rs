@@ -400,10 +400,7 @@ impl Op {
     /// Whether the CPU would do with it what we do, in the mode that it was decoded for.
     fn is_usual(&self, registers: &Registers) -> bool {
         debug_assert_eq!(registers.mode == CodeMode::Bits64, self.long, "decoded for another mode");
-        registers.rflags & (TF | VM) == 0
-            && !registers.has_debugger()
-            && registers.cr4 & CR4_CET == 0
-            && (self.long || registers.flat)
+        registers.rflags & (TF | VM) == 0 && registers.cr4 & CR4_CET == 0 && (self.long || registers.flat)
     }
 
     /// Does it: on `Some`, `new`, which is a copy of the `old` registers, and memory are as after the instruction. On `None`,
@@ -889,7 +886,6 @@ mod tests {
         assert_eq!(run(nop, flat()).unwrap().rip, 0x1001);
         for unusual in [
             Registers { rflags: TF, ..flat() },
-            Registers { dr7: 0x401, ..flat() },
             Registers { cr4: CR4_CET, ..flat() },
             Registers { rip: (1 << 47) - 1, ..flat() },
             Registers { mode: CodeMode::Bits32, flat: false, ..flat() },

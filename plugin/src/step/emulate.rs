@@ -2,7 +2,7 @@
 //!
 //! Its emulator works on the guest's own pages, whatever a view shows or denies, and tells nobody. So the instruction must
 //! not write to a page with breakpoints, for a shadow would not follow, nor read one with breakpoints in place. Nor does it
-//! look at the guest's own data breakpoints.
+//! look at the guest's own breakpoints on [data and ports](crate::dr7).
 
 use super::interpret::Guest;
 use super::{Emulating, Vcpu};
@@ -15,13 +15,13 @@ use crate::{Action, Hypervisor, Reply};
 pub(super) fn is_right<H: Hypervisor>(guest: &mut Guest<'_, H>, form: &Form) -> bool {
     match form.memory {
         MemoryUse::None => true,
-        _ if guest.registers.has_debugger() => false,
+        MemoryUse::Port => guest.is_unwatched(),
         MemoryUse::Reads | MemoryUse::Writes => match &form.op {
             Some(op) => op
                 .operands(guest.registers)
                 .is_some_and(|all| all.into_iter().flatten().all(|operand| guest.is_accessible(operand))),
             // Then it reads the stack, the code, or what is a thread's.
-            None => form.certain && !guest.claims.has_in_place(),
+            None => form.certain && !guest.claims.has_in_place() && guest.is_unwatched(),
         },
     }
 }

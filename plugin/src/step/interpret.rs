@@ -1,6 +1,7 @@
 //! We compute what the instruction does: one event, no step, and no emulator.
 
 use crate::breakpoint::Claims;
+use crate::dr7::Dr7;
 use crate::insn::interpret::{Memory, Op, Operand};
 use crate::insn::paging::Intent;
 use crate::insn::{LOOK_BACK, Walks, is_plain_after};
@@ -28,6 +29,9 @@ pub(super) struct Guest<'a, H> {
     pub(super) views: Option<&'a Views>,
     pub(super) registers: &'a Registers,
     pub(super) walks: &'a mut Walks,
+    pub(super) dr7: Dr7,
+    /// It was found that none of the guest's own breakpoints is on data.
+    pub(super) unwatched: bool,
 }
 
 impl<H: Hypervisor> Guest<'_, H> {
@@ -53,9 +57,11 @@ impl<H: Hypervisor> Guest<'_, H> {
         match operand.intent {
             Intent::Read => [0; 8].get_mut(..size).and_then(|into| self.read(linear, into)).is_some(),
             // It is not tried: what can be read there is memory.
-            Intent::Write => self
-                .locate(linear, size, Intent::Write)
-                .is_some_and(|gpa| [0; 8].get_mut(..size).is_some_and(|into| self.hv.read(gpa, into).is_ok())),
+            Intent::Write => {
+                let gpa = self.locate(linear, size, Intent::Write);
+                gpa.is_some_and(|gpa| [0; 8].get_mut(..size).is_some_and(|into| self.hv.read(gpa, into).is_ok()))
+                    && self.is_unwatched()
+            }
         }
     }
 
@@ -66,7 +72,16 @@ impl<H: Hypervisor> Guest<'_, H> {
         let linear = cs_base.wrapping_add(rip).wrapping_sub(LOOK_BACK as u64);
         let linear = if mode == CodeMode::Bits64 { linear } else { linear & u64::from(u32::MAX) };
         let mut before = [0; LOOK_BACK];
-        self.read(linear, &mut before).is_some() && is_plain_after(before)
+        // No access of the guest's: its data breakpoints do not matter.
+        let gpa = self.locate(linear, before.len(), Intent::Read);
+        gpa.is_some_and(|gpa| self.hv.read(gpa, &mut before).is_ok()) && is_plain_after(before)
+    }
+
+    /// Whether the guest has no [data breakpoint](crate::dr7) on. It is asked once a hit, and only right before an access.
+    #[inline(always)]
+    pub(super) fn is_unwatched(&mut self) -> bool {
+        self.unwatched |= !self.unwatched && self.dr7.watches_nothing(self.hv, self.registers);
+        self.unwatched
     }
 
     #[inline(always)]
@@ -78,12 +93,14 @@ impl<H: Hypervisor> Guest<'_, H> {
 impl<H: Hypervisor> Memory for Guest<'_, H> {
     fn read(&mut self, linear: u64, into: &mut [u8]) -> Option<()> {
         let gpa = self.locate(linear, into.len(), Intent::Read)?;
+        self.is_unwatched().then_some(())?;
         self.hv.read(gpa, into).ok()
     }
 
     #[inline(always)]
     fn write(&mut self, linear: u64, bytes: &[u8]) -> Option<()> {
         let gpa = self.locate(linear, bytes.len(), Intent::Write)?;
+        self.is_unwatched().then_some(())?;
         self.hv.write_ram(gpa, bytes).ok()?.then_some(())
     }
 }

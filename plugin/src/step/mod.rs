@@ -10,7 +10,8 @@ pub(crate) use view_fast_step::begin as fast_step_in_own_view;
 pub(crate) use view_step::{begin as step_on_own_pages, view_of};
 
 use crate::breakpoint::{Breakpoint, Claims, Located, Page};
-use crate::insn::Walks;
+use crate::dr7::Dr7;
+use crate::insn::{MemoryUse, Walks};
 use crate::views::Views;
 use crate::{Access, Gfn, Gpa, Hypervisor, Placement, Registers, Reply, Step, StepOver};
 
@@ -180,7 +181,7 @@ pub(crate) fn at_once<H: Hypervisor>(
     vcpu: &mut Vcpu,
     claims: &Claims,
     (placement, breakpoint): (Placement, &Breakpoint),
-    registers: &Registers,
+    (registers, dr7): (&Registers, Dr7),
     reply: &mut Reply,
 ) -> Option<StepOver> {
     // A virtual CPU that is being stepped can only be stepped further: after anything else the step would fall on the
@@ -189,6 +190,9 @@ pub(crate) fn at_once<H: Hypervisor>(
         return None;
     }
     let form = breakpoint.displaced.form(registers.mode);
+    if form.memory != MemoryUse::None && !dr7.can_tell() {
+        return None;
+    }
     let (interpret, emulate) = match (breakpoint.step_over, placement) {
         (StepOver::Interpret, Placement::Shadow) => (true, false),
         // In place there is no good step to fall back to.
@@ -196,7 +200,8 @@ pub(crate) fn at_once<H: Hypervisor>(
         (StepOver::Auto, Placement::Shadow) => (true, form.certain),
         _ => (false, form.emulable),
     };
-    let mut guest = interpret::Guest { hv, claims, views, registers, walks: &mut vcpu.walks };
+    let walks = &mut vcpu.walks;
+    let mut guest = interpret::Guest { hv, claims, views, registers, walks, dr7, unwatched: false };
     if interpret
         && let Some(op) = breakpoint.displaced.op(registers.mode)
         && (!breakpoint.displaced.begins_page() || guest.is_out_of_shadow())

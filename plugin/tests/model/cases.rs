@@ -228,3 +228,18 @@ fn what_cannot_work_is_refused_and_changes_nothing() {
     engine.finish(&mut world).unwrap();
     world.check_left();
 }
+
+/// The guest switches its own breakpoints on, and meets one of ours before Xen switches the virtual CPU out: the event shows
+/// an older DR7.
+#[test]
+fn no_debug_exception_of_the_guests_is_lost_or_doubled() {
+    let data = Place::Data(8);
+    for which in [2, 5] {
+        let (on, off) = (Piece::DebugControl(which), Piece::DebugControl(0));
+        everywhere(&[on, Piece::Push(0), Piece::Pop(1), off, Piece::Nop, on, Piece::Load(2, data), off]);
+        everywhere(&[on, Piece::Store(1, data), Piece::AddTo(1, data), Piece::PushFrom(data), off, Piece::Nop]);
+        everywhere(&[on, Piece::LoadCode(0, 0xffe), Piece::LoadCode(0, 0x1234), off, Piece::Carry(0xf5)]);
+        everywhere(&[on, Piece::Nop, Piece::Hypercall, Piece::PrefixedInt3, Piece::Int3, off, Piece::Nop]);
+        everywhere(&[on, Piece::Cell(true, 0), Piece::Patch(0, 1), off, Piece::StoreByte(0, Place::Scratch(1, 8))]);
+    }
+}

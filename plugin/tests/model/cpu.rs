@@ -253,6 +253,17 @@ impl<B: Bus> Cpu<'_, B> {
                 self.new.gpr[0] = self.old.gpr[0].wrapping_add(1);
                 if emulated { Err(Stop::Call) } else { Ok(()) }
             }
+            (0x23, false) => {
+                // To DR7. No emulator does it.
+                if emulated {
+                    return Err(Stop::Fault(UD));
+                }
+                match self.modrm(0)? {
+                    (7, Operand::Register(from)) => self.new.dr7 = self.old.gpr[from] & 0xffff_03ff | 0x400,
+                    _ => return Err(Stop::Fault(UD)),
+                }
+                Ok(())
+            }
             (0xb6, false) => {
                 let (register, operand) = self.modrm(0)?;
                 let value = self.load(operand, 1)?;

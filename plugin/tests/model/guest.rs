@@ -116,6 +116,8 @@ pub(crate) enum Piece {
     JumpThrough(Place),
     /// One that the hypervisor's emulator does not do.
     Hypercall,
+    /// Writes DR7, as the guest's kernel would for a debugger: which of [`DEBUG_CONTROLS`].
+    DebugControl(u8),
     /// The guest's own.
     Int3,
     PrefixedInt3,
@@ -139,6 +141,10 @@ impl Piece {
         }
     }
 }
+
+/// What DR7 may be: breakpoints off, on data that is written or accessed, on instructions, and all of that at once. Random
+/// programs have none on instructions: where Xen would be late with RF, there is a #DB too many.
+const DEBUG_CONTROLS: [u32; 6] = [0x400, 0x1111_0455, 0x3333_0455, 0x33_0405, 0x4aa, 0x3011_0495];
 
 /// What a cell of one byte holds.
 const BYTES: [u8; 5] = [0x90, 0xcc, 0x50, 0xf8, 0xf9];
@@ -202,6 +208,7 @@ pub(crate) fn piece() -> impl Strategy<Value = Piece> {
         3 => any::<u8>().prop_map(Piece::Call),
         1 => (any::<u8>(), place()).prop_map(|(which, place)| Piece::CallThrough(which, place)),
         1 => place().prop_map(Piece::JumpThrough),
+        2 => (0..3_u8).prop_map(Piece::DebugControl),
         1 => Just(Piece::Int3),
         1 => Just(Piece::PrefixedInt3),
         2 => (any::<bool>(), 0..5_u8).prop_map(|(four, what)| Piece::Cell(four, what)),
@@ -540,6 +547,10 @@ impl Assembler {
                 self.absolute(0, &[0xff], 4, place.linear(), &[]);
             }
             Piece::Hypercall => self.emit(&[0x0f, 0x01, 0xc1]),
+            Piece::DebugControl(which) => {
+                self.registers(0xc7, 0, 0, &DEBUG_CONTROLS[usize::from(which)].to_le_bytes());
+                self.emit(&[0x0f, 0x23, 0xf8]);
+            }
             Piece::Int3 => self.emit(&[0xcc]),
             Piece::PrefixedInt3 => {
                 self.emit(&[0x66, 0xcc]);

@@ -13,8 +13,11 @@ use hyperbp::{
 use crate::cpu::{self, Bus, PF, Stop, UD, is_canonical};
 
 const INT3: u8 = 0xcc;
-/// Breakpoint exception.
+/// Debug and breakpoint exceptions.
+const DB: u8 = 1;
 const BP: u8 = 3;
+/// RFLAGS.RF.
+const RF: u64 = 1 << 16;
 /// Where frames for shadows are looked for, from here on upwards.
 pub(crate) const SHADOWS: u64 = 0x100;
 const PRESENT: u64 = 1;
@@ -59,6 +62,8 @@ pub(crate) struct Vcpu {
     unmapped: bool,
     /// Where it was when it was answered with what is done only when it goes on: it has not gone on yet.
     held: Option<u64>,
+    /// DR7 as events have it: what it was when the virtual CPU last waited (`vmx_save_dr`).
+    saved_dr7: u64,
     /// Exceptions that were delivered to it, and the last one: which, and where.
     pub(crate) exceptions: u64,
     pub(crate) last_exception: Option<(u8, u64)>,
@@ -122,6 +127,7 @@ impl Machine {
             waiting: None,
             unmapped: false,
             held: None,
+            saved_dr7: 0,
             exceptions: 0,
             last_exception: None,
         };
@@ -304,6 +310,11 @@ impl Machine {
         let vcpu = &mut self.vcpus[index];
         assert!(vcpu.waiting.is_none() && self.pauses == 0);
         vcpu.held = None;
+        if vcpu.registers.rflags & RF == 0 && watches(vcpu.registers.dr7, vcpu.registers.rip, EXECUTE) {
+            // Its handler returns to the same instruction with RF set.
+            vcpu.debug_exception(vcpu.registers.rip);
+            vcpu.registers.rflags |= RF;
+        }
         let (registers, view) = (vcpu.registers, vcpu.view);
         let mut bus = Memory::new(self, Through::View(view), &registers, None);
         let done = if bus.machine.starts.contains(&registers.rip) {
@@ -313,16 +324,25 @@ impl Machine {
         };
         match done {
             Ok(after) => {
+                let watched = bus.watched;
                 bus.commit();
+                if watched {
+                    self.vcpus[index].debug_exception(after.rip);
+                }
                 self.through(index, after)
             }
             Err(Stop::Int3(length)) if self.monitored => {
                 let gpa = Memory::new(self, Through::View(view), &registers, None).code();
+                let vcpu = &mut self.vcpus[index];
+                // The INT3 clears it (Intel SDM volume 3, section 18.3.1.1).
+                vcpu.registers.rflags &= !RF;
                 self.wait(index, Reason::Int3(Int3 { gpa, length }))
             }
             Err(Stop::Int3(length)) => self.except(index, BP, length),
             Err(Stop::Denied(access)) => {
                 assert!(self.monitored, "nobody watches, and {access:?} is denied");
+                // Section 28.3.3.
+                self.vcpus[index].registers.rflags |= RF;
                 self.wait(index, Reason::Access(access))
             }
             Err(Stop::Fault(vector)) => self.except(index, vector, 0),
@@ -332,7 +352,9 @@ impl Machine {
 
     fn wait(&mut self, index: usize, reason: Reason) -> Ran {
         let vcpu = &mut self.vcpus[index];
-        let (view, registers) = (vcpu.view, vcpu.registers);
+        let (view, mut registers) = (vcpu.view, vcpu.registers);
+        // The event is there before the virtual CPU is switched out.
+        registers.dr7 = std::mem::replace(&mut vcpu.saved_dr7, registers.dr7);
         vcpu.waiting = Some(Event { vcpu: VcpuId(index as u16), view, registers, reason });
         Ran::Waits
     }
@@ -354,6 +376,7 @@ impl Machine {
     fn through(&mut self, index: usize, after: Registers) -> Ran {
         let vcpu = &mut self.vcpus[index];
         vcpu.registers = after;
+        vcpu.registers.rflags &= !RF;
         if let Some(view) = vcpu.fast.take() {
             assert!(!vcpu.stepping, "fast and monitored at once");
             vcpu.view = view;
@@ -390,6 +413,10 @@ impl Machine {
             self.vcpus[index].view = view;
         }
         let unmapped = std::mem::take(&mut self.vcpus[index].unmapped);
+        if unmapped && matches!(event.reason, Reason::Int3(_)) {
+            // Xen would be too late to set it again, so nobody can: that is not promised.
+            self.vcpus[index].registers.rflags |= RF;
+        }
         let at_once = match &reply.action {
             Action::Resume => true,
             Action::Emulate | Action::EmulateRead(_) => !denied,
@@ -403,11 +430,13 @@ impl Machine {
             Action::EmulateRead(data) => denied && self.emulate(index, None, Some(data), fails),
             Action::EmulateInstruction(bytes) => self.emulate(index, Some(bytes), None, fails),
             Action::SetRegisters(registers) => {
-                self.vcpus[index].registers = *registers;
+                // Xen takes none but the general ones, RIP and RFLAGS.
+                let registers = Registers { dr7: self.vcpus[index].registers.dr7, ..*registers };
+                self.vcpus[index].registers = registers;
                 // Else they have been changed, and the instruction is still to run.
                 let through = registers.rip != event.registers.rip;
                 if through {
-                    self.through(index, *registers);
+                    self.through(index, registers);
                 }
                 through
             }
@@ -425,7 +454,11 @@ impl Machine {
 
     /// Lets a virtual CPU that waits try again.
     pub(crate) fn release(&mut self, index: usize) {
-        self.vcpus[index].waiting = None;
+        let vcpu = &mut self.vcpus[index];
+        if vcpu.waiting.take().is_some() {
+            // A monitor that was killed cannot keep it.
+            vcpu.registers.rflags |= RF;
+        }
     }
 
     fn is_denied(&self, view: ViewId, access: &Access) -> bool {
@@ -477,6 +510,25 @@ impl Machine {
     }
 }
 
+impl Vcpu {
+    /// #DB is delivered. Its handler counts it, and returns to `rip`.
+    fn debug_exception(&mut self, rip: u64) {
+        self.exceptions += 1;
+        self.last_exception = Some((DB, rip));
+    }
+}
+
+/// R/W0 to R/W3 in DR7.
+const EXECUTE: u64 = 0b00;
+const WRITE: u64 = 0b01;
+const ACCESS: u64 = 0b11;
+
+/// Whether a breakpoint in the debug registers matches. To have many of them match, each is for a quarter of all pages.
+fn watches(dr7: u64, linear: u64, kind: u64) -> bool {
+    let number = linear >> 12 & 3;
+    dr7 >> (2 * number) & 3 != 0 && dr7 >> (16 + 4 * number) & 3 == kind
+}
+
 fn permits(rights: Rights, intent: Intent) -> bool {
     match intent {
         Intent::Read => matches!(rights, Rights::All | Rights::ReadWrite | Rights::ReadExecute | Rights::Read),
@@ -501,12 +553,14 @@ struct Memory<'a> {
     writes: Vec<(Gpa, u8)>,
     /// It has read where the guest has no memory.
     read_nothing: bool,
+    /// It has accessed what the guest has a data breakpoint on.
+    watched: bool,
 }
 
 impl<'a> Memory<'a> {
     fn new(machine: &'a mut Machine, through: Through, registers: &'a Registers, data: Option<&'a ReadData>) -> Self {
         assert_eq!(registers.mode, CodeMode::Bits64);
-        Self { machine, through, registers, data, writes: Vec::new(), read_nothing: false }
+        Self { machine, through, registers, data, writes: Vec::new(), read_nothing: false, watched: false }
     }
 
     fn commit(self) {
@@ -594,6 +648,8 @@ impl<'a> Memory<'a> {
                 false => self.translate(linear, intent)?,
             };
             self.read_nothing |= gpa.gfn().0 >= SHADOWS;
+            self.watched |= watches(self.registers.dr7, linear, ACCESS);
+            self.watched |= intent == Intent::ReadWrite && watches(self.registers.dr7, linear, WRITE);
             *byte = self.byte(gpa, intent, false)?;
         }
         if let Some(data) = self.data {
@@ -629,6 +685,7 @@ impl Bus for Memory<'_> {
                 false => self.translate(linear, Intent::Write)?,
             };
             self.byte(gpa, Intent::Write, false)?;
+            self.watched |= [WRITE, ACCESS].into_iter().any(|kind| watches(self.registers.dr7, linear, kind));
             self.writes.push((gpa, byte));
         }
         Ok(())

@@ -468,6 +468,11 @@ impl Hypervisor for World {
         Ok(self.machine.rip(vcpu))
     }
 
+    fn debug_control(&mut self, vcpu: VcpuId) -> Result<Option<u64>, NoPage> {
+        self.call()?;
+        Ok(Some(self.machine.vcpus[usize::from(vcpu.0)].registers.dr7))
+    }
+
     fn stop_step(&mut self, vcpu: VcpuId) -> Result<(), NoPage> {
         self.call()?;
         self.machine.stop_step(vcpu);
