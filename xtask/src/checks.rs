@@ -30,6 +30,7 @@ const STORM_CALLS: u32 = 20;
 const HOSTILE_VCPUS: u32 = 2;
 const HOSTILE_CPUS: u32 = 1;
 const HOSTILE_UNDER: [&str; 2] = ["auto", "repair"];
+const HOSTILE_PROBES: [&str; 5] = ["plain", "prefixes", "middle", "straddling", "int3"];
 /// How often the runner is killed, and how often it attaches and detaches.
 const KILLS: u32 = 10;
 const ATTACHES: u32 = 24;
@@ -151,7 +152,13 @@ fn jobs(bench: &Bench<'_>, runner: &Path, programs: &[Elsewhere], trace: &Trace)
         job
     };
     let storm = || bench.storm(runner, 2, &STORM_VCPUS, STORM_CALLS, &[]);
-    let hostile = bench.hostile(runner, HOSTILE_CPUS, &[HOSTILE_VCPUS], &HOSTILE_UNDER.map(str::to_owned), &[]);
+    let hostile = bench.hostile(
+        runner,
+        HOSTILE_CPUS,
+        &[HOSTILE_VCPUS],
+        &HOSTILE_UNDER.map(str::to_owned),
+        &HOSTILE_PROBES.map(str::to_owned),
+    );
     // Where all share a CPU, the monitor leaves before a virtual CPU has gone on with its answer.
     let balloon = |cpus| bench.balloon(runner, cpus, &balloon::VCPUS, balloon::ROUNDS);
     let one_cpu =
