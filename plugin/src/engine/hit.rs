@@ -1,9 +1,9 @@
 //! A breakpoint was hit: its subscribers are told, and it is stepped over.
 
-use super::{Engine, Hit, VACANT, Verdict};
+use super::{Engine, Hit, VACANT, Verdict, resync};
 use crate::breakpoint::Located;
 use crate::dr7::{self, Dr7};
-use crate::placement::INT3;
+use crate::placement::{self, INT3};
 use crate::step::{self, Over};
 use crate::{
     Action, BreakpointId, Error, Event, Gpa, Hypervisor, Int3, Placement, Registers, Reply, StepOver, conceal,
@@ -191,10 +191,12 @@ impl Engine {
         // With new registers, and with what to emulate, Xen may be late. If many pages wait to be given back, that is done
         // now: after an answer that it is not late with.
         let crowded = self.chores >= VACANT && changed.is_none();
-        self.check_current(hv, found)?;
         let late = self.is_late(index);
-        let (vcpu, views) = (&mut self.vcpus[index], self.views.as_ref());
         let (page, spot, claims) = self.registry.parts(found);
+        if !placement::is_current(hv, page, &page.breakpoints[spot]) {
+            resync::page(hv, self.views.as_ref(), page, &self.vcpus, &mut self.counters)?;
+        }
+        let (vcpu, views) = (&mut self.vcpus[index], self.views.as_ref());
         let breakpoint = &mut page.breakpoints[spot];
         let at = breakpoint.gpa;
         let ask = page.placement == Placement::InPlace || breakpoint.step_over != StepOver::Auto;

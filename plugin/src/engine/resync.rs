@@ -3,9 +3,11 @@
 
 use super::presence::paused;
 use super::{Engine, VACANT};
-use crate::breakpoint::Located;
+use crate::breakpoint::{Located, Page};
 use crate::error::Doing;
-use crate::{Error, Gpa, Hypervisor, Rights, placement};
+use crate::step::Vcpu;
+use crate::views::Views;
+use crate::{Counters, Error, Gpa, Hypervisor, Rights, placement};
 
 impl Engine {
     /// Compares the next `pages` pages that have breakpoints with what is known of them, in turn: so all of them are
@@ -108,16 +110,11 @@ impl Engine {
 
     /// Compares a page with what is known of it.
     fn resync_page<H: Hypervisor>(&mut self, hv: &mut H, number: usize) -> Result<bool, H::Error> {
-        let Some(page) = self.registry.nth_page_mut(number) else { return Ok(false) };
-        let vcpus = &self.vcpus;
-        let is_stepped = |gpa: Gpa| vcpus.iter().any(|vcpu| vcpu.is_over(gpa));
-        let changed = placement::resync(hv, self.views.as_ref(), page, &is_stepped)?;
-        self.counters.resynced += u64::from(changed);
-        Ok(changed)
+        let Some(found) = self.registry.nth_page_mut(number) else { return Ok(false) };
+        page(hv, self.views.as_ref(), found, &self.vcpus, &mut self.counters)
     }
 
     /// If memory has not the instruction any more that a breakpoint has displaced, the page is compared.
-    #[inline(always)]
     pub(super) fn check_current<H: Hypervisor>(&mut self, hv: &mut H, found: Located) -> Result<(), H::Error> {
         let (page, breakpoint) = self.registry.located(found);
         if placement::is_current(hv, page, breakpoint) { Ok(()) } else { self.resync_found(hv, found) }
@@ -133,4 +130,20 @@ impl Engine {
     pub(super) fn count_chores(&mut self) {
         self.chores = self.vacant.len() + if self.resync_pending { VACANT } else { 0 };
     }
+}
+
+/// Compares a page with what is known of it.
+#[cold]
+#[inline(never)]
+pub(super) fn page<H: Hypervisor>(
+    hv: &mut H,
+    views: Option<&Views>,
+    page: &mut Page,
+    vcpus: &[Vcpu],
+    counters: &mut Counters,
+) -> Result<bool, H::Error> {
+    let is_stepped = |gpa: Gpa| vcpus.iter().any(|vcpu| vcpu.is_over(gpa));
+    let changed = placement::resync(hv, views, page, &is_stepped)?;
+    counters.resynced += u64::from(changed);
+    Ok(changed)
 }

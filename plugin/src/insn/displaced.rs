@@ -26,6 +26,8 @@ pub(crate) struct Displaced {
     /// The aligned eight bytes of memory that it begins in, and which of their bits are its own.
     word: u64,
     word_mask: u64,
+    /// It does not end in them.
+    split: bool,
     /// By [`CodeMode`].
     forms: [Form; CodeMode::ALL.len()],
 }
@@ -93,7 +95,8 @@ impl Displaced {
             form
         });
         let (word, word_mask) = first_word(&bytes[..length], offset);
-        Self { bytes, length: length as u8, word, word_mask, before: Before::of(page, offset), forms }
+        let split = usize::from(offset % 8) + length > 8;
+        Self { bytes, length: length as u8, word, word_mask, split, before: Before::of(page, offset), forms }
     }
 
     /// The bits of `word` that are not those of the instruction. `word` is what memory has now in the aligned
@@ -109,8 +112,13 @@ impl Displaced {
         ((self.bytes[0] ^ first) as u64) << (offset % 8 * 8)
     }
 
-    /// The bytes of the instruction that are not in the aligned eight bytes that it begins in.
+    /// Whether it does not end in the aligned eight bytes that it begins in.
     #[inline(always)]
+    pub(crate) const fn is_split(&self) -> bool {
+        self.split
+    }
+
+    /// The bytes of the instruction that are not in the aligned eight bytes that it begins in.
     pub(crate) fn after_word(&self, offset: u16) -> &[u8] {
         self.bytes[..usize::from(self.length)].get(8 - usize::from(offset % 8)..).unwrap_or(&[])
     }

@@ -80,13 +80,19 @@ pub(crate) fn is_current<H: Hypervisor>(hv: &mut H, page: &Page, breakpoint: &Br
     // If the guest has no page there any more, nothing can be taken over.
     let Ok(word) = hv.read_word(Gpa(gpa.0 & !7)) else { return true };
     let changed = displaced.changed_bits(word);
-    let same = changed == 0 || (page.shadow.is_none() && changed == displaced.bits_of(INT3, gpa.offset()));
-    same && (displaced.after_word(gpa.offset()).is_empty() || has_after_word(hv, breakpoint))
+    (changed == 0 && !displaced.is_split()) || is_current_in_place(hv, page, breakpoint, changed)
 }
 
-/// Whether memory still has the rest of an instruction that does not end in the aligned eight bytes it begins in.
+/// The same where our 0xCC is in memory, or the instruction does not end in the aligned eight bytes it begins in.
 #[inline(never)]
-fn has_after_word<H: Hypervisor>(hv: &mut H, breakpoint: &Breakpoint) -> bool {
+fn is_current_in_place<H: Hypervisor>(hv: &mut H, page: &Page, breakpoint: &Breakpoint, changed: u64) -> bool {
+    let displaced = &breakpoint.displaced;
+    if changed != 0 && (page.shadow.is_some() || changed != displaced.bits_of(INT3, breakpoint.offset())) {
+        return false;
+    }
+    if !displaced.is_split() {
+        return true;
+    }
     let expected = breakpoint.displaced.after_word(breakpoint.offset());
     let (mut bytes, at) = ([0; INSTRUCTION_BYTES], Gpa((breakpoint.gpa.0 | 7) + 1));
     let bytes = &mut bytes[..expected.len()];
