@@ -6,8 +6,8 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use hyperbp::{Gpa, Mechanism, Placement};
-use hyperbp_bench_abi::{BREAKPOINT_OFFSET, CONTROL_GPA, SITES, TARGET, Workload};
+use hyperbp::Mechanism;
+use hyperbp_bench_abi::{SITES, Workload};
 
 use crate::balloon;
 use crate::bench::Subject;
@@ -53,10 +53,6 @@ pub(crate) fn all(domain: &mut Domain, programs: &[Program<'_>]) -> Result<usize
     for mechanism in Mechanism::all() {
         let result = one(domain, &guest, Subject::Core(mechanism));
         report(&format!("{mechanism} counts every hit, hides, and leaves nothing"), result);
-    }
-    for mechanism in Mechanism::all() {
-        let result = device_writes(domain, &guest, mechanism);
-        report(&format!("what dom0 writes to the page is executed under {mechanism}"), result);
     }
     for (seed, mechanism) in (1..).zip(Mechanism::all()) {
         match snippets::check(domain, &guest, mechanism, seed) {
@@ -106,85 +102,6 @@ pub(crate) fn balloon(domain: &mut Domain, rounds: u32) -> Result<usize> {
         }
     }
     Ok(failed)
-}
-
-/// Writes code to the page under test as a device does: through a mapping of dom0's, while the breakpoint is set. No view is
-/// asked, and there is no event. The guest is to execute what was written: at once what is under the breakpoint in a shadow,
-/// and after a round of [`Engine::verify`](hyperbp::Engine::verify) the rest.
-fn device_writes(domain: &mut Domain, guest: &Guest, mechanism: Mechanism) -> Result<()> {
-    /// Where the code goes, and where in the control page it leaves a number.
-    const CODE: usize = 0x800;
-    const MARK: usize = 0xff0;
-    /// The breakpoint's NOP becomes a jump to the code, over five bytes.
-    const JUMP: usize = 5;
-    const CALLS: u32 = 3;
-    enum Act {
-        Write(usize, Vec<u8>),
-        /// Pages are compared meanwhile.
-        Wait,
-        /// The guest executes the breakpoint, and this number is what the code leaves.
-        Call(u32),
-    }
-    /// `mov dword [MARK], number; ret`.
-    fn code(number: u32) -> Vec<u8> {
-        let mark = CONTROL_GPA as u32 + MARK as u32;
-        [&[0xc7, 0x04, 0x25][..], &mark.to_le_bytes(), &number.to_le_bytes(), &[0xc3]].concat()
-    }
-    guest.wait_until_done(STUCK)?;
-    let (page, control) = (domain.map_page(guest.breakpoint().gfn())?, domain.map_page(Gpa(CONTROL_GPA).gfn())?);
-    control.write(MARK, &[0; 4]);
-    let distance = (CODE as i32 - (BREAKPOINT_OFFSET + JUMP) as i32).to_le_bytes();
-    let jump = [&[0xe9][..], &distance].concat();
-    let under = |bytes: &[u8]| match mechanism.placement() {
-        Placement::Shadow => vec![Act::Write(BREAKPOINT_OFFSET, bytes.to_vec())],
-        // It is the breakpoint itself that is written over.
-        Placement::InPlace => vec![Act::Write(BREAKPOINT_OFFSET, bytes.to_vec()), Act::Wait],
-    };
-    let mut acts = VecDeque::from([Act::Call(0), Act::Write(CODE, code(1))]);
-    acts.extend(under(&jump));
-    acts.extend([Act::Call(1), Act::Write(CODE, code(2)), Act::Wait, Act::Call(2)]);
-    // And back again, as it was.
-    acts.extend(under(&TARGET[BREAKPOINT_OFFSET..BREAKPOINT_OFFSET + JUMP]));
-    acts.extend([Act::Write(CODE, TARGET[CODE..CODE + code(0).len()].to_vec()), Act::Call(2), Act::Wait]);
-    let calls = acts.iter().filter(|act| matches!(act, Act::Call(_))).count() as u64 * u64::from(CALLS);
-
-    let (mut since, mut wait, mut expected, mut wrong) = (Instant::now(), false, 0, Vec::new());
-    let mut idle = || {
-        if !guest.is_done() {
-            return (since.elapsed() < STUCK).then_some(PATIENCE);
-        }
-        if wait && since.elapsed() < 4 * core::VERIFY_EVERY {
-            return Some(PATIENCE);
-        }
-        let mut mark = [0; 4];
-        control.read(MARK, &mut mark);
-        let mark = u32::from_le_bytes(mark);
-        if mark != expected {
-            wrong.push(format!("{mark}, not {expected}"));
-            expected = mark;
-        }
-        (since, wait) = (Instant::now(), false);
-        match acts.pop_front()? {
-            Act::Write(at, bytes) => page.write(at, &bytes),
-            Act::Wait => wait = true,
-            Act::Call(number) => {
-                expected = number;
-                guest.request(Workload::ExecBp, CALLS);
-            }
-        }
-        Some(Duration::ZERO)
-    };
-    let mut monitor = Monitor::attach(domain).context("cannot monitor the domain")?;
-    let outcome = core::run(domain, &mut monitor, mechanism, &[guest.breakpoint()], &mut idle)?;
-    drop(monitor);
-    ensure!(guest.is_done(), "the guest does not come back");
-    // Whatever came of it, the page is to be as it was.
-    page.write(BREAKPOINT_OFFSET, &TARGET[BREAKPOINT_OFFSET..]);
-    page.write(CODE, &TARGET[CODE..CODE + code(0).len()]);
-    ensure!(wrong.is_empty(), "the guest executes other code than memory has: it has left {}", wrong.join(", "));
-    ensure!(outcome.hits() == calls, "{calls} executions, {} hits", outcome.hits());
-    ensure!(outcome.counters.resynced >= 3, "the page was taken over {} times", outcome.counters.resynced);
-    guest.check(domain)
 }
 
 /// Has DRAKVUF watch the page of the breakpoint, too, while the guest reads, writes and executes it.

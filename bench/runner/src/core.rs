@@ -144,7 +144,7 @@ pub(crate) fn watch(
 
 /// Pages are compared with what is known of them so often, and so many at a time: with 160 pages, what a device has written
 /// to any is found within half a second. It takes a thousandth of a CPU.
-pub(crate) const VERIFY_EVERY: Duration = Duration::from_millis(50);
+const VERIFY_EVERY: Duration = Duration::from_millis(50);
 const VERIFY_PAGES: usize = 16;
 
 /// Looks whether a device, or another domain, has written to pages with breakpoints.
