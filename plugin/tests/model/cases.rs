@@ -229,6 +229,13 @@ fn what_cannot_work_is_refused_and_changes_nothing() {
     world.check_left();
 }
 
+/// With a breakpoint on each instruction, and none in the data or the stack, whose pages would be guarded.
+fn in_code_only(program: &[Piece]) {
+    let data = Gfn(0x28);
+    let code = Recipe::plain(&[program]).build().sites.iter().filter(|site| site.gfn() < data).count();
+    Mechanism::all().for_each(|mechanism| by_turns(&[program], mechanism, |site| site < code));
+}
+
 /// The guest switches its own breakpoints on, and meets one of ours before Xen switches the virtual CPU out: the event shows
 /// an older DR7.
 #[test]
@@ -236,6 +243,8 @@ fn no_debug_exception_of_the_guests_is_lost_or_doubled() {
     let data = Place::Data(8);
     for which in [2, 5] {
         let (on, off) = (Piece::DebugControl(which), Piece::DebugControl(0));
+        in_code_only(&[on, Piece::Push(0), Piece::Pop(1), off, Piece::Nop, on, Piece::Load(2, data), off]);
+        in_code_only(&[on, Piece::Store(1, data), Piece::PushFrom(data), off, on, Piece::Pop(1), off, Piece::Nop]);
         everywhere(&[on, Piece::Push(0), Piece::Pop(1), off, Piece::Nop, on, Piece::Load(2, data), off]);
         everywhere(&[on, Piece::Store(1, data), Piece::AddTo(1, data), Piece::PushFrom(data), off, Piece::Nop]);
         everywhere(&[on, Piece::LoadCode(0, 0xffe), Piece::LoadCode(0, 0x1234), off, Piece::Carry(0xf5)]);
