@@ -6,8 +6,10 @@
 //! Xen's emulator works on the guest's own pages, whatever a view shows or denies, and tells nobody. So
 //! [`Conceal::Emulate`] and [`Conceal::Data`] are right only for an instruction that writes nothing and makes one read that
 //! lies wholly in the page. Besides, Xen gives *every* read of the instruction the same data, and zeros where they end
-//! (`set_context_data`, xen/arch/x86/hvm/emulate.c). So the instruction is decoded first. Nor does the emulator look at the
-//! guest's own [data breakpoints](crate::dr7).
+//! (`set_context_data`, xen/arch/x86/hvm/emulate.c): those of a descriptor, too. And the CPU may have made the access for
+//! itself, when it delivers an exception. So the instruction is decoded first, and the address of its operand compared
+//! with that of the access ([`insn::operand_read`]). Nor does the emulator look at the guest's
+//! own [data breakpoints](crate::dr7).
 
 use iced_x86::InstructionInfoFactory;
 
@@ -17,8 +19,7 @@ use crate::insn::paging;
 use crate::step::{self, Emulating, Vcpu};
 use crate::views::Views;
 use crate::{
-    Access, Action, Conceal, Event, Gpa, Hypervisor, PAGE_SIZE, Placement, READ_BYTES, ReadData, Reason, Registers,
-    Reply, insn, placement,
+    Action, Conceal, Event, Gpa, Hypervisor, Placement, READ_BYTES, ReadData, Reason, Registers, Reply, insn, placement,
 };
 
 /// Answers the access of an event, which the guard of `page` denied.
@@ -38,18 +39,22 @@ pub(crate) fn begin<H: Hypervisor>(
     };
     // Without breakpoints it is to be given back, as soon as there is no answer that takes Xen a while.
     if !(access.write || access.page_walk || vcpu.stepping || page.breakpoints.is_empty()) {
+        let registers = &event.registers;
         match (page.conceal, views) {
-            (Conceal::ViewFastStep, Some(views)) => {
-                return Ok(step::fast_step_in_own_view(vcpu, views, event.registers.rip));
+            // An INT3 that is executed once more in a fast step would end that, and would be interrupted again.
+            (Conceal::ViewFastStep, Some(views)) if vcpu.interrupted.is_none() => {
+                return Ok(step::fast_step_in_own_view(vcpu, views, registers.rip));
             }
             (Conceal::Emulate, Some(_))
-                if lone_read(hv, factory, event, access).is_some() && dr7.watches_nothing(hv, &event.registers) =>
+                if insn::operand_read(hv, factory, registers, access.gpa).is_some()
+                    && dr7.watches_nothing(hv, registers) =>
             {
                 return emulated(vcpu, Action::Emulate);
             }
             (Conceal::Data, _) => {
-                if let Some(size) = lone_read(hv, factory, event, access).filter(|size| *size <= READ_BYTES)
-                    && dr7.watches_nothing(hv, &event.registers)
+                let size = insn::operand_read(hv, factory, registers, access.gpa);
+                if let Some(size) = size.filter(|size| *size <= READ_BYTES)
+                    && dr7.watches_nothing(hv, registers)
                 {
                     let data = data(hv, page, access.gpa, size)?;
                     return emulated(vcpu, Action::EmulateRead(data));
@@ -91,21 +96,6 @@ pub(crate) fn on_own_bytes<H: Hypervisor>(
         }
         (Placement::Shadow, _) => Ok(Reply { action: Action::Emulate, ..Reply::default() }),
     }
-}
-
-/// How many bytes the instruction reads from where the access is, if that is all it does to memory, and all in this page.
-fn lone_read<H: Hypervisor>(
-    hv: &mut H,
-    factory: &mut InstructionInfoFactory,
-    event: &Event,
-    access: &Access,
-) -> Option<usize> {
-    let start = usize::from(access.gpa.offset());
-    // At the start of a page the access may have begun in the page before.
-    if start == 0 {
-        return None;
-    }
-    insn::single_read(hv, factory, &event.registers).filter(|size| start + size <= PAGE_SIZE)
 }
 
 /// What the instruction is to read: the guest's own bytes.

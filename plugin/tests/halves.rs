@@ -505,7 +505,8 @@ fn an_access_that_xen_would_be_late_to_emulate_is_tried_again() {
     engine.insert(&mut machine, MOVE, mechanism).unwrap();
     // mov eax, [ebx], at which the machine is.
     machine.pages.get_mut(&DATA).unwrap()[0x20..0x22].copy_from_slice(&[0x8b, 0x03]);
-    let read = access(EXEC, DATA.at(0x20).0, MOVE, READ);
+    let mut read = access(EXEC, DATA.at(0x20).0, MOVE, READ);
+    read.registers.gpr[3] = MOVE.0;
     assert_eq!(through(&mut engine, &mut machine, &read).action, Action::Emulate);
     let gone = engine.insert(&mut machine, DATA.at(0), mechanism).unwrap();
     engine.remove(&mut machine, gone).unwrap();
@@ -523,7 +524,8 @@ fn an_emulation_that_is_dropped_is_forgotten() {
     machine.pages.get_mut(&DATA).unwrap()[0x20..0x22].copy_from_slice(&[0x8b, 0x03]);
     let gone = engine.insert(&mut machine, DATA.at(0), mechanism).unwrap();
     engine.remove(&mut machine, gone).unwrap();
-    let read = access(EXEC, DATA.at(0x20).0, MOVE, READ);
+    let mut read = access(EXEC, DATA.at(0x20).0, MOVE, READ);
+    read.registers.gpr[3] = MOVE.0;
     assert_eq!(through(&mut engine, &mut machine, &read), Reply::default());
     let failed = event(EXEC, DATA.at(0x30).0, Reason::EmulationFailed);
     assert_eq!(through(&mut engine, &mut machine, &failed), Reply::default());

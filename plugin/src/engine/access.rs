@@ -39,7 +39,8 @@ impl Engine {
         let stepped = self.registry.is_watched(gfn) || self.registry.page(gfn).is_some();
         let breakpoint = if stepped { self.fetched(hv, event, access) } else { None };
         // It may have been told of before: then it is still the same hit.
-        let breakpoint = breakpoint.filter(|at| !self.vcpus[index].is_over(*at));
+        let vcpu = &self.vcpus[index];
+        let breakpoint = breakpoint.filter(|at| !vcpu.is_over(*at) && vcpu.interrupted.is_none());
         if let Some(at) = breakpoint.and_then(|at| self.registry.locate(at)) {
             self.counters.hits += 1;
             self.hit_at = hv.now();
@@ -139,7 +140,7 @@ impl Engine {
         let watch = self.registry.claims.watches().get(gfn).filter(|watch| watch.accesses.include(access));
         let after = watch.is_some_and(|watch| watch.after);
         self.vcpus[index].accessing = after.then_some(*access);
-        let monitored = after || self.vcpus[index].stepping;
+        let monitored = after || self.vcpus[index].stepping || self.vcpus[index].interrupted.is_some();
         let (vcpu, views) = (&mut self.vcpus[index], self.views.as_ref());
         match (self.registry.page_mut(gfn), views) {
             (Some(page), views) if monitored || changed.is_some() => {
@@ -151,9 +152,19 @@ impl Engine {
             }
             (Some(_), _) => self.on_guarded(hv, index, event, access),
             // It is not watched any more. But what would try again is not to be hit again.
-            (None, _) if watch.is_none() && !hit => Ok(Reply::default()),
+            (None, _) if watch.is_none() && !hit => Ok(self.tried_again(index, Action::Resume)),
             (None, Some(views)) if after => Ok(step::step_on_own_pages(vcpu, views)),
             (None, _) => self.step_in_own_view(index, registers),
+        }
+    }
+
+    /// Lets an access be tried again. If an INT3 may be executed again for it, that is the same hit, and so it is to be known
+    /// when that is through.
+    fn tried_again(&mut self, index: usize, action: Action) -> Reply {
+        let vcpu = &mut self.vcpus[index];
+        match vcpu.interrupted {
+            Some(_) if !vcpu.stepping => Reply { step: vcpu.step(), ..Reply::default() },
+            _ => Reply { action, ..Reply::default() },
         }
     }
 
@@ -161,7 +172,7 @@ impl Engine {
     fn step_in_own_view<E>(&mut self, index: usize, registers: &Registers) -> Result<Reply, E> {
         let (vcpu, views) = (&mut self.vcpus[index], self.views.as_ref());
         Ok(match views {
-            Some(views) if vcpu.stepping => step::step_on_own_pages(vcpu, views),
+            Some(views) if vcpu.stepping || vcpu.interrupted.is_some() => step::step_on_own_pages(vcpu, views),
             Some(views) => step::fast_step_in_own_view(vcpu, views, registers.rip),
             None => Reply::default(),
         })
@@ -192,10 +203,10 @@ impl Engine {
             self.counters.unexplained += 1;
             if self.leaving || views.is_some_and(|views| !views.all().contains(&event.view)) {
                 // It was queued when the virtual CPU was in another view, or when the page was ours.
-                return Ok(Reply::default());
+                return Ok(self.tried_again(index, Action::Resume));
             }
             // Not ours, or not any more. Xen emulates only if the access is still denied, so the guest goes on.
-            return Ok(Reply { action: Action::Emulate, ..Reply::default() });
+            return Ok(self.tried_again(index, Action::Emulate));
         };
         placement::catch_up(hv, views, page)?;
         if access.execute && !access.write && !access.read {

@@ -207,7 +207,7 @@ impl Engine {
     #[inline(never)]
     fn end_step<H: Hypervisor>(&mut self, hv: &mut H, index: usize, reply: &mut Reply) {
         let vcpu = &mut self.vcpus[index];
-        (vcpu.emulating, vcpu.fast, vcpu.answered) = (None, None, None);
+        (vcpu.emulating, vcpu.fast, vcpu.answered, vcpu.interrupted) = (None, None, None, None);
         *reply = Reply::default();
         self.on_step(hv, index, reply);
         self.conclude(hv, index, 0, reply);
@@ -225,6 +225,11 @@ impl Engine {
         let answered = vcpu.answered.take();
         if !matches!(event.reason, Reason::EmulationFailed) || answered != Some(event.registers.rip) {
             vcpu.emulating = None;
+        }
+        if let Reason::Access(access) = &event.reason {
+            let rip = Some(event.registers.rip);
+            let delivering = (answered == rip && vcpu.injected) || vcpu.interrupted == rip;
+            vcpu.interrupted = rip.filter(|_| delivering && !access.execute);
         }
         let stepping = vcpu.stepping;
         // Still at the instruction, it may not be through.
@@ -264,6 +269,7 @@ impl Engine {
         }
         if !matches!(reply.action, Action::Resume) {
             vcpu.answered = Some(rip);
+            vcpu.injected = matches!(reply.action, Action::Reinject);
             if matches!(reply.action, Action::SetRegisters(_) | Action::Reinject) {
                 // What was to be emulated is not.
                 vcpu.emulating = None;

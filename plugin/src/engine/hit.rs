@@ -4,7 +4,7 @@ use super::{Engine, Hit, VACANT, Verdict, resync};
 use crate::breakpoint::Located;
 use crate::dr7::{self, Dr7};
 use crate::placement::{self, INT3};
-use crate::step::{self, Over};
+use crate::step::{self, Over, Vcpu};
 use crate::{
     Action, BreakpointId, Error, Event, Gpa, Hypervisor, Int3, Placement, Registers, Reply, StepOver, conceal,
 };
@@ -48,11 +48,14 @@ impl Engine {
     /// that step is over.
     #[cold]
     fn is_same_hit<H: Hypervisor>(&mut self, hv: &mut H, index: usize, event: &Event, at: Gpa) -> bool {
-        if self.locate_met(at, event).is_none() {
-            return false;
-        }
-        let over = &mut self.vcpus[index].over;
+        let Some(found) = self.locate_met(at, event) else { return false };
+        let Vcpu { over, interrupted, .. } = &mut self.vcpus[index];
         if over.is_some_and(|over| over.at == at) {
+            return true;
+        }
+        if over.is_none() && *interrupted == Some(event.registers.rip) {
+            // It was told of, and its delivery was interrupted.
+            *over = Some(Over { at, found });
             return true;
         }
         // An instruction that exits to the hypervisor ends without an event.

@@ -192,7 +192,7 @@ impl Form {
             return (Self { op: None, emulable: false, certain: false, memory, jumps_to_itself: true }, length);
         }
         let op = Op::decode(&bytes[..length], mode);
-        let emulable = !is_done_wrong(&instruction);
+        let emulable = !is_done_wrong(&instruction) && !uses_descriptors(&instruction);
         let certain = emulable && is_certain(&instruction, memory);
         (Self { op, emulable, certain, memory, jumps_to_itself: false }, length)
     }
@@ -220,6 +220,25 @@ pub(super) fn is_done_wrong(instruction: &Instruction) -> bool {
         Mov => instruction.op0_register().is_dr() || instruction.op1_register().is_dr(),
         _ => false,
     }
+}
+
+/// Whether the CPU reads a descriptor or a gate for the instruction, and may write one. Xen's emulator does the same to the
+/// guest's own pages, whatever a view denies: a copy would not follow, and nobody would hear of it. And a software interrupt
+/// that it [injects](crate::Action::Reinject) is executed once more where its gate cannot be read.
+fn uses_descriptors(instruction: &Instruction) -> bool {
+    use Mnemonic::*;
+    let loaded = instruction.op_count() > 0
+        && instruction.op0_kind() == OpKind::Register
+        && instruction.op0_register().is_segment_register();
+    let far = instruction.is_jmp_far()
+        || instruction.is_jmp_far_indirect()
+        || instruction.is_call_far()
+        || instruction.is_call_far_indirect();
+    let known = matches!(
+        instruction.mnemonic(),
+        Lds | Les | Lfs | Lgs | Lss | Lar | Lsl | Verr | Verw | Ltr | Lldt | Retf | Int | Into | Int1 | Int3
+    );
+    known || far || (loaded && matches!(instruction.mnemonic(), Mov | Pop))
 }
 
 impl Before {
@@ -295,7 +314,7 @@ fn no_device(instruction: &Instruction, memory: MemoryUse) -> bool {
 }
 
 /// No control, debug or segment register is an operand: MOV has such forms.
-fn has_general_operands(instruction: &Instruction) -> bool {
+pub(super) fn has_general_operands(instruction: &Instruction) -> bool {
     (0..instruction.op_count()).all(|operand| match instruction.op_kind(operand) {
         OpKind::Register => instruction.op_register(operand).is_gpr(),
         OpKind::FarBranch16 | OpKind::FarBranch32 => false,
@@ -304,7 +323,7 @@ fn has_general_operands(instruction: &Instruction) -> bool {
 }
 
 /// Arithmetic, moves and jumps.
-fn is_integer(mnemonic: Mnemonic) -> bool {
+pub(super) fn is_integer(mnemonic: Mnemonic) -> bool {
     use Mnemonic::*;
     matches!(
         mnemonic,

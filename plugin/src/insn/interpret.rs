@@ -16,9 +16,9 @@ const AF: u64 = 1 << 4;
 const ZF: u64 = 1 << 6;
 const SF: u64 = 1 << 7;
 const OF: u64 = 1 << 11;
-const TF: u64 = 1 << 8;
+pub(super) const TF: u64 = 1 << 8;
 const RF: u64 = 1 << 16;
-const VM: u64 = 1 << 17;
+pub(super) const VM: u64 = 1 << 17;
 const AC: u64 = 1 << 18;
 const STATUS: u64 = CF | PF | AF | ZF | SF | OF;
 const CR0_AM: u64 = 1 << 18;
@@ -680,7 +680,7 @@ const fn mask(long: bool) -> u64 {
 }
 
 /// Whether nobody asks if addresses are aligned.
-fn is_unchecked(registers: &Registers) -> bool {
+pub(super) fn is_unchecked(registers: &Registers) -> bool {
     registers.rflags & AC == 0 || registers.cr0 & CR0_AM == 0 || registers.cpl != 3
 }
 

@@ -74,6 +74,11 @@ pub(crate) struct Vcpu {
     pub(crate) answered: Option<u64>,
     /// It is among those that may still have to go on with what they were answered.
     pub(crate) pending: bool,
+    /// With [`answered`](Self::answered): an INT3 was to be delivered.
+    pub(crate) injected: bool,
+    /// Where it is at an access that the CPU may have made to deliver an INT3: it is where that was to be delivered. Xen does
+    /// not deliver it again (`hvm_event_needs_reinjection`, xen/arch/x86/hvm/hvm.c): the CPU executes the INT3 once more.
+    pub(crate) interrupted: Option<u64>,
     /// The registers that it is to have when it meets the breakpoint again that it is [over](Self::over): Xen would have been
     /// late with them.
     pub(crate) changed: Option<Registers>,
@@ -113,6 +118,8 @@ impl Vcpu {
             unmappings: 0,
             answered: None,
             pending: false,
+            injected: false,
+            interrupted: None,
             changed: None,
             walks: Walks::NONE,
         }

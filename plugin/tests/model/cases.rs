@@ -182,6 +182,38 @@ fn a_page_that_is_lifted_twice_keeps_what_was_written() {
     Script::plain(recipe, &[Mechanism::REPAIR], vec![site], actions).run();
 }
 
+/// What the CPU reads and writes to deliver an exception is in a page with breakpoints. The INT3, which is not delivered
+/// again but executed again, is under one, too, or not.
+#[test]
+fn exceptions_arrive_whose_gates_are_guarded() {
+    let program = [Piece::Int3, Piece::Load(0, Place::Absent(0))];
+    for (mechanism, on_int3) in Mechanism::all().flat_map(|mechanism| [false, true].map(|on| (mechanism, on))) {
+        let Guest { machine, sites } = Recipe::plain(&[&program]).build();
+        let mut world = World::new(machine, Vec::new());
+        let mut engine = Engine::new(&world);
+        // The first one is in the page of the gates and of the stack, but in no code.
+        let places = if on_int3 { &sites[..3] } else { &sites[..1] };
+        for place in places {
+            let id = engine.insert(&mut world, *place, mechanism).unwrap();
+            world.subscribed(id, mechanism.placement());
+        }
+        for _ in 0..ROUNDS {
+            world.run(0);
+            let Some(event) = world.machine.vcpus[0].waiting else { continue };
+            let reply = engine.handle(&mut world, &event, &mut |_, world, hit| {
+                world.told(hit.vcpu, hit.breakpoint);
+                Verdict::Keep
+            });
+            if world.machine.answer(0, &reply, false) {
+                world.through(0);
+            }
+            world.check();
+        }
+        let exceptions = world.machine.vcpus[0].exceptions;
+        assert!(exceptions > 4, "{mechanism}: {exceptions} exceptions were delivered");
+    }
+}
+
 proptest! {
     /// Events that nothing explains, from virtual CPUs and views that do not exist: no panic.
     #[test]

@@ -9,7 +9,7 @@ use std::rc::Rc;
 use hyperbp::{CodeMode, Gfn, Gpa, PAGE_SIZE, Registers};
 use proptest::prelude::*;
 
-use crate::machine::{Machine, Page, SHADOWS};
+use crate::machine::{Machine, Page, SHADOWS, Tables};
 
 /// Frames of the page tables' four levels.
 const TABLES: [u64; 4] = [0x10, 0x11, 0x12, 0x13];
@@ -31,6 +31,8 @@ const ALL_AT: u64 = 0x80_0000;
 /// In a code page: a part that holds no code, for data and stacks.
 const SCRATCH: u64 = 0x900;
 const SCRATCH_SIZE: u64 = 0x100;
+/// In the first code page: the gates of exceptions. In each: a stack for the exceptions of a virtual CPU.
+const TABLES_AT: Tables = Tables { gates: CODE_AT + 0xa00, stack: CODE_AT + 0xc00, next_stack: PAGE_SIZE as u64 };
 /// Where the functions are that all virtual CPUs call.
 const FUNCTIONS_AT: u64 = CODE_AT + PAGE_SIZE as u64 + 0x100;
 /// Most virtual CPUs of a guest.
@@ -336,7 +338,7 @@ impl Recipe {
             page[at % PAGE_SIZE] = byte;
         }
         Guest {
-            machine: Machine::new(memory, Rc::new(starts), &registers, handlers),
+            machine: Machine::new(memory, Rc::new(starts), &registers, handlers, TABLES_AT),
             sites: sites.into_iter().collect(),
         }
     }

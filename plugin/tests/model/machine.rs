@@ -64,6 +64,9 @@ pub(crate) struct Vcpu {
     held: Option<u64>,
     /// DR7 as events have it: what it was when the virtual CPU last waited (`vmx_save_dr`).
     saved_dr7: u64,
+    /// An exception whose delivery was denied something: the CPU delivers it before it does anything else
+    /// (`vmx_idtv_reinject`). A software interrupt is not delivered again: its instruction is executed again.
+    delivering: Option<u8>,
     /// Exceptions that were delivered to it, and the last one: which, and where.
     pub(crate) exceptions: u64,
     pub(crate) last_exception: Option<(u8, u64)>,
@@ -110,6 +113,17 @@ pub(crate) struct Machine {
     starts: Rc<HashSet<u64>>,
     /// Where exceptions are handled, for each virtual CPU.
     handlers: Vec<u64>,
+    tables: Tables,
+}
+
+/// What the CPU reads and writes for itself when it delivers an exception, by linear address.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Tables {
+    /// The gates, of 16 bytes each.
+    pub(crate) gates: u64,
+    /// Where the stack begins of the first virtual CPU, and how far from it those of the others.
+    pub(crate) stack: u64,
+    pub(crate) next_stack: u64,
 }
 
 impl Machine {
@@ -118,6 +132,7 @@ impl Machine {
         starts: Rc<HashSet<u64>>,
         registers: &[Registers],
         handlers: Vec<u64>,
+        tables: Tables,
     ) -> Self {
         let vcpu = |registers: &Registers| Vcpu {
             registers: *registers,
@@ -128,6 +143,7 @@ impl Machine {
             unmapped: false,
             held: None,
             saved_dr7: 0,
+            delivering: None,
             exceptions: 0,
             last_exception: None,
         };
@@ -141,6 +157,7 @@ impl Machine {
             monitored: false,
             starts,
             handlers,
+            tables,
         };
         memory.into_iter().for_each(|(gfn, page)| machine.add(gfn, page));
         machine
@@ -310,6 +327,9 @@ impl Machine {
         let vcpu = &mut self.vcpus[index];
         assert!(vcpu.waiting.is_none() && self.pauses == 0);
         vcpu.held = None;
+        if let Some(vector) = vcpu.delivering.take() {
+            return self.except(index, vector, 0);
+        }
         if vcpu.registers.rflags & RF == 0 && watches(vcpu.registers.dr7, vcpu.registers.rip, EXECUTE) {
             // Its handler returns to the same instruction with RF set.
             vcpu.debug_exception(vcpu.registers.rip);
@@ -361,6 +381,14 @@ impl Machine {
 
     /// An exception is delivered. Of an interrupt, `length` are the bytes.
     fn except(&mut self, index: usize, vector: u8, length: u8) -> Ran {
+        match self.deliver(index, vector) {
+            Ok(()) => {}
+            Err(Stop::Denied(access)) if self.monitored => {
+                self.vcpus[index].delivering = (vector != BP).then_some(vector);
+                return self.wait(index, Reason::Access(access));
+            }
+            Err(stop) => panic!("the tables are always mapped: {stop:?}"),
+        }
         let vcpu = &mut self.vcpus[index];
         vcpu.exceptions += 1;
         vcpu.last_exception = Some((vector, vcpu.registers.rip));
@@ -370,6 +398,23 @@ impl Machine {
             _ => self.handlers[index],
         };
         self.through(index, after)
+    }
+
+    /// What the CPU reads and writes for that, in the view it is in.
+    fn deliver(&mut self, index: usize, vector: u8) -> Result<(), Stop> {
+        let Vcpu { registers, view, .. } = self.vcpus[index];
+        let supervisor = Registers { cpl: 0, ..registers };
+        let Tables { gates, stack, next_stack } = self.tables;
+        let mut bus = Memory::new(self, Through::View(view), &supervisor, None);
+        for half in [0, 8] {
+            bus.read(gates + u64::from(vector) * 16 + half, 8)?;
+        }
+        let top = stack + next_stack * index as u64;
+        for (n, word) in (1..).zip([0x10, registers.gpr[4], registers.rflags, 8, registers.rip]) {
+            bus.write(top - n * 8, 8, word)?;
+        }
+        bus.commit();
+        Ok(())
     }
 
     /// The instruction is through: a step ends.
@@ -442,8 +487,7 @@ impl Machine {
             }
             Action::Reinject => {
                 let Reason::Int3(int3) = event.reason else { panic!("no INT3, and injected: {:?}", event.reason) };
-                self.except(index, BP, int3.length);
-                true
+                self.except(index, BP, int3.length) == Ran::Through
             }
         };
         // The model has done it at once; but nobody can tell yet, unless there is an event already.
@@ -476,6 +520,7 @@ impl Machine {
         fails: bool,
     ) -> bool {
         let registers = self.vcpus[index].registers;
+        assert_eq!(self.vcpus[index].delivering, None, "an instruction is emulated that the CPU has interrupted");
         let mut bus = Memory::new(self, Through::Emulator, &registers, data);
         match cpu::execute(&registers, &mut bus, instruction.map(|bytes| &bytes[..]), true) {
             _ if fails => drop(self.wait(index, Reason::EmulationFailed)),
@@ -489,7 +534,7 @@ impl Machine {
             Err(Stop::Int3(length)) => drop(self.except(index, BP, length)),
             Err(Stop::Denied(access)) => unreachable!("nothing is denied to the hypervisor, nor {access:?}"),
         }
-        self.vcpus[index].waiting.is_none_or(|event| event.reason != Reason::EmulationFailed)
+        self.vcpus[index].waiting.is_none_or(|event| event.reason == Reason::Step)
     }
 
     /// Whether the instruction that a virtual CPU is about to do reads where there is no memory.
