@@ -93,6 +93,10 @@ impl Hypervisor for Machine {
         Ok(())
     }
 
+    fn debug_control(&mut self, _: VcpuId) -> Result<Option<u64>, Infallible> {
+        Ok(Some(0))
+    }
+
     fn rip(&mut self, _: VcpuId) -> Result<u64, Infallible> {
         Ok(0)
     }
