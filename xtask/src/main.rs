@@ -11,6 +11,7 @@ mod bench;
 mod boot;
 mod browser;
 mod budgets;
+mod check;
 mod checks;
 mod cpp;
 mod deny;
@@ -46,6 +47,7 @@ enum Command {
     Balloon(balloon::Balloon),
     Bench(Box<bench::Bench>),
     Boot(boot::Boot),
+    Check(check::Check),
     Budgets(budgets::Budgets),
     CheckHostile(hostile::Hostile),
     Drakvuf(drakvuf::Drakvuf),
@@ -65,6 +67,7 @@ fn main() -> ExitCode {
         Command::Balloon(balloon) => balloon.run(),
         Command::Bench(bench) => bench.run(),
         Command::Boot(boot) => boot.run(),
+        Command::Check(check) => check.run(),
         Command::Budgets(budgets) => budgets.run(),
         Command::CheckHostile(hostile) => hostile.run(),
         Command::Drakvuf(drakvuf) => drakvuf.run(),

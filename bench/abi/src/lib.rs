@@ -20,8 +20,14 @@
 
 pub mod hostile;
 mod snippets;
+mod system;
 
 pub use snippets::{JUMP, Needs, SNIPPET_PAGES, SNIPPET_RUNS, SNIPPETS, Snippet, snippet_offset};
+pub use system::{
+    FRESH, SYSTEM_CASES, SYSTEM_DATA, SYSTEM_ENTRY, SYSTEM_FAULT_STACK, SYSTEM_GDT, SYSTEM_GDT_BYTES, SYSTEM_HANDLER,
+    SYSTEM_IDT, SYSTEM_PART_WORDS, SYSTEM_PARTS, SYSTEM_SAMPLES, SYSTEM_SLOT, SYSTEM_STACK, SYSTEM_TSS, SYSTEM_WORDS,
+    SystemCase, TASK, Value, system_hits,
+};
 
 /// Bytes in a page.
 pub const PAGE_SIZE: usize = 4096;
@@ -39,7 +45,7 @@ pub const PROGRAM_MAGIC: u64 = u64::from_le_bytes(*b"HBPPROCS");
 pub const LABEL_MAGIC: u64 = u64::from_le_bytes(*b"HBPLABEL");
 
 /// [`Control::version`] of this layout. A runner refuses any other.
-pub const VERSION: u32 = 5;
+pub const VERSION: u32 = 6;
 
 /// Samples that fit in the sample pages, and so the most a request may ask for.
 pub const SAMPLES_MAX: u32 = 4096;
@@ -146,11 +152,14 @@ pub enum Workload {
     /// popped, what was popped where page tables had changed, what was loaded, the bytes of the code, and hypercalls that were
     /// refused.
     Balloon = 14,
+    /// Execute each of the [`SYSTEM_CASES`] in both copies. Instead of times, the samples are what they have left:
+    /// see [`SYSTEM_SAMPLES`].
+    SystemPage = 15,
 }
 
 impl Workload {
     /// Every workload, in wire order.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::Timer,
         Self::ExecBp,
         Self::ExecPage,
@@ -165,6 +174,7 @@ impl Workload {
         Self::Label,
         Self::Hostile,
         Self::Balloon,
+        Self::SystemPage,
     ];
 
     /// The workload with this number, if there is one.
@@ -224,6 +234,8 @@ pub struct Control {
     pub tag: u64,
     /// Guest-physical address of the page with [`BALLOON_CODE`].
     pub balloon_gpa: u64,
+    /// Guest-physical address of the page of [`Workload::SystemPage`].
+    pub system_gpa: u64,
 }
 
 /// What is at the start of a program's page while the runner looks for it.
@@ -275,7 +287,7 @@ mod tests {
         assert_eq!(offset_of!(Control, executions), 0x30);
         assert_eq!(offset_of!(Control, mismatch_seen), 0x50);
         assert_eq!(offset_of!(Control, alive), 0x70);
-        assert_eq!(size_of::<Control>(), 0x90);
+        assert_eq!(size_of::<Control>(), 0x98);
         assert_eq!(size_of::<Label>(), 24);
         assert_eq!(SAMPLE_PAGES, 8);
         assert!(size_of::<Storm>() <= PAGE_SIZE);
@@ -296,6 +308,6 @@ mod tests {
             assert_eq!(Workload::from_wire(workload as u32), Some(workload));
         }
         assert_eq!(Workload::from_wire(0), None);
-        assert_eq!(Workload::from_wire(15), None);
+        assert_eq!(Workload::from_wire(16), None);
     }
 }

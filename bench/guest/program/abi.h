@@ -10,7 +10,7 @@
 
 enum {
     PAGE_SIZE = 4096,
-    VERSION = 5,
+    VERSION = 6,
     SAMPLES_MAX = 4096,
     SAMPLE_PAGES = SAMPLES_MAX * sizeof(uint64_t) / PAGE_SIZE,
     BREAKPOINT_OFFSET = PAGE_SIZE - 8,
@@ -50,6 +50,7 @@ struct control
     uint64_t alive;
     uint64_t process;
     uint64_t tag;
+    uint64_t kernel_only_too[2];
 };
 
 struct label
@@ -63,7 +64,7 @@ _Static_assert(offsetof(struct control, request) == 0x20, "as in bench/abi");
 _Static_assert(offsetof(struct control, executions) == 0x30, "as in bench/abi");
 _Static_assert(offsetof(struct control, mismatch_seen) == 0x50, "as in bench/abi");
 _Static_assert(offsetof(struct control, alive) == 0x70, "as in bench/abi");
-_Static_assert(sizeof(struct control) == 0x88, "as in bench/abi");
+_Static_assert(sizeof(struct control) == 0x98, "as in bench/abi");
 _Static_assert(sizeof(struct label) == 24, "as in bench/abi");
 
 #endif

@@ -8,7 +8,7 @@ use hyperbp_bench_abi::{Control, MAGIC, VERSION};
 use hyperbp_bench_guest::{Request, expected_at};
 
 use crate::page::{PAGE_UNDER_TEST, SAMPLES};
-use crate::{balloon, snippet, storm};
+use crate::{balloon, snippet, storm, system};
 
 /// The control page itself; the linker script puts it where the runner looks for it.
 #[repr(C, align(4096))]
@@ -40,6 +40,7 @@ pub(crate) static CONTROL: ControlPage = ControlPage(UnsafeCell::new(Control {
     process: 0,
     tag: 0,
     balloon_gpa: 0,
+    system_gpa: 0,
 }));
 
 /// A field of the control page as an atomic: the runner accesses it at the same time.
@@ -61,6 +62,7 @@ pub(crate) fn announce(vcpus: u32) {
     field!(AtomicU64, storm_gpa).store(storm::address(), Relaxed);
     field!(AtomicU64, snippets_gpa).store(snippet::pages(), Relaxed);
     field!(AtomicU64, balloon_gpa).store(balloon::code(), Relaxed);
+    field!(AtomicU64, system_gpa).store(system::page(), Relaxed);
     field!(AtomicU64, magic).store(MAGIC, Release);
 }
 

@@ -25,7 +25,12 @@ impl Request {
         let workload = Workload::from_wire(workload)?;
         let samples = !matches!(
             workload,
-            Workload::Storm | Workload::Snippets | Workload::Scan | Workload::Hostile | Workload::Balloon
+            Workload::Storm
+                | Workload::Snippets
+                | Workload::Scan
+                | Workload::Hostile
+                | Workload::Balloon
+                | Workload::SystemPage
         );
         let most = if samples { SAMPLES_MAX } else { u32::MAX };
         Some(Self { workload, count: count.min(most) as usize })

@@ -15,6 +15,7 @@ mod privilege;
 mod scan;
 mod snippet;
 mod storm;
+mod system;
 mod vcpu;
 mod workload;
 mod xen;
@@ -64,6 +65,7 @@ extern "C" fn main() -> ! {
             Some(Request { workload: Workload::Scan, count }) => scan::run(count as u64),
             Some(Request { workload: Workload::Hostile, count }) => hostile::run(count as u32),
             Some(Request { workload: Workload::Balloon, count }) => balloon::run(count as u64),
+            Some(Request { workload: Workload::SystemPage, .. }) => system::run(),
             Some(request) => workload::run(request),
             None => {}
         }

@@ -30,7 +30,8 @@ pub(crate) fn run(request: Request) {
         | Workload::Scan
         | Workload::Label
         | Workload::Hostile
-        | Workload::Balloon => return,
+        | Workload::Balloon
+        | Workload::SystemPage => return,
     };
     for slot in &SAMPLES.0[..request.count] {
         slot.store(sample(page), Relaxed);

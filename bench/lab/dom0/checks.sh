@@ -1,8 +1,11 @@
 # Checks the runner on a live guest, and what it does with bad input. ELSEWHERE has arguments for that, if it is to be checked in
-# other hosts, too. A line for each check, `ok: ` or `FAILED: `, goes into the results.
+# other hosts, too. ONLY has a text, if only the runner's checks are to be made that have it in what they say. A line for each check,
+# `ok: ` or `FAILED: `, goes into the results.
 checks() {
     # shellcheck disable=SC2086
-    hyperbp-bench check --domain bench $ELSEWHERE || echo "FAILED: the checks ran to their end (exit code $?)"
+    hyperbp-bench check --domain bench ${ONLY:+--only "$ONLY"} $ELSEWHERE ||
+        echo "FAILED: the checks ran to their end (exit code $?)"
+    [ -z "$ONLY" ] || return
 
     # expect CODE TEXT ARGUMENTS...: the runner says TEXT in an error of one line, and exits with CODE.
     expect() {

@@ -17,8 +17,8 @@ use crate::elsewhere::{self, Original, Program};
 use crate::guest::Guest;
 use crate::recover::Traces;
 use crate::ring::{Monitor, PATIENCE};
-use crate::snippets;
 use crate::xen::Domain;
+use crate::{snippets, system_page};
 
 /// What the guest does under each mechanism. Execution comes after reads and writes too: these lift the breakpoint.
 const PROGRAM: [(Workload, u32); 9] = [
@@ -40,48 +40,68 @@ pub(crate) const STUCK: Duration = Duration::from_secs(60);
 ///
 /// # Errors
 /// If the domain does not run the guest.
-pub(crate) fn all(domain: &mut Domain, programs: &[Program<'_>]) -> Result<usize> {
+pub(crate) fn all(domain: &mut Domain, programs: &[Program<'_>], only: Option<&str>) -> Result<usize> {
     let guest = Guest::find(domain)?;
     let mut failed = 0;
-    let mut report = |what: &str, result: Result<()>| match result {
-        Ok(()) => println!("ok: {what}"),
-        Err(error) => {
-            failed += 1;
-            println!("FAILED: {what}: {error:#}");
+    // A check says what it has found besides, if it is all right.
+    let mut report = |what: &str, check: &mut dyn FnMut() -> Result<String>| {
+        if only.is_some_and(|only| !what.contains(only)) {
+            return;
+        }
+        match check() {
+            Ok(found) if found.is_empty() => println!("ok: {what}"),
+            Ok(found) => println!("ok: {what}: {found}"),
+            Err(error) => {
+                failed += 1;
+                println!("FAILED: {what}: {error:#}");
+            }
         }
     };
+    let nothing = |()| String::new();
     for mechanism in Mechanism::all() {
-        let result = one(domain, &guest, Subject::Core(mechanism));
-        report(&format!("{mechanism} counts every hit, hides, and leaves nothing"), result);
+        report(&format!("{mechanism} counts every hit, hides, and leaves nothing"), &mut || {
+            one(domain, &guest, Subject::Core(mechanism)).map(nothing)
+        });
     }
     for (seed, mechanism) in (1..).zip(Mechanism::all()) {
-        match snippets::check(domain, &guest, mechanism, seed) {
-            Ok(figures) => report(&format!("instructions do the same under {mechanism}: {figures}"), Ok(())),
-            Err(error) => report(&format!("instructions do the same under {mechanism}"), Err(error)),
-        }
+        report(&format!("instructions do the same under {mechanism}"), &mut || {
+            snippets::check(domain, &guest, mechanism, seed)
+        });
+    }
+    for mechanism in Mechanism::all() {
+        report(
+            &format!("a page with descriptors, gates, a stack and a page table works under {mechanism}"),
+            &mut || system_page::check(domain, &guest, mechanism),
+        );
     }
     for (_, mechanism) in Mechanism::NAMED {
-        report(&format!("all memory reads the same under {mechanism}"), snippets::scan(domain, &guest, mechanism));
+        report(&format!("all memory reads the same under {mechanism}"), &mut || {
+            snippets::scan(domain, &guest, mechanism).map(nothing)
+        });
     }
     let original = Subject::all(programs).into_iter().filter(|subject| subject.backend() == Backend::Original);
     let core = Mechanism::all().flat_map(|mechanism| Subject::of_core(mechanism, programs));
     for subject in original.chain(core.filter(|subject| subject.host() != Host::Runner)) {
-        report(&format!("{subject} counts every hit, hides, and leaves nothing"), elsewhere(domain, &guest, subject));
+        report(&format!("{subject} counts every hit, hides, and leaves nothing"), &mut || {
+            elsewhere(domain, &guest, subject).map(nothing)
+        });
     }
     let watches = programs.iter().find(|program| program.host() == Host::Drakvuf && program.has_hyperbp());
     if let Some(program) = watches.copied() {
-        let own = watched(domain, &guest, program, elsewhere::Backend::Original(Original::ViewStep));
-        let expected = own.as_ref().cloned().unwrap_or_default();
-        report(&format!("DRAKVUF's own memory traps are told: {expected:?}"), own.map(drop));
+        let mut expected = elsewhere::Counts::default();
+        report("DRAKVUF's own memory traps are told", &mut || {
+            expected = watched(domain, &guest, program, elsewhere::Backend::Original(Original::ViewStep))?;
+            Ok(format!("{expected:?}"))
+        });
         for mechanism in Mechanism::all() {
-            let result = watched(domain, &guest, program, elsewhere::Backend::Hyperbp(mechanism)).and_then(|counts| {
+            report(&format!("DRAKVUF's memory traps are told the same by hyperbp with {mechanism}"), &mut || {
+                let counts = watched(domain, &guest, program, elsewhere::Backend::Hyperbp(mechanism))?;
                 ensure!(counts == expected, "they were told {counts:?}, not {expected:?}");
-                Ok(())
+                Ok(String::new())
             });
-            report(&format!("DRAKVUF's memory traps are told the same by hyperbp with {mechanism}"), result);
         }
     }
-    report("the guest runs on without a monitor", one(domain, &guest, Subject::None));
+    report("the guest runs on without a monitor", &mut || one(domain, &guest, Subject::None).map(nothing));
     Ok(failed)
 }
 

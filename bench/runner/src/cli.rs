@@ -238,6 +238,10 @@ pub(crate) struct Check {
     #[arg(long, value_name = "ROUNDS", conflicts_with_all = ["attach", "drakvuf", "smartvmi", "vmi_rs"])]
     pub(crate) balloon: Option<u32>,
 
+    /// Only the checks that have this text in what they say
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) only: Option<String>,
+
     #[command(flatten)]
     pub(crate) elsewhere: Elsewhere,
 }

@@ -190,6 +190,12 @@ impl Guest {
         BALLOON_SITES.map(|offset| page.at(offset as u16))
     }
 
+    /// The page of [`Workload::SystemPage`].
+    #[must_use]
+    pub(crate) fn system_page(&self) -> Gfn {
+        Gpa(self.number(offset_of!(Control, system_gpa))).gfn()
+    }
+
     /// The snippet pages, as they are in guest memory.
     ///
     /// # Errors

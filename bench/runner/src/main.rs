@@ -15,6 +15,7 @@ mod ring;
 mod snippets;
 mod storm;
 mod symbols;
+mod system_page;
 mod trace;
 mod waiting;
 mod xen;
@@ -143,7 +144,7 @@ fn check(arguments: &cli::Check) -> anyhow::Result<()> {
     let failed = match (arguments.attach, arguments.balloon) {
         (Some(times), _) => check::attach(&mut domain, times)?,
         (None, Some(rounds)) => check::balloon(&mut domain, rounds)?,
-        (None, None) => check::all(&mut domain, &programs)?,
+        (None, None) => check::all(&mut domain, &programs, arguments.only.as_deref())?,
     };
     anyhow::ensure!(failed == 0, "{failed} checks failed");
     Ok(())

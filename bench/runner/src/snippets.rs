@@ -48,12 +48,7 @@ pub(crate) fn check(domain: &mut Domain, guest: &Guest, mechanism: Mechanism, se
     // the INT3 again (`hvm_event_needs_reinjection`, xen/arch/x86/hvm/hvm.c), and a breakpoint on it is hit a second time.
     // So there is one elsewhere before.
     let program = [(Workload::OwnInt3, 1), (Workload::Snippets, seed)];
-    let ((), expected) = seen(domain, guest, |_| {
-        program.into_iter().try_for_each(|(workload, count)| {
-            guest.request(workload, count);
-            guest.wait_until_done(STUCK)
-        })
-    })?;
+    let ((), expected) = seen(domain, guest, |_| run_without(guest, &program))?;
     let sites: Vec<Site> =
         SNIPPETS.iter().enumerate().flat_map(|(n, s)| sites(guest, n, s, expected.digests[n])).collect();
     let at: Vec<Gpa> = sites.iter().map(|site| site.at).collect();
@@ -128,8 +123,23 @@ fn seen<T>(domain: &mut Domain, guest: &Guest, run: impl FnOnce(&mut Domain) -> 
     Ok((result, Seen { digests, own_int3s, code: guest.snippet_pages(domain)? }))
 }
 
+/// Has the guest work on requests, without a monitor.
+///
+/// # Errors
+/// If it does not get through.
+pub(crate) fn run_without(guest: &Guest, program: &[(Workload, u32)]) -> Result<()> {
+    guest.wait_until_done(STUCK)?;
+    program.iter().try_for_each(|(workload, count)| {
+        guest.request(*workload, *count);
+        guest.wait_until_done(STUCK)
+    })
+}
+
 /// Serves breakpoints while the guest works on requests.
-fn serve(
+///
+/// # Errors
+/// If the guest does not get through, or the core has failures, or events that nobody explains.
+pub(crate) fn serve(
     domain: &mut Domain,
     guest: &Guest,
     mechanism: Mechanism,
@@ -167,7 +177,7 @@ fn hex(snippet: &Snippet) -> String {
     hex
 }
 
-fn figures(outcome: &Outcome) -> String {
+pub(crate) fn figures(outcome: &Outcome) -> String {
     let served = storm::served(outcome);
     let all = [
         ("interpreted", served.interpret),
