@@ -109,18 +109,6 @@ faults() {
         echo "FAILED: a dead monitor without a ledger is recovered from: $(tr '\n' ' ' </tmp/recovered)"
     fi
 
-    # Its shadows are gone from the image, or they would be the guest's after that.
-    start
-    xl save bench /tmp/image >/tmp/saved 2>&1
-    ended "a domain that is saved is left" 0 "suspended\|is gone"
-    if xl restore /tmp/image >/tmp/restored 2>&1; then
-        goes_on "after it was saved and restored"
-    else
-        echo "FAILED: a domain is saved and restored: $(cat /tmp/saved /tmp/restored | tr '\n' ' ')"
-        xl create -q /tmp/recover.cfg
-    fi
-    rm -f /tmp/image
-
     start
     xl destroy bench
     ended "a domain that is destroyed is left" 0 "is gone"
