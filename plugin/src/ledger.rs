@@ -19,7 +19,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use file::{Absent, Words};
 pub use plan::{Limits, Plan};
 
-use crate::{Gfn, Gpa};
+use crate::{Gfn, Gpa, ViewId};
 
 /// Where ledgers are, unless the user says otherwise. It is empty when the machine starts, as Xen is.
 pub const DIRECTORY: &str = "/run/hyperbp";
@@ -27,13 +27,14 @@ pub const DIRECTORY: &str = "/run/hyperbp";
 /// The first word of a ledger: `HBPLEDG1`. It is written last.
 const MAGIC: u64 = u64::from_le_bytes(*b"HBPLEDG1");
 /// Words before the notes: the magic, the domain's UUID in two, its memory limit in KiB plus one, our pauses, how many
-/// words are in use, and whether we are attached.
+/// words are in use, whether we are attached, and what the limit was raised to.
 const HEADER: usize = 8;
 const UUID: usize = 1;
 const LIMIT: usize = 3;
 const PAUSES: usize = 4;
 const END: usize = 5;
 const ATTACHED: usize = 6;
+const RAISED: usize = 7;
 
 const KIND: u32 = 60;
 const ORIGINAL: u32 = 52;
@@ -53,6 +54,28 @@ pub enum Note {
     Frame(Gfn),
     /// The host view does not permit everything on this page.
     Guard(Gfn),
+    /// A view that was not there before.
+    View(ViewId),
+    /// Altp2m is on, and was off before.
+    Altp2m,
+}
+
+/// A domain's memory limit that has been raised, in KiB.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryLimit {
+    /// What it was before.
+    pub found: u64,
+    /// What it is.
+    pub raised: u64,
+}
+
+impl MemoryLimit {
+    /// Whether `now`, the limit that there is, is one that we have set on the way to this one, in KiB. If not, somebody
+    /// else has set it since, and it must stay.
+    #[must_use]
+    pub const fn is_ours(self, now: u64) -> bool {
+        self.found <= now && now <= self.raised
+    }
 }
 
 impl Note {
@@ -63,6 +86,8 @@ impl Note {
             Self::Displaced { gpa, original } => (1, original, gpa.0),
             Self::Frame(gfn) => (2, 0, gfn.0),
             Self::Guard(gfn) => (3, 0, gfn.0),
+            Self::View(view) => (4, 0, view.0.into()),
+            Self::Altp2m => (5, 0, 0),
         };
         kind << KIND | u64::from(original) << ORIGINAL | address & ADDRESS
     }
@@ -75,6 +100,8 @@ impl Note {
             1 => Some(Self::Displaced { gpa: Gpa(address), original }),
             2 => Some(Self::Frame(Gfn(address))),
             3 => Some(Self::Guard(Gfn(address))),
+            4 => u16::try_from(address).ok().map(|view| Self::View(ViewId(view))),
+            5 => Some(Self::Altp2m),
             _ => None,
         }
     }
@@ -85,6 +112,8 @@ impl Note {
             Self::Displaced { gpa, .. } => (1, gpa.0),
             Self::Frame(gfn) => (2, gfn.0),
             Self::Guard(gfn) => (3, gfn.0),
+            Self::View(view) => (4, view.0 as u64),
+            Self::Altp2m => (5, 0),
         }
     }
 }
@@ -252,15 +281,21 @@ impl Ledger {
         self.word(PAUSES).store(pauses.saturating_sub(1), Ordering::Release);
     }
 
-    /// The domain's own memory limit in KiB, if it has been raised.
+    /// The domain's memory limit, if it has been raised.
     #[must_use]
-    pub fn memory_limit(&self) -> Option<u64> {
-        self.word(LIMIT).load(Ordering::Acquire).checked_sub(1)
+    pub fn memory_limit(&self) -> Option<MemoryLimit> {
+        let found = self.word(LIMIT).load(Ordering::Acquire).checked_sub(1)?;
+        Some(MemoryLimit { found, raised: self.word(RAISED).load(Ordering::Acquire) })
     }
 
-    /// Notes the domain's own memory limit, which is about to be raised; `None` when it is as it was.
-    pub fn note_memory_limit(&self, kib: Option<u64>) {
-        self.word(LIMIT).store(kib.map_or(0, |kib| kib.saturating_add(1)), Ordering::Release);
+    /// Notes the domain's memory limit, which is about to be raised; `None` when it is as it was.
+    pub fn note_memory_limit(&self, limit: Option<MemoryLimit>) {
+        // What it is raised to first: the other word says whether it is noted.
+        if let Some(limit) = limit {
+            self.word(RAISED).store(limit.raised, Ordering::Release);
+        }
+        let found = limit.map_or(0, |limit| limit.found.saturating_add(1));
+        self.word(LIMIT).store(found, Ordering::Release);
     }
 
     /// Whether somebody has attached to the domain. Its events may still be reported.
@@ -314,6 +349,8 @@ mod tests {
             (address.clone(), any::<u8>()).prop_map(|(at, original)| Note::Displaced { gpa: Gpa(at), original }),
             address.clone().prop_map(|at| Note::Frame(Gfn(at))),
             address.prop_map(|at| Note::Guard(Gfn(at))),
+            any::<u16>().prop_map(|view| Note::View(ViewId(view))),
+            Just(Note::Altp2m),
         ]
     }
 
@@ -379,6 +416,23 @@ mod tests {
         create().unwrap().remove().unwrap();
         assert!(Ledger::leftover(dir.path(), 3, ID).unwrap().is_none());
         assert!(Ledger::create(dir.path(), 3, [8; 16]).unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_memory_limit_is_ours_only_as_we_have_set_it() {
+        let _alone = crate::FORKING.lock();
+        let dir = tempfile::tempdir().unwrap();
+        let limit = MemoryLimit { found: 65_536, raised: 65_600 };
+        let ledger = Ledger::create(dir.path(), 3, ID).unwrap();
+        ledger.note_memory_limit(Some(limit));
+        drop(ledger);
+        let left = Ledger::leftover(dir.path(), 3, ID).unwrap().unwrap();
+        assert_eq!(left.memory_limit(), Some(limit));
+        // The monitor may have died before it was raised the last time.
+        assert!([65_536, 65_596, 65_600].into_iter().all(|now| limit.is_ours(now)));
+        assert!(![65_532, 65_604, 32_768].into_iter().any(|now| limit.is_ours(now)));
+        left.note_memory_limit(None);
+        assert!(left.is_empty());
     }
 
     #[test]

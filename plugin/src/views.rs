@@ -27,6 +27,8 @@ pub(crate) struct Views {
     /// Frames with a page for a shadow that is not used at the moment. None is given back to the domain while there is a
     /// view: when a frame goes that lies between frames a view has remapped others to, Xen resets the whole view, and all
     /// breakpoints in it are gone (`p2m_altp2m_propagate_change`, xen/arch/x86/mm/p2m.c).
+    /// For the same reason a host should have all frames beside each other and above all of the guest's: then what the
+    /// guest itself gives back does not lie between them.
     free: Vec<Gfn>,
     /// All frames that are not the guest's.
     frames: HashSet<Gfn, FxBuildHasher>,

@@ -136,6 +136,8 @@ pub(crate) fn run(
     println!("Pages that the guest replaces:");
     checks.add(&lines(&two.join("balloon-2"))?);
     checks.add(&lines(&dir.join(ONE_CPU).join("balloon-1"))?);
+    println!("Memory, views and limits that are not the monitor's:");
+    checks.add(&lines(&dir.join(ONE_CPU).join("domains-1"))?);
     println!("A Linux guest's kernel:");
     checks.add(&trace.results(&dir.join("trace-1-2"))?.1);
     for program in programs.iter().filter(|program| program.host == plan::SMARTVMI) {
@@ -161,8 +163,13 @@ fn jobs(bench: &Bench<'_>, runner: &Path, programs: &[Elsewhere], trace: &Trace)
     );
     // Where all share a CPU, the monitor leaves before a virtual CPU has gone on with its answer.
     let balloon = |cpus| bench.balloon(runner, cpus, &balloon::VCPUS, balloon::ROUNDS);
-    let one_cpu =
-        vec![with_programs(bench.checks(runner, 1)), bench.recover(runner, 1, 0, ATTACHES), hostile, balloon(1)];
+    let one_cpu = vec![
+        with_programs(bench.checks(runner, 1)),
+        bench.recover(runner, 1, 0, ATTACHES),
+        hostile,
+        balloon(1),
+        bench.domains(runner, 1),
+    ];
     let two_cpus =
         vec![with_programs(bench.checks(runner, 2)), storm(), bench.recover(runner, 2, KILLS, ATTACHES), balloon(2)];
     let quick = Selection {

@@ -15,6 +15,7 @@ mod check;
 mod checks;
 mod cpp;
 mod deny;
+mod domains;
 mod drakvuf;
 mod elsewhere;
 mod events;
@@ -50,6 +51,7 @@ enum Command {
     Check(check::Check),
     Budgets(budgets::Budgets),
     CheckHostile(hostile::Hostile),
+    Domains(domains::Domains),
     Drakvuf(drakvuf::Drakvuf),
     Fuzz(fuzz::Fuzz),
     Install(install::Install),
@@ -70,6 +72,7 @@ fn main() -> ExitCode {
         Command::Check(check) => check.run(),
         Command::Budgets(budgets) => budgets.run(),
         Command::CheckHostile(hostile) => hostile.run(),
+        Command::Domains(domains) => domains.run(),
         Command::Drakvuf(drakvuf) => drakvuf.run(),
         Command::Fuzz(fuzz) => fuzz.run(),
         Command::Install(install) => install.run(),

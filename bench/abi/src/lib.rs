@@ -224,7 +224,7 @@ pub struct Control {
     pub storm_gpa: u64,
     /// Guest-physical address of the first of [`SNIPPET_PAGES`] pages with the [`SNIPPETS`].
     pub snippets_gpa: u64,
-    /// Runner: where [`Workload::Scan`] looks besides in memory, from 3 to 4 GiB.
+    /// Runner: where [`Workload::Scan`] looks besides in memory, from 3 to 4 or from 5 to 6 GiB.
     pub scan_gpa: u64,
     /// Program: changes all the time while it waits for a request.
     pub alive: u64,

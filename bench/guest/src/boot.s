@@ -87,8 +87,9 @@ gdt_register:
 # Guest-virtual is guest-physical. The first 4 MiB, which hold the image and the control page, have 4 KiB pages, so that
 # a monitor meets the page under test the way it does in any guest; 2 MiB pages follow, up to 1 GiB. From there on the same
 # is mapped once more, all of it by 2 MiB pages. The last GiB of guest-physical addresses below 4 GiB, where no memory is,
-# is mapped too; what is between belongs to the module `balloon`. Every entry is present, writable, executable, accessed and dirty, and for ring 3, too (0x67): no first access
-# is dearer than the ones after it.
+# is mapped too, and so is the GiB that begins at 5 GiB, where a monitor's shadow pages are; from 2 to 3 GiB belongs to the
+# module `balloon`. Every entry is present, writable, executable, accessed and dirty, and for ring 3, too (0x67): no first
+# access is dearer than the ones after it.
         .pushsection .page_tables, "aw"
         .balign 4096
 page_map_level_4:
@@ -100,7 +101,9 @@ page_directory_pointers:
         .quad page_directory_again + 0x67
         .quad 0
         .quad page_directory_high + 0x67
-        .fill 508, 8, 0
+        .quad 0
+        .quad page_directory_shadows + 0x67
+        .fill 506, 8, 0
         .globl page_directory
 page_directory:
         .quad page_tables + 0x67
@@ -118,6 +121,12 @@ page_directory_again:
         .endr
 page_directory_high:
         .set address, 0xc0000000
+        .rept 512
+        .quad address + 0xe7
+        .set address, address + 0x200000
+        .endr
+page_directory_shadows:
+        .set address, 0x140000000
         .rept 512
         .quad address + 0xe7
         .set address, address + 0x200000

@@ -70,6 +70,7 @@ const WITH_LINUX: u32 = 448;
 
 /// The job scripts that come with the lab.
 const BENCH: &str = include_str!("../dom0/bench.sh");
+const DOMAINS: &str = include_str!("../dom0/domains.sh");
 const CHECKS: &str = include_str!("../dom0/checks.sh");
 const STORM: &str = include_str!("../dom0/storm.sh");
 const HOSTILE: &str = include_str!("../dom0/hostile.sh");
@@ -273,6 +274,15 @@ impl Bench<'_> {
     #[must_use]
     pub fn checks(&self, runner: &Path, cpus: u32) -> Job {
         let mut job = self.job(format!("checks-{cpus}"), CHECKS, cpus, Duration::from_secs(3600));
+        job.programs.push(runner.to_owned());
+        job
+    }
+
+    /// A job that checks what the `runner` does to memory, views and limits that are not its own. It leaves a file `checks`
+    /// as [`checks`](Self::checks) does.
+    #[must_use]
+    pub fn domains(&self, runner: &Path, cpus: u32) -> Job {
+        let mut job = self.job(format!("domains-{cpus}"), DOMAINS, cpus, Duration::from_secs(3600));
         job.programs.push(runner.to_owned());
         job
     }

@@ -15,7 +15,7 @@ Examples:
   hyperbp-bench run --domain 3 --out results --mechanism emulate --workload exec_bp --samples 10000
       Only this, in domain number 3.
 
-Exit codes: 0 fine, 2 bad arguments, 3 no such domain, 4 a domain without altp2m, 5 no permission or not in dom0,
+Exit codes: 0 fine, 2 bad arguments, 3 no such domain, 4 a domain without altp2m=external, 5 no permission or not in dom0,
 6 a monitor of this domain was killed: run `hyperbp-bench recover`, 1 anything else. Whatever it is, and also after Ctrl-C,
 no breakpoint is left behind in the domain.";
 
@@ -70,6 +70,10 @@ takes them from it. Exit code 0 also if there is nothing to do.";
 pub(crate) struct Cli {
     #[command(subcommand)]
     pub(crate) command: Command,
+
+    /// Attach also to a domain whose guest may switch views itself (altp2m="mixed" or "limited"), and so escape
+    #[arg(long, global = true)]
+    pub(crate) allow_guest_altp2m: bool,
 }
 
 #[derive(Debug, Subcommand)]
@@ -88,6 +92,8 @@ pub(crate) enum Command {
     Trace(Trace),
     /// Measure what it takes of the machine that a monitor waits
     Waiting(Waiting),
+    /// Check what the monitor does to memory, views and limits that are not its own, in such a domain
+    CheckDomain(CheckDomain),
     /// Wait until the benchmark guest has ended a storm without a monitor, and check what it has counted
     Settle(Settle),
 }
@@ -154,6 +160,44 @@ pub(crate) struct Waiting {
     /// How to show progress
     #[arg(long, value_enum, default_value = "text")]
     pub(crate) progress: Progress,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CheckDomain {
+    /// Name or number of the domain
+    #[arg(long, value_name = "NAME")]
+    pub(crate) domain: String,
+
+    /// What to check
+    #[arg(value_enum)]
+    pub(crate) what: DomainCheck,
+
+    /// A frame that is RAM of the guest's, or becomes it, to see that it stays so; may be repeated
+    #[arg(long = "ram", value_name = "GFN")]
+    pub(crate) ram: Vec<String>,
+
+    /// How many pages have breakpoints
+    #[arg(long, value_name = "N", default_value_t = 1000)]
+    pub(crate) pages: u64,
+
+    /// From one of these pages to the next, in pages
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) stride: u64,
+}
+
+/// See [`CheckDomain`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DomainCheck {
+    /// No RAM of the guest's is replaced or freed
+    Memory,
+    /// Altp2m and another tool's views are left as they were; running out of views is told
+    Views,
+    /// A memory limit that somebody sets meanwhile stays
+    Limit,
+    /// The number of pages with breakpoints changes neither what one more costs nor what a hit costs
+    Pages,
+    /// Only set breakpoints in so many pages
+    Insert,
 }
 
 #[derive(Debug, Args)]

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use hdrhistogram::Histogram;
 use hyperbp::{BreakpointId, Counters, Engine, Figures, Gpa, Hit, Hypervisor as _, Mechanism, Reason, Reply, Verdict};
+use rustc_hash::FxHashMap;
 
 use crate::ring::{self, Monitor, PATIENCE};
 use crate::xen::{Domain, Error, State};
@@ -84,7 +85,7 @@ pub(crate) fn run(
     at: &[Gpa],
     idle: &mut Idle<'_>,
 ) -> Result<Outcome> {
-    let outcome = watch(domain, monitor, mechanism, at, &mut |_, _| {}, idle)?;
+    let outcome = serve_all(domain, monitor, mechanism, at, None, idle)?;
     ensure!(outcome.state != State::Paused, "somebody has paused the domain: `xl unpause` lets it run");
     Ok(outcome)
 }
@@ -102,6 +103,17 @@ pub(crate) fn watch(
     on_hit: &mut OnHit<'_>,
     idle: &mut Idle<'_>,
 ) -> Result<Outcome> {
+    serve_all(domain, monitor, mechanism, at, Some(on_hit), idle)
+}
+
+fn serve_all(
+    domain: &mut Domain,
+    monitor: &mut Monitor,
+    mechanism: Mechanism,
+    at: &[Gpa],
+    mut on_hit: Option<&mut OnHit<'_>>,
+    idle: &mut Idle<'_>,
+) -> Result<Outcome> {
     let mut engine = Engine::new(domain);
     let set: Result<Vec<BreakpointId>> = at
         .iter()
@@ -110,9 +122,12 @@ pub(crate) fn watch(
         })
         .collect();
     let served = set.and_then(|breakpoints| {
+        let indices: FxHashMap<BreakpointId, usize> = breakpoints.iter().copied().zip(0..).collect();
         let mut seen = |engine: &Engine, hit: &Hit<'_>| {
-            if let Some(index) = breakpoints.iter().position(|id| *id == hit.breakpoint) {
-                on_hit(index, &|| Outcome::of(engine, &breakpoints));
+            if let Some(on_hit) = &mut on_hit
+                && let Some(index) = indices.get(&hit.breakpoint)
+            {
+                on_hit(*index, &|| Outcome::of(engine, &breakpoints));
             }
         };
         let mut refused = 0;

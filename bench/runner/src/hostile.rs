@@ -66,7 +66,7 @@ struct Target<'a> {
 
 impl<'a> Target<'a> {
     fn open(name: &str, config: Option<&'a Path>) -> Result<Self> {
-        let domain = Domain::open(name)?;
+        let domain = Domain::open(name, false)?;
         let guest = Guest::find(&domain)?;
         let mut target = Self { name: name.to_owned(), config, domain, guest, sites: Vec::new(), probes: Vec::new() };
         target.list()?;

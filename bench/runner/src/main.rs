@@ -5,6 +5,7 @@ mod bench;
 mod check;
 mod cli;
 mod core;
+mod domain_checks;
 mod elsewhere;
 mod floor;
 mod guest;
@@ -34,15 +35,17 @@ use xen::{Domain, OpenError};
 
 fn main() -> ExitCode {
     env_logger::Builder::new().filter_level(log::LevelFilter::Warn).parse_default_env().init();
-    let result = match Cli::parse().command {
-        Command::Run(run) => measure(&run),
-        Command::Check(check) => self::check(&check),
-        Command::Storm(storm) => self::storm(&storm),
+    let Cli { command, allow_guest_altp2m: allow } = Cli::parse();
+    let result = match command {
+        Command::Run(run) => measure(&run, allow),
+        Command::Check(check) => self::check(&check, allow),
+        Command::Storm(storm) => self::storm(&storm, allow),
         Command::Hostile(hostile) => self::hostile(&hostile),
         Command::Recover(recover) => self::recover(&recover),
-        Command::Waiting(waiting) => self::waiting(&waiting),
+        Command::Waiting(waiting) => self::waiting(&waiting, allow),
+        Command::CheckDomain(check) => check_domain(&check, allow),
         Command::Settle(settle) => self::settle(&settle),
-        Command::Trace(trace) => self::trace(&trace),
+        Command::Trace(trace) => self::trace(&trace, allow),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -77,7 +80,7 @@ fn exit_code(error: &anyhow::Error) -> u8 {
     }
     match error.downcast_ref() {
         Some(OpenError::NoSuchDomain(_)) => 3,
-        Some(OpenError::NoAltp2m(_)) => 4,
+        Some(OpenError::NoAltp2m(_) | OpenError::GuestAltp2m { .. }) => 4,
         Some(OpenError::NotADom0(_)) => 5,
         Some(OpenError::Leftover { .. }) => 6,
         Some(OpenError::Ledger(_) | OpenError::Other(_)) | None => 1,
@@ -89,9 +92,9 @@ fn exit_code(error: &anyhow::Error) -> u8 {
 #[error("{0}")]
 struct Usage(String);
 
-fn measure(run: &Run) -> anyhow::Result<()> {
+fn measure(run: &Run, allow_guest_altp2m: bool) -> anyhow::Result<()> {
     let plan = plan(run)?;
-    let mut domain = Domain::open(&run.domain)?;
+    let mut domain = Domain::open(&run.domain, allow_guest_altp2m)?;
     domain.wait_by(Ways { watch: Duration::from_micros(run.watch.into()), halt: !run.no_halt });
     let (collection, order) =
         bench::measure(&mut domain, &plan, &mut |done, total, text| run.progress.report(done, total, text))?;
@@ -116,12 +119,31 @@ fn recover(arguments: &cli::Recover) -> anyhow::Result<()> {
     Ok(())
 }
 
+fn check_domain(arguments: &cli::CheckDomain, allow_guest_altp2m: bool) -> anyhow::Result<()> {
+    let ram = arguments.ram.iter().map(|gfn| Ok(hyperbp::Gfn(frame(gfn)?))).collect::<Result<Vec<_>, Usage>>()?;
+    let domain = &mut Domain::open(&arguments.domain, allow_guest_altp2m)?;
+    let other = || Domain::connect(&arguments.domain);
+    match arguments.what {
+        cli::DomainCheck::Memory => domain_checks::memory(domain, &ram),
+        cli::DomainCheck::Views => domain_checks::views(domain, &mut other()?),
+        cli::DomainCheck::Limit => domain_checks::limit(domain, &other()?),
+        cli::DomainCheck::Pages => domain_checks::pages(domain, arguments.pages, arguments.stride),
+        cli::DomainCheck::Insert => domain_checks::insert(domain, arguments.pages, arguments.stride),
+    }
+}
+
+/// A frame number, in hexadecimal.
+fn frame(text: &str) -> Result<u64, Usage> {
+    let digits = text.strip_prefix("0x").unwrap_or(text);
+    u64::from_str_radix(digits, 16).map_err(|error| Usage(format!("`{text}` is no frame number: {error}")))
+}
+
 fn settle(arguments: &cli::Settle) -> anyhow::Result<()> {
     check::settle(&mut Domain::connect(&arguments.domain)?, arguments.count)
 }
 
-fn waiting(arguments: &cli::Waiting) -> anyhow::Result<()> {
-    let mut domain = Domain::open(&arguments.domain)?;
+fn waiting(arguments: &cli::Waiting, allow_guest_altp2m: bool) -> anyhow::Result<()> {
+    let mut domain = Domain::open(&arguments.domain, allow_guest_altp2m)?;
     let time = Duration::from_secs(arguments.seconds);
     let progress = &mut |done, total, text: &str| arguments.progress.report(done, total, text);
     let rows = waiting::all(&mut domain, time, progress)?;
@@ -138,9 +160,9 @@ fn waiting(arguments: &cli::Waiting) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn check(arguments: &cli::Check) -> anyhow::Result<()> {
+fn check(arguments: &cli::Check, allow_guest_altp2m: bool) -> anyhow::Result<()> {
     let programs = arguments.elsewhere.programs()?;
-    let mut domain = Domain::open(&arguments.domain)?;
+    let mut domain = Domain::open(&arguments.domain, allow_guest_altp2m)?;
     let failed = match (arguments.attach, arguments.balloon) {
         (Some(times), _) => check::attach(&mut domain, times)?,
         (None, Some(rounds)) => check::balloon(&mut domain, rounds)?,
@@ -150,7 +172,7 @@ fn check(arguments: &cli::Check) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn storm(arguments: &cli::Storm) -> anyhow::Result<()> {
+fn storm(arguments: &cli::Storm, allow_guest_altp2m: bool) -> anyhow::Result<()> {
     let mechanisms = match arguments.mechanisms.is_empty() {
         true => Mechanism::all().collect(),
         false => arguments.mechanisms.iter().map(|name| mechanism(name)).collect::<anyhow::Result<Vec<_>>>()?,
@@ -165,7 +187,7 @@ fn storm(arguments: &cli::Storm) -> anyhow::Result<()> {
             core.chain(original).map(|backend| Subject::Elsewhere(program, backend)).collect::<Vec<_>>()
         }
     };
-    let mut domain = Domain::open(&arguments.domain)?;
+    let mut domain = Domain::open(&arguments.domain, allow_guest_altp2m)?;
     let storms = storm::all(&mut domain, &subjects, arguments.count, &mut |done, total, text| {
         arguments.progress.report(done, total, text);
     })?;
@@ -205,10 +227,10 @@ fn hostile(arguments: &cli::Hostile) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn trace(arguments: &cli::Trace) -> anyhow::Result<()> {
+fn trace(arguments: &cli::Trace, allow_guest_altp2m: bool) -> anyhow::Result<()> {
     let mechanism = mechanism(&arguments.mechanism)?;
     let limit = arguments.limit.map(std::time::Duration::from_secs);
-    let mut domain = Domain::open(&arguments.domain)?;
+    let mut domain = Domain::open(&arguments.domain, allow_guest_altp2m)?;
     let names: Vec<_> = arguments.functions.iter().chain(&arguments.between).map(String::as_str).collect();
     let mut places = trace::locate(&mut domain, arguments.symbols.as_deref(), &names)?;
     let between = arguments.between.as_ref().and_then(|_| places.pop());

@@ -7,13 +7,10 @@ use hyperbp::ledger::{self, Ledger, Note, Plan};
 use hyperbp::{Gpa, Hypervisor, Rights, VcpuId, ViewId};
 
 use crate::ring::{self, Monitor};
-use crate::xen::{Domain, Error};
+use crate::xen::{Domain, Error, VIEWS};
 
 /// INT3.
 const INT3: u8 = 0xcc;
-/// Views Xen has, the host view included (`MAX_ALTP2M`, xen/arch/x86/include/asm/domain.h).
-const VIEWS: usize = 10;
-
 /// Undoes what a dead monitor has left in a domain. Tells what it did, a line each; none if there was nothing to do.
 ///
 /// It can be killed itself, and run again. With `force`, also from a monitor that lives and has no ledger.
@@ -52,8 +49,13 @@ fn restore(domain: &mut Domain, ledger: Option<Ledger>, done: &mut Vec<String>) 
         domain.stop_step(VcpuId(vcpu)).context("cannot end the single-steps")?;
     }
     if domain.has_altp2m() && domain.is_altp2m_on()? {
-        domain.set_altp2m(false).context("cannot drop the views")?;
-        done.push("its views were still there".to_owned());
+        // Virtual CPUs may be in views of ours.
+        domain.switch_to_host_view().context("cannot switch to the host view")?;
+        // If altp2m was on before the monitor came, the other views are another tool's. Without a ledger nobody knows.
+        if ledger.as_ref().is_none_or(|ledger| ledger.notes().contains(&Note::Altp2m)) {
+            domain.set_altp2m(false).context("cannot drop the views")?;
+            done.push("its views were still there".to_owned());
+        }
     }
     ring::disable(domain).context("cannot take the old ring away")?;
     // A ring of our own: rights cannot be set without one, and virtual CPUs may wait for an answer.
@@ -91,6 +93,9 @@ fn undo(domain: &mut Domain, ledger: &mut Ledger, plan: &Plan, done: &mut Vec<St
                 domain.set_rights(ViewId::HOST, gfn, Rights::All).context("cannot lift a guard")?;
                 Some(format!("{gfn} was guarded"))
             }
+            // With altp2m off, all views are gone.
+            Note::View(view) => domain.destroy(view).ok().map(|()| format!("view {} was still there", view.0)),
+            Note::Altp2m => None,
             // It may not have been added any more, or be gone already.
             Note::Frame(gfn) => domain.release(gfn).ok().map(|()| format!("{gfn} held a shadow")),
         };
@@ -98,9 +103,12 @@ fn undo(domain: &mut Domain, ledger: &mut Ledger, plan: &Plan, done: &mut Vec<St
         ledger.erase(note);
     }
     if let Some(limit) = plan.memory_limit {
-        domain.set_memory_limit(limit).context("cannot put the memory limit back")?;
+        // Another one is what somebody has set since.
+        if limit.is_ours(domain.memory()?.1) {
+            domain.set_memory_limit(limit.found).context("cannot put the memory limit back")?;
+            done.push("its memory limit was raised".to_owned());
+        }
         ledger.note_memory_limit(None);
-        done.push("its memory limit was raised".to_owned());
     }
     Ok(())
 }

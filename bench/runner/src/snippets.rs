@@ -4,14 +4,14 @@ use std::fmt::Write as _;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use hyperbp::{Figures, Gfn, Gpa, Mechanism, Placement, StepOver};
+use hyperbp::{Figures, Gpa, Mechanism, Placement, StepOver};
 use hyperbp_bench_abi::{Needs, SAMPLES_MAX, SCAN_CHUNK, SNIPPET_RUNS, SNIPPETS, Snippet, Workload, snippet_offset};
 
 use crate::core::{self, Outcome};
 use crate::guest::Guest;
 use crate::ring::{Monitor, PATIENCE};
 use crate::storm;
-use crate::xen::{Domain, SHADOW_FIRST};
+use crate::xen::Domain;
 
 /// The guest is given up after this.
 const STUCK: Duration = Duration::from_secs(60);
@@ -200,7 +200,7 @@ pub(crate) fn figures(outcome: &Outcome) -> String {
 pub(crate) fn scan(domain: &mut Domain, guest: &Guest, mechanism: Mechanism) -> Result<()> {
     /// Those of the two sinks, the shadow, and one without any page. Each word of such a one is emulated by Xen.
     const FRAMES: u32 = 4;
-    guest.set_scan(Gfn(SHADOW_FIRST));
+    guest.set_scan(domain.first_shadow_gfn()?);
     guest.wait_until_done(STUCK)?;
     let result = || {
         let mut samples = Vec::new();

@@ -1,5 +1,6 @@
 //! One Xen domain, through libxenctrl: memory, views and rights, everything undone when it is dropped.
 
+mod allocator;
 mod channels;
 mod error;
 mod frames;
@@ -9,6 +10,7 @@ mod pages;
 mod store;
 mod views;
 
+use std::collections::HashSet;
 use std::ffi::c_int;
 use std::fs::OpenOptions;
 use std::io::ErrorKind;
@@ -22,13 +24,15 @@ use hyperbp_debug_control::DebugControl;
 use hyperbp_event_channel::Ways;
 use hyperbp_xen_sys as sys;
 
+use allocator::{Frames, PAGE_KIB};
 pub(crate) use error::{Error, OpenError, check};
 pub(crate) use handle::{CpuTime, Interface, Page, State};
-use handle::{ForeignMemory, Mapping, PRIVCMD, info, map, state};
-pub(crate) use memory::SHADOW_FIRST;
+use handle::{ForeignMemory, Mapping, MemTypes, PRIVCMD, info, map, state};
 use pages::Pages;
 pub(crate) use store::Requests;
 use store::id_of;
+pub(crate) use views::VIEWS;
+use views::{Altp2m, guest_mode};
 
 /// The breakpoint exception.
 const VECTOR_BP: u8 = 3;
@@ -45,25 +49,24 @@ const SAVED_CPU: u16 = 2;
 #[derive(Debug)]
 pub(crate) struct Domain {
     xc: Rc<Interface>,
+    mem_types: MemTypes,
     memory: Rc<ForeignMemory>,
     id: u32,
     uuid: [u8; 16],
-    has_altp2m: bool,
+    /// `HVM_PARAM_ALTP2M`.
+    altp2m: u64,
     vcpus: u16,
-    /// The limit to put back, in KiB.
-    memory_limit: u64,
     pages: Pages,
     /// When [`look_around`](Self::look_around) last did.
     looked_around: u64,
-    altp2m_on: bool,
+    /// How altp2m was before it was needed; `None` while it is not.
+    altp2m_found: Option<Altp2m>,
     views: Vec<ViewId>,
     /// Pages of the host view whose rights are not [`Rights::All`].
-    guarded: Vec<Gfn>,
+    guarded: HashSet<Gfn>,
     /// New pages of the host view may be executed, as ever.
     has_default_access: bool,
-    shadows: Vec<Gfn>,
-    /// Where shadow pages begin; set by the first one.
-    shadow_base: Option<u64>,
+    frames: Frames,
     /// Calls of `pause` without their `resume`.
     pauses: u32,
     /// What of this is to be undone if this process is killed. None if nothing is to be changed.
@@ -75,14 +78,22 @@ pub(crate) struct Domain {
 }
 
 impl Domain {
-    /// Opens the domain with this name or number, and a ledger for it. Changes nothing in it.
+    /// Opens the domain with this name or number, and a ledger for it. Changes nothing in it. A guest that may switch
+    /// views itself is accepted only if that is insisted on.
     ///
     /// # Errors
     /// See [`OpenError`].
-    pub(crate) fn open(name_or_id: &str) -> Result<Self, OpenError> {
+    pub(crate) fn open(name_or_id: &str, allow_guest_altp2m: bool) -> Result<Self, OpenError> {
         let mut domain = Self::connect(name_or_id)?;
-        if !domain.has_altp2m {
+        if !domain.has_altp2m() {
             return Err(OpenError::NoAltp2m(name_or_id.to_owned()));
+        }
+        if let Some(mode) = guest_mode(domain.altp2m) {
+            let refused = OpenError::GuestAltp2m { domain: name_or_id.to_owned(), mode };
+            if !allow_guest_altp2m {
+                return Err(refused);
+            }
+            log::warn!("{refused}");
         }
         let ledger =
             Ledger::create(Path::new(ledger::DIRECTORY), domain.id, domain.uuid).map_err(|source| match source {
@@ -123,24 +134,23 @@ impl Domain {
 
         let (xc, memory) = (Rc::new(xc), Rc::new(ForeignMemory::open()?));
         Ok(Self {
-            has_altp2m: altp2m != u64::from(sys::XEN_ALTP2M_disabled),
+            altp2m,
             uuid: info.0.handle,
             ledger: None,
             ways: Ways::default(),
             debug_control: None,
             pages: Pages::new(&xc, &memory, id)?,
             looked_around: 0,
+            mem_types: MemTypes::open(id)?,
             xc,
             memory,
             id,
             vcpus: u16::try_from(info.0.max_vcpu_id.saturating_add(1)).unwrap_or(u16::MAX),
-            memory_limit: info.memory_limit(),
-            altp2m_on: false,
+            altp2m_found: None,
             views: Vec::new(),
-            guarded: Vec::new(),
+            guarded: HashSet::new(),
             has_default_access: true,
-            shadows: Vec::new(),
-            shadow_base: None,
+            frames: Frames::default(),
             pauses: 0,
         })
     }
@@ -160,7 +170,7 @@ impl Domain {
     /// Whether it was made with altp2m.
     #[must_use]
     pub(crate) fn has_altp2m(&self) -> bool {
-        self.has_altp2m
+        self.altp2m != u64::from(sys::XEN_ALTP2M_disabled)
     }
 
     /// Does something that pauses the domain for a moment, and would leave it paused if this process was killed meanwhile.
@@ -235,6 +245,14 @@ impl Domain {
         // SAFETY: the handle is open and `info` outlives the call.
         check("xc_physinfo", unsafe { sys::xc_physinfo(self.xc.raw(), &mut info) })?;
         Ok(info.nr_cpus)
+    }
+
+    /// Memory of the machine that no domain has, in KiB.
+    fn host_free_kib(&self) -> Result<u64, Error> {
+        let mut info = sys::xc_physinfo_t::default();
+        // SAFETY: the handle is open and `info` outlives the call.
+        check("xc_physinfo", unsafe { sys::xc_physinfo(self.xc.raw(), &mut info) })?;
+        Ok(info.free_pages.saturating_mul(PAGE_KIB))
     }
 
     /// How many thousand times a second its virtual CPUs' time stamp counters count; none if Xen does not know.
@@ -365,11 +383,11 @@ impl Hypervisor for Domain {
     }
 
     fn add_shadow_gfn(&mut self) -> Result<Gfn, Error> {
-        self.add_frame()
+        self.allocate_gfn()
     }
 
     fn drop_shadow_gfn(&mut self, gfn: Gfn) -> Result<(), Error> {
-        self.drop_frame(gfn)
+        self.free_gfn(gfn)
     }
 
     fn create_view(&mut self) -> Result<ViewId, Error> {
@@ -476,12 +494,12 @@ impl Drop for Domain {
 impl Domain {
     fn undo(&mut self, results: &mut Vec<Result<(), Error>>) {
         // No virtual CPU may be in a view that goes, nor a view show a page that goes.
-        if self.altp2m_on {
+        if self.altp2m_found.is_some() {
             results.push(self.switch_view(ViewId::HOST));
             for view in std::mem::take(&mut self.views) {
                 results.push(self.destroy(view));
             }
-            results.push(self.set_altp2m(false));
+            results.push(self.put_altp2m_back());
         }
         if !self.has_default_access {
             results.push(self.set_default_access(Rights::All));
@@ -489,10 +507,9 @@ impl Domain {
         for gfn in std::mem::take(&mut self.guarded) {
             results.push(self.set_rights(ViewId::HOST, gfn, Rights::All));
         }
-        for gfn in std::mem::take(&mut self.shadows) {
-            results.push(self.release(gfn));
+        for gfn in self.frames.all() {
+            results.push(self.free_gfn(gfn));
         }
-        results.push(self.limit_memory());
         while self.pauses > 0 {
             let result = self.resume();
             if result.is_err() {

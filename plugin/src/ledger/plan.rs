@@ -3,8 +3,8 @@
 //! A ledger may be torn, or of another version, or somebody may have written to it. Whatever it says, memory of the guest's
 //! own is not freed, and nothing is counted to that the domain does not have.
 
-use super::{Ledger, Note};
-use crate::Gfn;
+use super::{Ledger, MemoryLimit, Note};
+use crate::{Gfn, ViewId};
 
 /// Frames below 4 GiB.
 const BELOW_4G: u64 = 1 << 20;
@@ -44,14 +44,14 @@ pub struct Plan {
     pub undo: Vec<Note>,
     /// How often the domain is paused by us, at most. None if what is noted cannot be true.
     pub pauses: u64,
-    /// The memory limit to put back, in KiB.
-    pub memory_limit: Option<u64>,
+    /// The memory limit to put back, if it is [still ours](MemoryLimit::is_ours).
+    pub memory_limit: Option<MemoryLimit>,
     /// What is not believed, a line for each.
     pub refused: Vec<String>,
 }
 
-/// What a monitor raises a memory limit to, in KiB: none is above it. And below this no guest starts.
-const MEMORY_LIMITS: std::ops::RangeInclusive<u64> = 1024..=(u32::MAX >> 4) as u64;
+/// Memory limits, in KiB: Xen counts pages in 32 bits, and below this no guest starts.
+const MEMORY_LIMITS: std::ops::RangeInclusive<u64> = 1024..=(u32::MAX as u64) << 2;
 
 impl Ledger {
     /// What is to be undone in a domain with these limits.
@@ -71,10 +71,10 @@ impl Ledger {
         if pauses > PAUSES {
             refused.push(format!("{pauses} pauses: if the domain is paused, `xl unpause` lets it run"));
         }
-        let memory_limit = self.memory_limit().filter(|kib| {
-            let sane = MEMORY_LIMITS.contains(kib);
+        let memory_limit = self.memory_limit().filter(|limit| {
+            let sane = MEMORY_LIMITS.contains(&limit.found);
             if !sane {
-                refused.push(format!("a memory limit of {kib} KiB: `xl mem-max` sets the right one"));
+                refused.push(format!("a memory limit of {} KiB: `xl mem-max` sets the right one", limit.found));
             }
             sane
         });
@@ -92,6 +92,7 @@ fn problem(note: Note, limits: &Limits) -> Option<String> {
             Some(format!("a shadow in {gfn}: the guest may have memory of its own there"))
         }
         Note::Frame(gfn) if !has(gfn) => Some(format!("a shadow in {gfn}: there is no memory")),
+        Note::View(ViewId::HOST) => Some("the host view as one of ours".to_owned()),
         _ => None,
     }
 }
@@ -152,10 +153,12 @@ mod tests {
                     }
                     Note::Guard(gfn) => prop_assert!(gfn.0 <= last),
                     Note::Displaced { gpa, .. } => prop_assert!(gpa.gfn().0 <= last),
+                    Note::View(view) => prop_assert_ne!(view, ViewId::HOST),
+                    Note::Altp2m => {}
                 }
             }
             prop_assert!(plan.pauses <= PAUSES);
-            prop_assert!(plan.memory_limit.is_none_or(|kib| MEMORY_LIMITS.contains(&kib)));
+            prop_assert!(plan.memory_limit.is_none_or(|limit| MEMORY_LIMITS.contains(&limit.found)));
         }
     }
 
@@ -173,10 +176,11 @@ mod tests {
             ledger.note(note).unwrap();
         }
         ledger.note_pause();
-        ledger.note_memory_limit(Some(131_072));
+        let limit = MemoryLimit { found: 131_072, raised: 131_076 };
+        ledger.note_memory_limit(Some(limit));
         let limits = Limits { last: Gfn(0xf_efff), most: 0x8000, has_devices: false };
         let plan = ledger.plan(&limits);
-        let expected = Plan { undo: notes.to_vec(), pauses: 1, memory_limit: Some(131_072), refused: Vec::new() };
+        let expected = Plan { undo: notes.to_vec(), pauses: 1, memory_limit: Some(limit), refused: Vec::new() };
         assert_eq!(plan, expected);
         // The same frame in a domain whose memory goes that far, and in one with devices.
         for limits in [Limits { most: 0x10_0000, ..limits }, Limits { has_devices: true, ..limits }] {

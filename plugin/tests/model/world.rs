@@ -83,6 +83,8 @@ fn key(note: Note) -> (u8, u64) {
         Note::Displaced { gpa, .. } => (1, gpa.0),
         Note::Guard(gfn) => (2, gfn.0),
         Note::Frame(gfn) => (3, gfn.0),
+        Note::View(view) => (4, view.0.into()),
+        Note::Altp2m => (5, 0),
     }
 }
 
@@ -303,6 +305,8 @@ impl World {
                 Note::Guard(gfn) => assert!(self.machine.set_rights(ViewId::HOST, gfn, Rights::All)),
                 // It may not have been added.
                 Note::Frame(gfn) => drop(self.machine.drop_shadow(gfn)),
+                // All of them went above.
+                Note::View(_) | Note::Altp2m => {}
             }
         }
         assert!(pauses <= 1, "it was paused {pauses} times");

@@ -11,8 +11,8 @@ use crate::xen;
 
 const PAGE: u64 = PAGE_SIZE as u64;
 
-/// Frames of the first 4 GiB that monitors have used for shadows, and how many of them are looked at.
-const SHADOWS: u64 = 0xf_0000;
+/// Where hyperbp's runner begins with shadows in a guest of this size, and how many of the frames are looked at.
+const SHADOWS: u64 = 0x14_0000;
 const LOOKED_AT: u64 = 16;
 /// What Xen and its tools keep for themselves (`LIBXL__X86_SPECIAL`...): the ring, the store, the console.
 const SPECIAL: core::ops::Range<u64> = 0xf_e000..0x10_0000;

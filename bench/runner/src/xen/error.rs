@@ -39,6 +39,11 @@ impl Error {
             && [libc::EINVAL, libc::ENOENT, libc::EFAULT].iter().any(|code| self.is(*code))
     }
 
+    /// What has failed.
+    pub(super) const fn call(&self) -> &'static str {
+        self.call
+    }
+
     /// What kind of failure it was.
     pub(super) fn kind(&self) -> io::ErrorKind {
         self.source.kind()
@@ -82,6 +87,17 @@ pub(crate) enum OpenError {
         "domain `{0}` has no views: put altp2m=\"external\" into its configuration and `altp2m=1` on Xen's command line"
     )]
     NoAltp2m(String),
+    /// The guest may change views itself.
+    #[error(
+        "domain `{domain}` has altp2m=\"{mode}\": the guest may make and switch views itself, and so leave those with the \
+         breakpoints; put altp2m=\"external\" into its configuration, or insist with --allow-guest-altp2m"
+    )]
+    GuestAltp2m {
+        /// The domain's name or number.
+        domain: String,
+        /// What its configuration says.
+        mode: &'static str,
+    },
     /// A monitor has died.
     #[error("{source}: run `hyperbp-bench recover --domain {domain}`")]
     Leftover {

@@ -24,7 +24,7 @@ impl Domain {
     /// If Xen does not tell where that is, or cannot map any memory at all.
     pub(crate) fn look_at_pages<const N: usize>(&self, look: &mut dyn FnMut(Gfn, &[u8; N])) -> Result<(), Error> {
         let (pages, _) = self.memory()?;
-        let end = (self.last_gfn()? + 1).min(pages.saturating_add(HOLE));
+        let end = (self.maximum_gfn()? + 1).min(pages.saturating_add(HOLE));
         let (mut first, mut in_hole) = (0, false);
         while first < end {
             // Most of what is not memory is one hole, and mapping nothing takes as long as mapping something.
@@ -77,7 +77,7 @@ impl Domain {
     }
 
     /// The highest number of a frame that the domain has had.
-    pub(super) fn last_gfn(&self) -> Result<u64, Error> {
+    pub(super) fn maximum_gfn(&self) -> Result<u64, Error> {
         let mut last = 0;
         // SAFETY: the handle is open and `last` outlives the call.
         super::check("xc_domain_maximum_gpfn", unsafe {

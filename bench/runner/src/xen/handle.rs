@@ -6,7 +6,7 @@ use std::ptr::{self, NonNull};
 use std::rc::Rc;
 use std::time::Duration;
 
-use hyperbp::{Gfn, PAGE_SIZE};
+use hyperbp::Gfn;
 use hyperbp_guest_page::GuestPage;
 use hyperbp_xen_sys as sys;
 
@@ -84,15 +84,20 @@ impl MemTypes {
 
     /// Whether a page is plain memory. One that is read-only, or that log-dirty mode watches, is not.
     pub(super) fn is_ram(&self, gfn: Gfn) -> Result<bool, Error> {
+        Ok(self.get(gfn)? == sys::HVMMEM_ram_rw)
+    }
+
+    /// What is at a frame number, of `HVMMEM_*`.
+    pub(super) fn get(&self, gfn: Gfn) -> Result<u32, Error> {
         let question = sys::xen_hvm_get_mem_type_t { domid: self.domain as u16, pfn: gfn.0, ..Default::default() };
         // SAFETY: the buffer is ours, and there is room for the one question.
         unsafe { self.buffer.write_volatile(question) };
-        let (call, operation) = (u32::from(sys::__HYPERVISOR_hvm_op), u64::from(sys::HVMOP_get_mem_type));
+        let (call, operation) = (sys::__HYPERVISOR_hvm_op, u64::from(sys::HVMOP_get_mem_type));
         // SAFETY: the handle is open, and the argument is what the operation takes.
         let result = unsafe { sys::xencall2(self.handle.as_ptr(), call, operation, self.buffer.as_ptr() as u64) };
         check("HVMOP_get_mem_type", result)?;
         // SAFETY: Xen has filled it; any bits are valid.
-        Ok(u32::from(unsafe { self.buffer.read_volatile() }.mem_type) == sys::HVMMEM_ram_rw)
+        Ok(u32::from(unsafe { self.buffer.read_volatile() }.mem_type))
     }
 }
 
@@ -152,11 +157,6 @@ impl Info {
     /// How long all its virtual CPUs have been running.
     pub(super) fn cpu_time(&self) -> Duration {
         Duration::from_nanos(self.0.cpu_time)
-    }
-
-    /// How much memory it may have, in KiB.
-    pub(super) fn memory_limit(&self) -> u64 {
-        self.0.max_pages.saturating_mul(PAGE_SIZE as u64 / 1024)
     }
 }
 
