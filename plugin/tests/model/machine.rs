@@ -410,7 +410,9 @@ impl Machine {
             bus.read(gates + u64::from(vector) * 16 + half, 8)?;
         }
         let top = stack + next_stack * index as u64;
-        for (n, word) in (1..).zip([0x10, registers.gpr[4], registers.rflags, 8, registers.rip]) {
+        // A fault pushes RF, and a trap does not.
+        let rflags = if vector == BP { registers.rflags & !RF } else { registers.rflags | RF };
+        for (n, word) in (1..).zip([0x10, registers.gpr[4], rflags, 8, registers.rip]) {
             bus.write(top - n * 8, 8, word)?;
         }
         bus.commit();
