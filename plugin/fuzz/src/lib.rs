@@ -1,6 +1,7 @@
 //! What the fuzz targets have in common.
 
 pub mod machine;
+pub mod walker;
 
 use arbitrary::Arbitrary;
 use hyperbp::{CodeMode, Registers};

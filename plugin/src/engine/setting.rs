@@ -38,7 +38,10 @@ impl Engine {
         }
         let new = page.is_none();
         if new {
-            self.open(hv, gpa.gfn(), mechanism)?;
+            let opened = self.open(hv, gpa.gfn(), mechanism);
+            // Page tables may be in that page, or where the shadow's frame is now.
+            self.vcpus.iter_mut().for_each(|vcpu| vcpu.walks.forget());
+            opened?;
         }
         let armed = self.arm(hv, gpa, mechanism.step_over());
         if armed.is_err() && new {

@@ -45,6 +45,7 @@ impl Engine {
             (Err(_), Some(before)) => self.registry.claims.watch(gfn, before),
             (Err(_), None) => self.registry.claims.unwatch(gfn),
         }
+        self.vcpus.iter_mut().for_each(|vcpu| vcpu.walks.forget());
         result.doing("watch the page")
     }
 

@@ -214,6 +214,10 @@ impl Op {
             Kind::SetIf(_) => self.size = 1,
             _ => self.size = self.operand_size(instruction)?,
         }
+        // Of memory, Intel's CPUs are said to read 16 bits then, and AMD's 32.
+        if instruction.mnemonic() == Mnemonic::Movsxd && self.size == 2 {
+            return None;
+        }
         match instruction.op_count() {
             1 if self.kind == Kind::Push => self.from = self.place(instruction, 0)?,
             1 => self.to = self.place(instruction, 0)?,
@@ -872,6 +876,7 @@ mod tests {
             &[0xff, 0x2f],                               // jmp far [rdi]
             &[0xff, 0x1f],                               // call far [rdi]
             &[0x66, 0xff, 0x37],                         // push word [rdi]
+            &[0x66, 0x63, 0x07],                         // movsxd ax, [rdi], of another width on AMD's CPUs
             &[0x65, 0xff, 0x27],                         // jmp gs:[rdi]
             &[0x0f, 0x05],                               // syscall
             &[0xc5, 0xf8, 0x77],                         // vzeroupper

@@ -5,6 +5,8 @@ pub(crate) mod interpret;
 #[cfg(all(test, target_os = "linux", target_arch = "x86_64"))]
 mod native;
 mod operand;
+#[cfg(all(test, target_os = "linux", target_arch = "x86_64"))]
+mod oracle;
 pub(crate) mod paging;
 #[cfg(test)]
 mod tables;

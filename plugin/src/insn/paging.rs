@@ -4,7 +4,7 @@
 //! bounded by the number of levels, and whatever is unusual is no translation.
 
 use super::interpret::is_canonical;
-use crate::{Gpa, Hypervisor, Registers};
+use crate::{Gfn, Gpa, Hypervisor, Registers};
 
 const CR0_PG: u64 = 1 << 31;
 const CR4_PAE: u64 = 1 << 5;
@@ -14,6 +14,7 @@ const CR0_WP: u64 = 1 << 16;
 const CR4_PSE: u64 = 1 << 4;
 const CR4_PKE: u64 = 1 << 22;
 const CR4_PKS: u64 = 1 << 24;
+const CR4_LASS: u64 = 1 << 27;
 const EFER_NXE: u64 = 1 << 11;
 const PRESENT: u64 = 1;
 const WRITABLE: u64 = 1 << 1;
@@ -27,17 +28,18 @@ const NO_EXECUTE: u64 = 1 << 63;
 /// Bits 51 to 12: where an entry of PAE, 4- or 5-level paging points.
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 
-/// The guest-physical address of a linear address, if the page tables have one. Permissions are not looked at.
+/// The guest-physical address of a linear address, if the page tables have one. Permissions are not looked at: it is for what
+/// the CPU has just translated itself.
 pub(crate) fn translate<H: Hypervisor>(hv: &mut H, registers: &Registers, linear: u64) -> Option<Gpa> {
     let linear = if registers.efer & EFER_LMA != 0 { linear } else { linear & 0xffff_ffff };
     match registers.cr0 & CR0_PG {
         0 => Some(Gpa(linear & 0xffff_ffff)),
-        _ => walk(hv, registers, linear).map(|walked| walked.gpa),
+        _ => walk(hv, registers, linear, &|_| true).map(|walked| walked.gpa),
     }
 }
 
 /// What a virtual CPU wants of memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Intent {
     /// To read data.
     Read,
@@ -60,11 +62,13 @@ pub(super) struct Step {
 }
 
 /// Where an access goes that is within one page: see [`Walks::anew`](super::Walks::anew). And the way there, if it is a [`Path`].
+/// Only `is_plain` frames are read.
 pub(super) fn access<H: Hypervisor>(
     hv: &mut H,
     registers: &Registers,
     linear: u64,
     intent: Intent,
+    is_plain: &impl Fn(Gfn) -> bool,
 ) -> Option<(Gpa, Option<Path>)> {
     let reachable = match registers.efer & EFER_LMA {
         0 => linear <= u32::MAX.into(),
@@ -73,15 +77,15 @@ pub(super) fn access<H: Hypervisor>(
     if registers.cr0 & CR0_PG == 0 {
         return (linear <= u32::MAX.into()).then_some((Gpa(linear), None));
     }
-    // Protection keys may keep it from a page: then it is not for us to say.
+    // Protection keys, or linear-address-space separation, may keep it from a page: then it is not for us to say.
     let keys = match registers.cr4 & (CR4_PKE | CR4_PKS) {
         0 => false,
         keys => keys & if registers.cpl == 3 { CR4_PKE } else { CR4_PKS } != 0,
     };
-    if !reachable || keys {
+    if !reachable || keys || registers.cr4 & CR4_LASS != 0 {
         return None;
     }
-    let walked = walk(hv, registers, linear)?;
+    let walked = walk(hv, registers, linear, is_plain)?;
     walked.permits(registers, intent).then_some((walked.gpa, walked.path))
 }
 
@@ -97,6 +101,8 @@ struct Walked {
     leaf: u64,
     /// Bits of it that are reserved, or of an address above 4 GiB where it has 4 bytes (PSE-36).
     odd: u64,
+    /// The CPU walks in the same way, whatever its model, and whatever was changed since it loaded CR3.
+    certain: bool,
     path: Option<Path>,
 }
 
@@ -111,7 +117,8 @@ impl Walked {
             needed |= WRITABLE;
         }
         let reserved = if registers.efer & EFER_NXE == 0 { NO_EXECUTE } else { 0 };
-        self.all & (needed | USER) == needed
+        self.certain
+            && self.all & (needed | USER) == needed
             && self.any & reserved == 0
             && self.leaf & self.odd == 0
             && (!write || self.leaf & DIRTY != 0)
@@ -120,45 +127,63 @@ impl Walked {
 
 /// Walks the page tables. The linear address is one that paging translates.
 #[inline]
-fn walk<H: Hypervisor>(hv: &mut H, registers: &Registers, linear: u64) -> Option<Walked> {
+fn walk<H: Hypervisor>(
+    hv: &mut H,
+    registers: &Registers,
+    linear: u64,
+    is_plain: &impl Fn(Gfn) -> bool,
+) -> Option<Walked> {
     match registers.efer & EFER_LMA != 0 && registers.cr4 & CR4_LA57 == 0 {
-        true => walk_long::<_, 4>(hv, registers.cr3 & ADDRESS, linear),
-        false => walk_otherwise(hv, registers, linear),
+        true => walk_long::<_, 4>(hv, registers.cr3 & ADDRESS, linear, is_plain),
+        false => walk_otherwise(hv, registers, linear, is_plain),
     }
 }
 
 /// With 5 levels, or outside of long mode.
 #[cold]
-fn walk_otherwise<H: Hypervisor>(hv: &mut H, registers: &Registers, linear: u64) -> Option<Walked> {
+fn walk_otherwise<H: Hypervisor>(
+    hv: &mut H,
+    registers: &Registers,
+    linear: u64,
+    is_plain: &impl Fn(Gfn) -> bool,
+) -> Option<Walked> {
     if registers.efer & EFER_LMA != 0 {
-        return walk_long::<_, 5>(hv, registers.cr3 & ADDRESS, linear);
+        return walk_long::<_, 5>(hv, registers.cr3 & ADDRESS, linear, is_plain);
     }
     if registers.cr4 & CR4_PAE != 0 {
-        // The four page-directory-pointer entries lie anywhere below 4 GiB, 32-byte aligned.
-        let pointer = entry(hv, (registers.cr3 & 0xffff_ffe0) + (linear >> 30) * 8)?;
-        return walk_long::<_, 2>(hv, pointer & ADDRESS, linear);
+        // The four page-directory-pointer entries lie anywhere below 4 GiB, 32-byte aligned. The CPU uses those that it has
+        // loaded with CR3 (Intel SDM volume 3, section 4.4.1), and memory may have others by now.
+        let pointer = entry(hv, (registers.cr3 & 0xffff_ffe0) + (linear >> 30) * 8, is_plain)?;
+        let walked = walk_long::<_, 2>(hv, pointer & ADDRESS, linear, is_plain)?;
+        return Some(Walked { certain: false, ..walked });
     }
-    walk_32(hv, registers, linear)
+    walk_32(hv, registers, linear, is_plain)
 }
 
 /// Through so many levels of 8-byte entries, from the table at `table`.
 #[inline(always)]
-fn walk_long<H: Hypervisor, const LEVELS: usize>(hv: &mut H, mut table: u64, linear: u64) -> Option<Walked> {
+fn walk_long<H: Hypervisor, const LEVELS: usize>(
+    hv: &mut H,
+    mut table: u64,
+    linear: u64,
+    is_plain: &impl Fn(Gfn) -> bool,
+) -> Option<Walked> {
     let (mut all, mut any, mut path) = (u64::MAX, 0, NOWHERE);
     for level in (0..LEVELS).rev() {
         let shift = 12 + 9 * level;
         let at = table | (linear >> (shift - 3) & 0xff8);
-        let entry = entry(hv, at)?;
+        let entry = entry(hv, at, is_plain)?;
         path.iter_mut().take(level + 1).for_each(|step| *step = Step { at: Gpa(at), entry });
         all &= entry;
         any |= entry;
         if level == 0 || entry & LARGE != 0 {
-            // Only levels 1 and 2 (2 MiB and 1 GiB) have large pages.
+            // Only levels 1 and 2 (2 MiB and 1 GiB) have large pages; 1 GiB is not known to every CPU, for which the bit is
+            // reserved then. Bits at or above MAXPHYADDR stay in the address, at which there is no memory then.
             let within = (1 << shift) - 1;
             let gpa = Gpa((entry & ADDRESS & !within) | (linear & within));
             let odd = if level == 0 { 0 } else { ADDRESS & within & !LARGE_PAT };
             let path = (LEVELS == path.len()).then_some(path);
-            return (level <= 2).then_some(Walked { gpa, all, any, leaf: entry, odd, path });
+            return (level <= 2).then_some(Walked { gpa, all, any, leaf: entry, odd, certain: level < 2, path });
         }
         table = entry & ADDRESS;
     }
@@ -166,13 +191,20 @@ fn walk_long<H: Hypervisor, const LEVELS: usize>(hv: &mut H, mut table: u64, lin
 }
 
 /// An entry of 8 bytes, if it is present.
-fn entry<H: Hypervisor>(hv: &mut H, at: u64) -> Option<u64> {
+fn entry<H: Hypervisor>(hv: &mut H, at: u64, is_plain: &impl Fn(Gfn) -> bool) -> Option<u64> {
+    is_plain(Gpa(at).gfn()).then_some(())?;
     hv.read_word(Gpa(at)).ok().filter(|entry| entry & PRESENT != 0)
 }
 
 /// Through two levels of 4-byte entries.
-fn walk_32<H: Hypervisor>(hv: &mut H, registers: &Registers, linear: u64) -> Option<Walked> {
+fn walk_32<H: Hypervisor>(
+    hv: &mut H,
+    registers: &Registers,
+    linear: u64,
+    is_plain: &impl Fn(Gfn) -> bool,
+) -> Option<Walked> {
     let mut entry = |at: u64| -> Option<u64> {
+        is_plain(Gpa(at).gfn()).then_some(())?;
         let mut bytes = [0; 4];
         hv.read(Gpa(at), &mut bytes).ok()?;
         Some(u64::from(u32::from_le_bytes(bytes))).filter(|entry| entry & PRESENT != 0)
@@ -182,9 +214,11 @@ fn walk_32<H: Hypervisor>(hv: &mut H, registers: &Registers, linear: u64) -> Opt
         // PSE-36: bits 20 to 13 are bits 39 to 32 of the address.
         let high = (directory >> 13 & 0xff) << 32;
         let gpa = Gpa(high | (directory & 0xffc0_0000) | (linear & 0x003f_ffff));
-        return Some(Walked { gpa, all: directory, any: directory, leaf: directory, odd: 0x003f_e000, path: None });
+        let (all, any, leaf) = (directory, directory, directory);
+        return Some(Walked { gpa, all, any, leaf, odd: 0x003f_e000, certain: true, path: None });
     }
     let page = entry((directory & 0xffff_f000) + (linear >> 12 & 0x3ff) * 4)?;
     let gpa = Gpa((page & 0xffff_f000) | (linear & 0xfff));
-    Some(Walked { gpa, all: directory & page, any: directory | page, leaf: page, odd: 0, path: None })
+    let (all, any) = (directory & page, directory | page);
+    Some(Walked { gpa, all, any, leaf: page, odd: 0, certain: true, path: None })
 }

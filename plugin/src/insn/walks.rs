@@ -5,7 +5,7 @@
 //! spares what is computed, and none of the reads.
 
 use super::paging::{self, Intent, NOWHERE, Path};
-use crate::{Gpa, Hypervisor, PAGE_SIZE, Registers};
+use crate::{Gfn, Gpa, Hypervisor, PAGE_SIZE, Registers};
 
 /// The last walks of a virtual CPU, each through four levels and to an end that it may access.
 #[derive(Clone, Copy, Debug)]
@@ -52,7 +52,8 @@ impl Walks {
 
     /// Where any access to data, made with the privilege of `registers`, goes: if the CPU would make it at once, without a
     /// fault and without setting an accessed or dirty bit. (A stale TLB may still know another translation; a guest that has
-    /// not flushed it cannot rely on either.)
+    /// not flushed it cannot rely on either.) The walk reads only `is_plain` frames: in another one a breakpoint in place may
+    /// show 0xCC, or what we read is not what the guest sees there, or somebody wants to hear of the walk.
     pub(crate) fn anew<H: Hypervisor>(
         &mut self,
         hv: &mut H,
@@ -60,12 +61,13 @@ impl Walks {
         linear: u64,
         length: usize,
         intent: Intent,
+        is_plain: &impl Fn(Gfn) -> bool,
     ) -> Option<Gpa> {
         let offset = linear % PAGE_SIZE as u64;
         if offset as usize + length > PAGE_SIZE {
             return None;
         }
-        let (gpa, path) = paging::access(hv, registers, linear, intent)?;
+        let (gpa, path) = paging::access(hv, registers, linear, intent, is_plain)?;
         if let Some(path) = path {
             let Registers { cr0, cr3, cr4, efer, cpl, .. } = *registers;
             *self.of(intent) =
@@ -85,7 +87,12 @@ impl Walks {
         intent: Intent,
     ) -> Option<Gpa> {
         let again = self.again(hv, registers, linear, length, intent);
-        again.or_else(|| self.anew(hv, registers, linear, length, intent))
+        again.or_else(|| self.anew(hv, registers, linear, length, intent, &|_| true))
+    }
+
+    /// None any more: frames are plain that were not, or the other way round.
+    pub(crate) fn forget(&mut self) {
+        (self.read.cpl, self.write.cpl) = (Walk::NONE.cpl, Walk::NONE.cpl);
     }
 
     #[inline(always)]
@@ -98,7 +105,7 @@ impl Walks {
 }
 
 impl Walk {
-    /// Made with no privilege level that there is.
+    /// With a privilege level that does not exist.
     const NONE: Self = Self { page: 0, cr0: 0, cr3: 0, cr4: 0, efer: 0, cpl: u8::MAX, path: NOWHERE, frame: Gpa(0) };
 
     /// Whether it would begin the same, and be permitted the same.
@@ -195,7 +202,7 @@ mod tests {
                 let (registers, linear) = (states[state], linears[linear]);
                 let intent = if write { Intent::Write } else { Intent::Read };
                 let mut none = Walks::NONE;
-                let anew = none.anew(&mut tables, &registers, linear, length, intent);
+                let anew = none.anew(&mut tables, &registers, linear, length, intent, &|_| true);
                 prop_assert_eq!(walks.access(&mut tables, &registers, linear, length, intent), anew);
             }
         }
@@ -209,7 +216,10 @@ mod tests {
         }
         let registers = Registers { cr0: CR0, cr4: PAE, efer: EFER, cpl: 3, ..Registers::default() };
         let mut walks = Walks::NONE;
-        assert_eq!(walks.anew(&mut tables, &registers, 0x10, 8, Intent::Write), Some(Gpa(FRAMES << 12 | 0x10)));
+        assert_eq!(
+            walks.anew(&mut tables, &registers, 0x10, 8, Intent::Write, &|_| true),
+            Some(Gpa(FRAMES << 12 | 0x10))
+        );
         let mut again = |tables: &mut Tables, registers: &Registers, linear, intent| {
             walks.again(tables, registers, linear, 8, intent)
         };

@@ -46,8 +46,10 @@ impl<H: Hypervisor> Guest<'_, H> {
     #[cold]
     #[inline(never)]
     fn locate_anew(&mut self, linear: u64, length: usize, intent: Intent) -> Option<Gpa> {
-        let gpa = self.walks.anew(self.hv, self.registers, linear, length, intent)?;
-        self.is_plain(gpa.gfn()).then_some(gpa)
+        let (claims, views) = (self.claims, self.views);
+        let is_plain = |gfn| is_plain(claims, views, gfn);
+        let gpa = self.walks.anew(self.hv, self.registers, linear, length, intent, &is_plain)?;
+        is_plain(gpa.gfn()).then_some(gpa)
     }
 
     /// Whether an instruction's operand could be accessed. A write is not made.
@@ -86,8 +88,13 @@ impl<H: Hypervisor> Guest<'_, H> {
 
     #[inline(always)]
     fn is_plain(&self, gfn: Gfn) -> bool {
-        self.claims.spare(gfn) && !self.views.is_some_and(|views| views.hides(gfn))
+        is_plain(self.claims, self.views, gfn)
     }
+}
+
+#[inline(always)]
+fn is_plain(claims: &Claims, views: Option<&Views>, gfn: Gfn) -> bool {
+    claims.spare(gfn) && !views.is_some_and(|views| views.hides(gfn))
 }
 
 impl<H: Hypervisor> Memory for Guest<'_, H> {
