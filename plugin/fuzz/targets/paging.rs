@@ -7,6 +7,7 @@ use arbitrary::Arbitrary;
 use hyperbp::fuzzing::{Walks, translate};
 use hyperbp::{Gfn, Gpa, Hypervisor, PAGE_SIZE, Registers, Rights, VcpuId, ViewId};
 use hyperbp_fuzz::AnyRegisters;
+use hyperbp_fuzz::walker::Cpu;
 use libfuzzer_sys::fuzz_target;
 
 /// Frames of memory the guest has.
@@ -193,6 +194,25 @@ fuzz_target!(|input: Input| {
     assert_eq!(access(&memory, &mut walks, length, write), granted, "and again");
     if granted.is_some() {
         assert_eq!(granted, place, "an access goes where the address does");
+        let Registers { cr0, cr3, cr4, efer, cpl, .. } = registers;
+        // What is not known of the CPU is such that it grants the least.
+        let cpu = Cpu {
+            cr0,
+            cr3,
+            cr4,
+            efer,
+            user: cpl == 3,
+            physical_bits: 52,
+            gigabyte_pages: false,
+            pointers: [0; 4],
+        };
+        let read = |at: u64, size: usize| {
+            let entry = *memory.clone().entry(Gpa(at));
+            let there = Gpa(at).gfn().0 < FRAMES;
+            there.then_some(if size == 4 { u64::from((entry >> (at % 8 * 8)) as u32) } else { entry })
+        };
+        let theirs = cpu.walk(linear, length, write, read).map(|granted| granted.gpa);
+        assert_eq!(theirs.map(Gpa), Ok(place.unwrap_or_default()), "the CPU makes it, too");
         assert_eq!(accessed(&memory, 1, write), granted, "and so does its first byte");
         assert_eq!(accessed(&memory, length, false), granted, "what can be written can be read");
         assert!((linear & 0xfff) as usize + length <= PAGE_SIZE, "an access crosses a page");

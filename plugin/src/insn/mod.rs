@@ -9,7 +9,7 @@ mod operand;
 mod oracle;
 pub(crate) mod paging;
 #[cfg(test)]
-mod tables;
+pub(crate) mod tables;
 mod walks;
 
 pub(crate) use displaced::{Displaced, Form, LOOK_BACK, MemoryUse, is_plain_after};

@@ -111,3 +111,40 @@ impl<H: Hypervisor> Memory for Guest<'_, H> {
         self.hv.write_ram(gpa, bytes).ok()?.then_some(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::insn::tables::Tables;
+    use crate::watch::Watch;
+    use crate::{Accesses, PAGE_SIZE};
+
+    const ALL: u64 = 0x67;
+
+    /// Four levels of tables in frames 0 to 3, and a page in frame 4; paging is on, in long mode.
+    fn guest() -> (Tables, Registers) {
+        let mut tables = Tables(vec![0; 5 * PAGE_SIZE / 8]);
+        for frame in 0..4 {
+            tables.0[frame * PAGE_SIZE / 8] = (frame as u64 + 1) << 12 | ALL;
+        }
+        let registers =
+            Registers { cr0: 1 << 31 | 1 << 16, cr4: 1 << 5, efer: 1 << 10, cpl: 3, ..Registers::default() };
+        (tables, registers)
+    }
+
+    /// In a page that somebody watches, or that has breakpoints, a walk is something to be told, or reads an INT3 of ours.
+    #[test]
+    fn a_walk_through_a_page_that_is_not_plain_is_left_to_the_cpu() {
+        let (mut tables, registers) = guest();
+        for frame in 0..5 {
+            let (mut claims, mut walks) = (Claims::default(), Walks::NONE);
+            let mut locate = |claims: &Claims, walks: &mut Walks| {
+                Guest { hv: &mut tables, claims, views: None, registers: &registers, walks }.locate(8, 8, Intent::Read)
+            };
+            assert_eq!(locate(&claims, &mut walks), Some(Gfn(4).at(8)));
+            claims.watch(Gfn(frame), Watch { accesses: Accesses { read: true, ..Accesses::NONE }, after: false });
+            walks.forget();
+            assert_eq!(locate(&claims, &mut walks), None, "frame {frame}");
+        }
+    }
+}

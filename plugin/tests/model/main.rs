@@ -7,6 +7,7 @@
 //! `PROPTEST_CASES` says how many scripts to try of each kind.
 
 mod cases;
+mod counts;
 mod cpu;
 mod guest;
 mod machine;

@@ -4,7 +4,9 @@
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
-use hyperbp::{Accesses, BreakpointId, Engine, Error, Gfn, Gpa, Hit, Mechanism, Placement, Reply, Verdict};
+use hyperbp::{
+    Accesses, BreakpointId, Counters, Engine, Error, Figures, Gfn, Gpa, Hit, Mechanism, Placement, Reply, Verdict,
+};
 use proptest::prelude::*;
 use proptest::sample::Index;
 
@@ -20,6 +22,8 @@ const PATIENCE: usize = 1000;
 pub(crate) enum Action {
     /// A virtual CPU goes on.
     Run(u8),
+    /// It goes on for so many instructions, or until it waits.
+    RunOn(u8, u8),
     /// It is answered, if it waits; perhaps Xen's emulator cannot do what it is asked to.
     Answer(u8, bool),
     Insert(u8, u8),
@@ -51,33 +55,44 @@ pub(crate) struct Script {
     kill_in: Option<u32>,
 }
 
-pub(crate) fn script(vcpus: usize, palette: impl Strategy<Value = Vec<Mechanism>>) -> impl Strategy<Value = Script> {
+pub(crate) fn action(vcpus: usize) -> impl Strategy<Value = Action> {
     let vcpu = 0..vcpus as u8;
-    let action = prop_oneof![
-        8 => vcpu.clone().prop_map(Action::Run),
+    prop_oneof![
+        6 => vcpu.clone().prop_map(Action::Run),
+        4 => (vcpu.clone(), 2..20_u8).prop_map(|(vcpu, most)| Action::RunOn(vcpu, most)),
         8 => (vcpu, prop::bool::weighted(0.2)).prop_map(|(vcpu, fails)| Action::Answer(vcpu, fails)),
         2 => (any::<u8>(), any::<u8>()).prop_map(|(site, mechanism)| Action::Insert(site, mechanism)),
         1 => any::<u8>().prop_map(Action::Remove),
         1 => (any::<u8>(), any::<u8>()).prop_map(|(page, what)| Action::Watch(page, what)),
-    ];
-    let reaction = prop_oneof![
+    ]
+}
+
+pub(crate) fn reaction() -> impl Strategy<Value = Reaction> {
+    prop_oneof![
         8 => Just(Reaction::Nothing),
         1 => Just(Reaction::Leave),
         1 => any::<u8>().prop_map(Reaction::Remove),
         1 => (any::<u8>(), any::<u8>()).prop_map(|(site, mechanism)| Reaction::Insert(site, mechanism)),
         2 => any::<u8>().prop_map(Reaction::Change),
-    ];
+    ]
+}
+
+pub(crate) fn script(vcpus: usize, palette: impl Strategy<Value = Vec<Mechanism>>) -> impl Strategy<Value = Script> {
     (
         recipe(vcpus),
         palette,
         prop::collection::vec(any::<Index>(), 4),
-        prop::collection::vec(action, 1..200),
-        prop::collection::vec(reaction, 0..40),
+        // Most breakpoints are there from the start: else there is hardly a hit.
+        prop::collection::vec((any::<u8>(), any::<u8>()), 0..8),
+        prop::collection::vec(action(vcpus), 1..200),
+        prop::collection::vec(reaction(), 0..40),
         // Of most calls nobody makes use.
         prop::collection::vec(0..12_u8, 0..if vcpus > 1 { 200 } else { 1 }),
         prop_oneof![2 => Just(None), 1 => (0..400_u32).prop_map(Some)],
     )
-        .prop_map(|(recipe, palette, pairs, actions, reactions, meanwhile, kill_in)| {
+        .prop_map(|(recipe, palette, pairs, first, actions, reactions, meanwhile, kill_in)| {
+            let first = first.into_iter().map(|(site, mechanism)| Action::Insert(site, mechanism));
+            let actions = first.chain(actions).collect();
             let all = recipe.build().sites;
             // Neighbours.
             let pair = |index: Index| {
@@ -113,7 +128,8 @@ impl Script {
         }
     }
 
-    pub(crate) fn run(&self) {
+    /// Returns what has happened, by name.
+    pub(crate) fn run(&self) -> Vec<(&'static str, u64)> {
         let guest = self.recipe.build();
         let mut world = World::new(guest.machine, self.meanwhile.clone());
         world.kill_in = self.kill_in;
@@ -121,7 +137,10 @@ impl Script {
         let reactions = self.reactions.clone().into_iter();
         let mut session =
             Session { world, engine, sites: self.sites.clone(), palette: &self.palette, reactions, failing: false };
-        let lived = catch_unwind(AssertUnwindSafe(|| session.live(&self.actions)));
+        let mut served = Vec::new();
+        let lived = catch_unwind(AssertUnwindSafe(|| session.live(&self.actions, &mut served)));
+        let Counters { reads, writes, held, discarded, reinjected, emulation_failures, .. } = session.engine.counters();
+        let killed = u64::from(lived.is_err());
         let mut world = session.world;
         if let Err(payload) = lived {
             match payload.downcast::<Killed>() {
@@ -135,6 +154,16 @@ impl Script {
             (0..world.machine.vcpus.len()).for_each(|index| world.run(index));
         }
         world.check_left();
+        let counted = [
+            ("reads", reads),
+            ("writes", writes),
+            ("held", held),
+            ("discarded", discarded),
+            ("reinjected", reinjected),
+            ("emulation failures", emulation_failures),
+            ("killed", killed),
+        ];
+        served.into_iter().chain(counted).collect()
     }
 }
 
@@ -149,10 +178,18 @@ struct Session<'a> {
 }
 
 impl Session<'_> {
-    fn live(&mut self, actions: &[Action]) {
+    fn live(&mut self, actions: &[Action], served: &mut Vec<(&'static str, u64)>) {
         for action in actions {
             match action {
                 Action::Run(vcpu) => self.world.run(usize::from(*vcpu)),
+                Action::RunOn(vcpu, most) => {
+                    let index = usize::from(*vcpu);
+                    for _ in 0..*most {
+                        if self.world.machine.vcpus[index].waiting.is_none() {
+                            self.world.run(index);
+                        }
+                    }
+                }
                 Action::Answer(vcpu, fails) => {
                     self.failing = *fails;
                     self.answer(usize::from(*vcpu));
@@ -164,6 +201,17 @@ impl Session<'_> {
                 Action::Watch(page, what) => watch(&mut self.engine, &mut self.world, *page, *what),
             }
             self.world.check();
+        }
+        for id in self.world.subscribers() {
+            let Figures { served: by, rewritten, .. } = self.engine.figures(id).unwrap();
+            served.extend([
+                ("repair", by.repair),
+                ("view-step", by.view_step),
+                ("view-fast-step", by.view_fast_step),
+                ("emulate", by.emulate),
+                ("interpret", by.interpret),
+                ("rewritten", rewritten),
+            ]);
         }
         self.leave();
     }
