@@ -136,3 +136,18 @@ fn a_hit_that_the_emulator_gives_back_falls_back_once() {
         engine.leave(&mut page).unwrap();
     }
 }
+
+/// What is before it is in another page: its linear address tells which.
+#[test]
+fn an_instruction_at_the_start_of_a_page_is_interpreted_unless_it_may_be_in_an_interrupt_shadow() {
+    for (before, interpreted) in [([0x90, 0x90], true), ([0x90, 0xfb], false), ([0x8e, 0xd0], false)] {
+        // Every page reads the same here, the one before, too.
+        let mut page = Page([0x90; PAGE_SIZE]);
+        page.0[PAGE_SIZE - 2..].copy_from_slice(&before);
+        let mut engine = Engine::new(&page);
+        let id = engine.insert(&mut page, PAGE.at(0), "in-place+interpret+data".parse().unwrap()).unwrap();
+        let reply = handle(&mut engine, &mut page, 0, Reason::Int3(Int3 { gpa: PAGE.at(0), length: 1 }));
+        assert_eq!(matches!(reply.action, Action::SetRegisters(_)), interpreted, "{before:x?}: {reply:?}");
+        assert_eq!(engine.figures(id).unwrap().served.interpret, u64::from(interpreted));
+    }
+}

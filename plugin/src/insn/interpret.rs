@@ -906,6 +906,15 @@ mod tests {
     }
 
     #[test]
+    fn a_branch_to_itself_is_left_to_the_cpu() {
+        let mut here = flat();
+        here.gpr[0] = here.rip;
+        assert_eq!(run(&[0xff, 0xe0], here), None, "jmp rax");
+        here.gpr[0] += 1;
+        assert!(run(&[0xff, 0xe0], here).is_some());
+    }
+
+    #[test]
     fn an_instruction_ends_what_iret_began() {
         assert_eq!(run(&[0x90], Registers { rflags: RF | 0x202, ..flat() }).unwrap().rflags, 0x202);
     }
