@@ -59,7 +59,9 @@ pub(crate) fn operand_read<H: Hypervisor>(
     if size == 0 || (size > 8 && !linear.is_multiple_of(size as u64)) {
         return None;
     }
-    let (read, _) = paging::access(hv, registers, linear, Intent::Read)?;
+    // Where the page tables are in the page itself, what is read of them may have a breakpoint in place.
+    let is_plain = |gfn| gfn != gpa.gfn();
+    let (read, _) = paging::access(hv, registers, linear, Intent::Read, &is_plain)?;
     (read == gpa && usize::from(gpa.offset()) + size <= PAGE_SIZE).then_some(size)
 }
 

@@ -117,7 +117,7 @@ mod tests {
     use super::*;
     use crate::insn::tables::Tables;
     use crate::watch::Watch;
-    use crate::{Accesses, PAGE_SIZE};
+    use crate::{Accesses, PAGE_SIZE, VcpuId};
 
     const ALL: u64 = 0x67;
 
@@ -139,7 +139,9 @@ mod tests {
         for frame in 0..5 {
             let (mut claims, mut walks) = (Claims::default(), Walks::NONE);
             let mut locate = |claims: &Claims, walks: &mut Walks| {
-                Guest { hv: &mut tables, claims, views: None, registers: &registers, walks }.locate(8, 8, Intent::Read)
+                let dr7 = Dr7 { vcpu: VcpuId(0), trust_event: true, ask: false };
+                let (hv, registers) = (&mut tables, &registers);
+                Guest { hv, claims, views: None, registers, walks, dr7, unwatched: false }.locate(8, 8, Intent::Read)
             };
             assert_eq!(locate(&claims, &mut walks), Some(Gfn(4).at(8)));
             claims.watch(Gfn(frame), Watch { accesses: Accesses { read: true, ..Accesses::NONE }, after: false });
