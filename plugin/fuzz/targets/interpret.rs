@@ -156,7 +156,9 @@ impl Expected {
             FlowControl::IndirectBranch | FlowControl::IndirectCall if instruction.op0_kind() == OpKind::Register => {
                 next = vec![value(old, instruction.op0_register())];
             }
-            FlowControl::IndirectBranch | FlowControl::IndirectCall | FlowControl::Return => next = reads.iter().map(|(at, size)| memory.value(*at, *size)).collect(),
+            FlowControl::IndirectBranch | FlowControl::IndirectCall | FlowControl::Return => {
+                next = reads.iter().map(|(at, size)| memory.value(*at, *size)).collect()
+            }
             _ => {}
         }
         Self { instruction, old: *old, next, gpr, reads, writes }

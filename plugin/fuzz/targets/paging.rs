@@ -196,16 +196,8 @@ fuzz_target!(|input: Input| {
         assert_eq!(granted, place, "an access goes where the address does");
         let Registers { cr0, cr3, cr4, efer, cpl, .. } = registers;
         // What is not known of the CPU is such that it grants the least.
-        let cpu = Cpu {
-            cr0,
-            cr3,
-            cr4,
-            efer,
-            user: cpl == 3,
-            physical_bits: 52,
-            gigabyte_pages: false,
-            pointers: [0; 4],
-        };
+        let cpu =
+            Cpu { cr0, cr3, cr4, efer, user: cpl == 3, physical_bits: 52, gigabyte_pages: false, pointers: [0; 4] };
         let read = |at: u64, size: usize| {
             let entry = *memory.clone().entry(Gpa(at));
             let there = Gpa(at).gfn().0 < FRAMES;
