@@ -158,7 +158,7 @@ impl World {
             Act::Store(vcpu, at, bytes) => {
                 let (gpa, vcpu) = (at.gpa(engine), vcpu % machine.vcpus() as u8);
                 let what = What::Access { read: false, write: true, execute: false, page_walk: false };
-                self.occur(&Occurrence { vcpu, view: None, registers: false, plain: true, at, what });
+                self.occur(&Occurrence { vcpu, view: None, registers: false, plain: true, at, what, dr7: None });
                 self.machine.guest_writes(vcpu.into(), gpa, &bytes);
                 self.machine.begin();
                 self.through(vcpu.into());
