@@ -26,7 +26,6 @@ $commit. All are applied, or none.
   --revert  take them out again
   --help    show this
   --        what follows is the tree, even if it begins with a dash
-  --        what follows is the tree, even if it begins with a dash
 
 Exit status: 0 done, 1 refused and nothing changed, 2 wrong usage.
 USAGE
