@@ -215,7 +215,8 @@ pub(super) fn is_done_wrong(instruction: &Instruction) -> bool {
         Xrstor | Xrstor64 | Xsaveopt | Xsaveopt64 | Ptwrite | Clrssbsy | Iret | Iretd | Iretq => true,
         // It leaves flags alone that are undefined, and that the CPU changes.
         Mul | Div | Idiv => true,
-        Imul => instruction.op_count() == 1,
+        // IMUL with an immediate is computed in the same way (opcodes 0x69 and 0x6b go to the label `imul`).
+        Imul => instruction.op_count() != 2,
         // Debug registers are not known to it.
         Mov => instruction.op0_register().is_dr() || instruction.op1_register().is_dr(),
         _ => false,
@@ -422,6 +423,8 @@ mod tests {
         assert!(emulable(&[0x0f, 0xae, 0xe8]), "lfence");
         assert!(!emulable(&[0x48, 0xf7, 0xe3]), "mul rbx: other flags");
         assert!(!emulable(&[0xf7, 0xeb]), "imul ebx");
+        assert!(!emulable(&[0x6b, 0xc3, 0x9c]), "imul eax, ebx, -100");
+        assert!(!emulable(&[0x69, 0xc3, 0, 1, 0, 0]), "imul eax, ebx, 256");
         assert!(emulable(&[0x48, 0x0f, 0xaf, 0xc3]), "imul rax, rbx");
     }
 
