@@ -152,6 +152,10 @@ fn serve_all(
     });
     // Also after a failure: the guest is to be left as it was.
     let left = leave(domain, monitor, &mut engine).context("cannot leave the domain");
+    if left.is_err() {
+        // Without the ring, which goes next, Xen lets no rights be changed.
+        domain.undo_all();
+    }
     let mut outcome = served?;
     outcome.state = left?;
     Ok(outcome)

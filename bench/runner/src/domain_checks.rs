@@ -201,7 +201,13 @@ pub(crate) fn pages(domain: &mut Domain, pages: u64, stride: u64) -> Result<()> 
 pub(crate) fn insert(domain: &mut Domain, pages: u64, stride: u64) -> Result<()> {
     let before = Traces::of(domain)?;
     let set = round(domain, pages, stride, &mut || Ok(()));
-    let after = Traces::of(domain)?;
-    ensure!(after.limit == before.limit, "{after:?} is left, of {before:?}");
+    let after = Traces::of(domain).and_then(|after| {
+        ensure!(after.limit == before.limit, "{after:?} is left, of {before:?}");
+        Ok(())
+    });
+    if let (Err(set), Err(after)) = (&set, &after) {
+        bail!("{set:#}, and then {after:#}");
+    }
+    after?;
     set.map(|_| println!("ok: set breakpoints in {pages} pages"))
 }

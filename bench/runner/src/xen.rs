@@ -473,10 +473,13 @@ impl Hypervisor for Domain {
 impl Drop for Domain {
     fn drop(&mut self) {
         let Some(ledger) = self.ledger.take() else { return };
+        // In place of the byte, a virtual CPU would meet an INT3 that nobody knows of.
+        let in_place = ledger.notes().iter().any(|note| matches!(note, Note::Displaced { .. }));
         // The guest may be gone already, and then so is all of this.
+        let gone = matches!(self.state(), Ok(State::Gone));
         let mut results = Vec::new();
         // One that has crashed may be looked at, and one that is suspended goes on.
-        if !matches!(self.state(), Ok(State::Gone)) {
+        if !gone {
             self.undo(&mut results);
         }
         for error in results.iter().filter_map(|result| result.as_ref().err()) {
@@ -484,6 +487,7 @@ impl Drop for Domain {
         }
         // What could not be undone is left for `recover`.
         if results.iter().all(Result::is_ok)
+            && (gone || !in_place)
             && let Err(error) = ledger.remove()
         {
             log::warn!("the ledger of domain {} cannot be removed: {error}", self.id);
@@ -492,6 +496,15 @@ impl Drop for Domain {
 }
 
 impl Domain {
+    /// Undoes what the engine could not, when it was refused something on its way out. Only while there is a ring.
+    pub(crate) fn undo_all(&mut self) {
+        let mut results: Vec<_> = (0..self.vcpus).map(|vcpu| self.stop_step(VcpuId(vcpu))).collect();
+        self.undo(&mut results);
+        for error in results.iter().filter_map(|result| result.as_ref().err()) {
+            log::warn!("leaving domain {}: {error}", self.id);
+        }
+    }
+
     fn undo(&mut self, results: &mut Vec<Result<(), Error>>) {
         // No virtual CPU may be in a view that goes, nor a view show a page that goes.
         if self.altp2m_found.is_some() {
