@@ -1,10 +1,10 @@
 //! `cargo xtask balloon`
 
-use std::fs;
-
-use anyhow::{Context, Result, ensure};
+use anyhow::Result;
 use clap::Args;
 use hyperbp_lab::{Host, Lab, Program, Progress, Xen};
+
+use crate::checks::Checks;
 
 /// Have a guest give pages back to Xen and get others in their place, under load, and see that it gets its own
 #[derive(Debug, Args)]
@@ -39,10 +39,6 @@ impl Balloon {
         let outcome = bench.run(&[(job, image)], 1)?.remove(0);
         let dir = crate::target().join("balloon");
         outcome.unpack(&dir)?;
-        let checks = fs::read_to_string(dir.join("checks")).context("the checks left nothing")?;
-        print!("{checks}");
-        let failed = checks.lines().filter(|line| !line.starts_with("ok: ")).count();
-        ensure!(failed == 0, "{failed} checks failed");
-        Ok(())
+        Checks::judge(&dir)
     }
 }

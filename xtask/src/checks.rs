@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use hyperbp_lab::plan::{self, Selection};
 use hyperbp_lab::{Bench, Elsewhere, Job, Lab, Program};
 use hyperbp_report::{Collection, Results, Workload};
@@ -59,6 +59,17 @@ impl Checks {
         let (count, word) = if holds { (&mut self.passed, "ok") } else { (&mut self.failed, "FAILED") };
         *count += 1;
         println!("{word}: {what}");
+    }
+
+    /// Tells the checks that a job has left in `dir`.
+    ///
+    /// # Errors
+    /// If there are none, or one has failed.
+    pub(crate) fn judge(dir: &Path) -> Result<()> {
+        let mut checks = Self::default();
+        checks.add(&fs::read_to_string(dir.join("checks")).context("the checks left nothing")?);
+        ensure!(checks.failed == 0, "{} checks failed", checks.failed);
+        Ok(())
     }
 
     /// Counts the lines a job has left.

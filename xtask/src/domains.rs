@@ -1,10 +1,10 @@
 //! `cargo xtask domains`
 
-use std::fs;
-
-use anyhow::{Context, Result, ensure};
+use anyhow::Result;
 use clap::Args;
 use hyperbp_lab::{Host, Lab, Program, Progress, Xen};
+
+use crate::checks::Checks;
 
 /// Check on a Xen in the lab what the monitor does to memory, views and limits that are not its own, in domains of several
 /// kinds: with 3, 4 and 6 GiB, with another tool's views, without memory left
@@ -25,10 +25,6 @@ impl Domains {
         let outcome = bench.run(&[(job, image)], 1)?.remove(0);
         let dir = crate::target().join("domains");
         outcome.unpack(&dir)?;
-        let checks = fs::read_to_string(dir.join("checks")).context("the checks left nothing")?;
-        print!("{checks}");
-        let failed = checks.lines().filter(|line| !line.starts_with("ok: ")).count();
-        ensure!(failed == 0, "{failed} checks failed");
-        Ok(())
+        Checks::judge(&dir)
     }
 }
