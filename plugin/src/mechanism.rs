@@ -134,12 +134,11 @@ impl Mechanism {
     }
 
     /// Whether it counts every hit when several virtual CPUs execute the same code. With [`StepOver::Repair`] the others
-    /// run through while the byte is back. An in-place breakpoint of another kind steps in that way, too, over an
-    /// instruction that it can neither interpret nor have emulated: one that accesses memory, for example, if the
-    /// hypervisor does not tell the current DR7.
+    /// run through while the byte is back. That is also how an in-place breakpoint of another kind steps over an
+    /// instruction that it can neither interpret nor have emulated: for such an instruction, use [`Placement::Shadow`].
     #[must_use]
     pub const fn counts_on_several_vcpus(self) -> bool {
-        matches!(self.placement, Placement::Shadow)
+        !matches!(self.step_over, StepOver::Repair)
     }
 
     /// Where the 0xCC lies.

@@ -16,6 +16,8 @@ pub struct Cpu {
     pub efer: u64,
     /// The access is made with CPL 3.
     pub user: bool,
+    /// RFLAGS.AC: an explicit supervisor access to a user page is made in spite of SMAP.
+    pub alignment_check: bool,
     /// MAXPHYADDR, 36 to 52.
     pub physical_bits: u32,
     /// CPUID.80000001H:EDX.Page1GB.
@@ -220,10 +222,10 @@ impl Cpu {
             table = entry & bits(12, if mode == Mode::Bits32 { 31 } else { 51 });
         }
         let (frame, page_bits) = page.expect("the last level maps a page");
-        // Supervisor accesses to the user's pages depend on SMAP and AC, user accesses to others are none.
+        // Supervisor accesses to user pages depend on SMAP and AC; user accesses to others are none.
         let permitted = match (self.user, user) {
             (true, false) => false,
-            (false, true) if has(self.cr4, 21) => false,
+            (false, true) if has(self.cr4, 21) && !self.alignment_check => false,
             _ => !write || writable || !(self.user || has(self.cr0, 16)),
         };
         if !permitted {

@@ -12,6 +12,7 @@ const CR4_LA57: u64 = 1 << 12;
 const EFER_LMA: u64 = 1 << 10;
 const CR0_WP: u64 = 1 << 16;
 const CR4_PSE: u64 = 1 << 4;
+const CR4_SMAP: u64 = 1 << 21;
 const CR4_PKE: u64 = 1 << 22;
 const CR4_PKS: u64 = 1 << 24;
 const CR4_LASS: u64 = 1 << 27;
@@ -77,12 +78,8 @@ pub(super) fn access<H: Hypervisor>(
     if registers.cr0 & CR0_PG == 0 {
         return (linear <= u32::MAX.into()).then_some((Gpa(linear), None));
     }
-    // Protection keys, or linear-address-space separation, may keep it from a page: then it is not for us to say.
-    let keys = match registers.cr4 & (CR4_PKE | CR4_PKS) {
-        0 => false,
-        keys => keys & if registers.cpl == 3 { CR4_PKE } else { CR4_PKS } != 0,
-    };
-    if !reachable || keys || registers.cr4 & CR4_LASS != 0 {
+    // Linear-address-space separation may keep it from a page.
+    if !reachable || registers.cr4 & CR4_LASS != 0 {
         return None;
     }
     let walked = walk(hv, registers, linear, is_plain)?;
@@ -107,18 +104,24 @@ struct Walked {
 }
 
 impl Walked {
-    /// Whether the CPU would go through with it.
+    /// Whether the CPU would go through with it (Intel SDM volume 3, section 4.6).
     fn permits(&self, registers: &Registers, intent: Intent) -> bool {
         let user = registers.cpl == 3;
         let write = intent == Intent::Write;
-        // A page is the user's if every level says so, and the supervisor may be kept from it (SMAP).
+        // A page is a user page if every level says so. Protection keys may keep anybody from it, and SMAP the supervisor,
+        // unless RFLAGS.AC is set. Both are left to a step.
+        let (keys, smap) = match self.all & USER {
+            0 => (CR4_PKS, 0),
+            _ => (CR4_PKE, if user { 0 } else { CR4_SMAP }),
+        };
         let mut needed = ACCESSED | if user { USER } else { 0 };
         if write && (user || registers.cr0 & CR0_WP != 0) {
             needed |= WRITABLE;
         }
         let reserved = if registers.efer & EFER_NXE == 0 { NO_EXECUTE } else { 0 };
         self.certain
-            && self.all & (needed | USER) == needed
+            && registers.cr4 & (keys | smap) == 0
+            && self.all & needed == needed
             && self.any & reserved == 0
             && self.leaf & self.odd == 0
             && (!write || self.leaf & DIRTY != 0)
