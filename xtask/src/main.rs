@@ -15,6 +15,7 @@ mod check;
 mod checks;
 mod cpp;
 mod deny;
+mod docs;
 mod domains;
 mod drakvuf;
 mod elsewhere;
@@ -51,6 +52,7 @@ enum Command {
     Check(check::Check),
     Budgets(budgets::Budgets),
     CheckHostile(hostile::Hostile),
+    Docs(docs::Docs),
     Domains(domains::Domains),
     Drakvuf(drakvuf::Drakvuf),
     Fuzz(fuzz::Fuzz),
@@ -72,6 +74,7 @@ fn main() -> ExitCode {
         Command::Check(check) => check.run(),
         Command::Budgets(budgets) => budgets.run(),
         Command::CheckHostile(hostile) => hostile.run(),
+        Command::Docs(docs) => docs.run(),
         Command::Domains(domains) => domains.run(),
         Command::Drakvuf(drakvuf) => drakvuf.run(),
         Command::Fuzz(fuzz) => fuzz.run(),

@@ -9,6 +9,7 @@
 //! - [`Waited`] is what it takes of the machine that a monitor waits.
 //! - [`Breakdown`] is where the ticks of a hit go.
 //! - [`table`] and [`svg`] show the summary in a terminal and on a page.
+//! - [`fill`] generates the tables of figures in the documentation.
 //! - [`Report`] is all of it as one page, with its pictures; [`About`] is what it says of how the results were made.
 //! - [`write_bpbench`] writes the samples as bpbench's measurement study keeps them, so that its scripts can plot them.
 
@@ -16,6 +17,7 @@ mod about;
 mod bpbench;
 mod breakdown;
 mod collection;
+mod doc;
 mod format;
 mod hostile;
 mod page;
@@ -32,6 +34,7 @@ pub use about::About;
 pub use bpbench::write_bpbench;
 pub use breakdown::{Breakdown, BreakdownRow, Instructions};
 pub use collection::{Collection, Key};
+pub use doc::fill;
 pub use hostile::{Hostile, Probe, hostile_details, hostile_from_json, hostile_table, hostile_to_json};
 pub use page::Report;
 pub use pair::{Pair, Pass};
