@@ -36,6 +36,18 @@ impl<M> M2p<M> {
         Self { entries, count, _mapping: mapping }
     }
 
+    /// How many entries it has: one for each machine frame.
+    #[must_use]
+    pub const fn len(&self) -> usize {
+        self.count
+    }
+
+    /// Whether it has none.
+    #[must_use]
+    pub const fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+
     /// Finds the candidates of gfns: all machine frames whose entry is one of them. Reads the whole table. The domain must
     /// not run: a frame that moves meanwhile might be missed.
     pub fn find(&self, wanted: &[Gfn]) -> Vec<Frames> {

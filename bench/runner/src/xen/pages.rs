@@ -21,8 +21,6 @@ const ENTRIES_PER_PAGE: usize = PAGE_SIZE / size_of::<u64>();
 /// The owner of Xen's own pages (xen/include/public/xen.h).
 const DOMID_XEN: u32 = 0x7ff2;
 
-/// Of the time since the table was searched, the part that the search may have taken.
-const SEARCH_SHARE: u32 = 16;
 /// Most gfns that are searched for at once.
 const WANTED: usize = 64;
 /// Most gfns whose candidates are remembered.
@@ -47,8 +45,10 @@ pub(super) struct Pages {
     known: HashMap<Gfn, Frames>,
     /// What is to be searched for.
     wanted: Vec<Gfn>,
-    /// When a search was over last, and how long it took.
-    searched: Option<(Instant, Duration)>,
+    /// How long a search of the table takes: an estimate before the first.
+    search_takes: Duration,
+    /// How long mapping pages took since the last search whose candidates were not known.
+    mapping_took: Duration,
     types: MemTypes,
     /// [`TYPE_AGE`], in ticks of the time-stamp counter.
     type_age: u64,
@@ -75,6 +75,7 @@ impl Pages {
         let mut info = sys::xc_physinfo_t::default();
         // SAFETY: the handle is open and `info` outlives the call.
         check("xc_physinfo", unsafe { sys::xc_physinfo(xc.raw(), &mut info) })?;
+        let entries = m2p.as_ref().map_or(0, M2p::len);
         Ok(Self {
             memory: Rc::clone(memory),
             id,
@@ -84,7 +85,8 @@ impl Pages {
             first_own: Gfn(u64::MAX),
             known: HashMap::new(),
             wanted: Vec::new(),
-            searched: None,
+            search_takes: Duration::from_nanos(entries as u64),
+            mapping_took: Duration::ZERO,
             types: MemTypes::open(id)?,
             type_age: u64::from(info.cpu_khz) * TYPE_AGE.as_millis() as u64,
             written: Vec::new(),
@@ -101,29 +103,29 @@ impl Pages {
 
     #[inline(always)]
     fn kept(&mut self, gfn: Gfn) -> Result<&mut Kept, Error> {
-        let Self { memory, id, cache, m2p, known, wanted, .. } = self;
+        let Self { memory, id, cache, m2p, known, wanted, mapping_took, .. } = self;
         let is_there = |kept: &Kept| m2p.as_ref().is_some_and(|m2p| m2p.is_at(&kept.frames, gfn));
         cache.get_if(gfn, is_there, || {
             // The candidates are of before, and none has moved: so what is mapped is one of them.
             let before = known.get(&gfn).copied();
+            let start = Instant::now();
             let page = map(memory, *id, gfn)?;
             let frames = before.filter(|frames| m2p.as_ref().is_some_and(|m2p| m2p.is_at(frames, gfn)));
-            if frames.is_none() && wanted.len() < WANTED && !wanted.contains(&gfn) {
-                wanted.push(gfn);
+            if frames.is_none() {
+                *mapping_took += start.elapsed();
+                if wanted.len() < WANTED && !wanted.contains(&gfn) {
+                    wanted.push(gfn);
+                }
             }
             Ok(Kept { page, frames: frames.unwrap_or(Frames::NONE), ram: None })
         })
     }
 
-    /// Whether the table is to be searched now.
+    /// Whether the table is to be searched now: as soon as mapping pages again and again has taken as long as a search. So
+    /// both together take at most twice what the better of them would have taken, whatever the guest does.
     #[inline(always)]
     fn wants_search(&self) -> bool {
-        !self.wanted.is_empty() && self.may_search()
-    }
-
-    #[cold]
-    fn may_search(&self) -> bool {
-        self.m2p.is_some() && self.searched.is_none_or(|(at, took)| at.elapsed() >= took * SEARCH_SHARE)
+        self.m2p.is_some() && !self.wanted.is_empty() && self.mapping_took >= self.search_takes
     }
 
     /// Searches the table. The domain does not run.
@@ -135,7 +137,7 @@ impl Pages {
         }
         let found = m2p.find(&self.wanted);
         self.known.extend(self.wanted.drain(..).zip(found));
-        self.searched = Some((Instant::now(), start.elapsed()));
+        (self.search_takes, self.mapping_took) = (start.elapsed(), Duration::ZERO);
     }
 
     /// Keeps a frame of ours mapped.
