@@ -111,7 +111,8 @@ fn ticks(breakdown: &Breakdown) -> String {
     let mut table = head(["host", "backend", "mechanism"], columns);
     for row in breakdown.rows.iter().filter(|row| row.workload == Workload::ExecBp && row.mechanism != "none") {
         let ticks = [row.instructions.xen, row.instructions.dom0_kernel, row.instructions.monitor];
-        let calls = [&row.hypercalls, &row.syscalls].map(|calls| format!("{:.1}", calls.values().fold(0.0, |sum, count| sum + count)));
+        let calls = [&row.hypercalls, &row.syscalls]
+            .map(|calls| format!("{:.1}", calls.values().fold(0.0, |sum, count| sum + count)));
         let cells = ticks.map(|ticks| grouped(ticks.round() as u64)).into_iter().chain(calls);
         add(&mut table, [&row.host, &row.backend, &row.mechanism].map(|name| name.clone()), cells);
     }
