@@ -12,14 +12,10 @@ pub(crate) fn event(event: &ffi::Event, into: &mut Event) {
     into.vcpu = VcpuId(event.vcpu);
     into.view = ViewId(event.view);
     into.reason = match event.reason {
-        ffi::Reason::Int3 => Reason::Int3(Int3 { gpa: Gpa(event.gpa), length: event.length }),
-        ffi::Reason::Access => Reason::Access(Access {
-            gpa: Gpa(event.gpa),
-            read: event.accesses.read,
-            write: event.accesses.write,
-            execute: event.accesses.execute,
-            page_walk: event.page_walk,
-        }),
+        ffi::Reason::Int3 => Reason::Int3(Int3::new(Gpa(event.gpa), event.length)),
+        ffi::Reason::Access => {
+            Reason::Access(Access::new(Gpa(event.gpa), accesses(event.accesses)).with_page_walk(event.page_walk))
+        }
         ffi::Reason::EmulationFailed => Reason::EmulationFailed,
         // And whatever a C++ program has made of it that is none of them: it is counted as unexplained.
         _ => Reason::Step,

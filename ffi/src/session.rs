@@ -30,9 +30,9 @@ const LOOKS: u32 = 1000;
 /// Why a call failed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
-    /// The engine, or the hypervisor under it, refused.
-    #[error(transparent)]
-    Core(#[from] hyperbp::Error),
+    /// The engine, or the hypervisor under it, refused. C++ gets the message alone, with the causes in it.
+    #[error("{}", .0.with_causes())]
+    Core(hyperbp::Error),
     /// The hypervisor refused.
     #[error(transparent)]
     Machine(#[from] machine::Error),
@@ -72,6 +72,12 @@ pub(crate) enum Error {
     #[cfg(not(feature = "libvmi"))]
     #[error("this libhyperbp was built without LibVMI: build it with the feature libvmi (`cargo xtask install` does)")]
     NoLibVmi,
+}
+
+impl From<hyperbp::Error> for Error {
+    fn from(error: hyperbp::Error) -> Self {
+        Self::Core(error)
+    }
 }
 
 /// Whether it can be used.
@@ -323,12 +329,7 @@ impl Inner {
             breakpoints: HashMap::new(),
             state: State::Open,
             left: false,
-            event: Event {
-                vcpu: VcpuId(0),
-                view: ViewId::HOST,
-                registers: Registers::default(),
-                reason: Reason::EmulationFailed,
-            },
+            event: Event::new(VcpuId(0), ViewId::HOST, Registers::default(), Reason::EmulationFailed),
             told: Observed::Answered,
             reply: Reply::default(),
             #[cfg(feature = "fault-injection")]
@@ -494,7 +495,7 @@ impl Inner {
         self.event.vcpu = VcpuId(vcpu);
         self.event.view = ViewId(view);
         self.event.registers.rip = rip;
-        self.event.reason = Reason::Int3(Int3 { gpa: Gpa(gpa), length: 1 });
+        self.event.reason = Reason::Int3(Int3::new(Gpa(gpa), 1));
         self.begin_event(reply)
     }
 
@@ -556,8 +557,9 @@ impl Inner {
 
     fn end(&mut self, told: &Observed, registers: Option<&ffi::General>, reply: &mut ffi::Reply) {
         let changed = registers.map(|&ffi::General { gpr, rip, rflags }| {
-            let before = self.event.registers;
-            Registers { gpr, rip, rflags, ..before }
+            self.event.registers.with(|registers| {
+                (registers.gpr, registers.rip, registers.rflags) = (gpr, rip, rflags);
+            })
         });
         self.engine.end(&mut self.machine, &self.event, told, changed.as_ref(), &mut self.reply);
         convert::reply(&self.reply, reply);
@@ -575,8 +577,8 @@ impl Inner {
             true => 1.0,
             false => self.clock.nanoseconds_per_tick(self.machine.now()),
         };
-        let times = self.engine.handling_time();
-        let quantile = |quantile| (times.value_at_quantile(quantile) as f64 * unit).round() as u64;
+        let times = self.engine.handling_time().summary();
+        let nanoseconds = |time| (time as f64 * unit).round() as u64;
         ffi::Counters {
             hits: counters.hits,
             reads: counters.reads,
@@ -587,10 +589,10 @@ impl Inner {
             emulation_failures: counters.emulation_failures,
             unexplained: counters.unexplained,
             failures: counters.failures,
-            p50_ns: quantile(0.5),
-            p90_ns: quantile(0.9),
-            p99_ns: quantile(0.99),
-            max_ns: quantile(1.0),
+            p50_ns: nanoseconds(times.median),
+            p90_ns: nanoseconds(times.p90),
+            p99_ns: nanoseconds(times.p99),
+            max_ns: nanoseconds(times.max),
         }
     }
 
@@ -641,7 +643,7 @@ impl Inner {
                 let read = without_panic(|| Ok(self.machine.read(at, &mut byte)?));
                 at.offset() < int3.gpa.offset() || read.is_err() || byte == [INT3]
             }
-            Reason::Step | Reason::Access(_) | Reason::EmulationFailed => false,
+            _ => false,
         };
         let action = if own { Action::Reinject } else { Action::Resume };
         // If it was still to be stepped, that was stopped when the rest was undone.

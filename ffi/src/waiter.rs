@@ -98,7 +98,7 @@ impl Waiter {
     /// What came of waiting so far.
     #[cfg(feature = "libvmi")]
     pub(crate) fn waits(&self) -> ffi::Waits {
-        let hyperbp::Waits { watched, watched_in_vain, halted, halted_in_vain, slept } = self.channel.waits();
+        let hyperbp::Waits { watched, watched_in_vain, halted, halted_in_vain, slept, .. } = self.channel.waits();
         ffi::Waits { watched, watched_in_vain, halted, halted_in_vain, slept }
     }
 

@@ -3,6 +3,7 @@
 
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeSet, HashMap};
+use std::fmt;
 use std::ops::Bound::{Excluded, Unbounded};
 
 use rustc_hash::FxBuildHasher;
@@ -24,6 +25,12 @@ impl BreakpointId {
     #[must_use]
     pub const fn gpa(self) -> Gpa {
         self.gpa
+    }
+}
+
+impl fmt::Display for BreakpointId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "breakpoint {} at {}", self.serial, self.gpa)
     }
 }
 

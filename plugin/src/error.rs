@@ -1,5 +1,7 @@
 //! What can go wrong when a breakpoint is set, and what to do about it.
 
+use std::fmt;
+
 use crate::{Gfn, Gpa};
 
 /// Why the engine could not do what it was asked to.
@@ -44,13 +46,40 @@ pub enum Error {
     #[error("the engine is leaving the domain, and sets no more breakpoints")]
     Leaving,
     /// The hypervisor refused something.
-    #[error("cannot {doing}: {source}")]
+    #[error("cannot {doing}")]
     Hypervisor {
         /// What was tried.
         doing: &'static str,
         /// What the hypervisor said.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+}
+
+impl Error {
+    /// The error and its causes, in one line, for a host that prints no chain of
+    /// [sources](std::error::Error::source).
+    ///
+    /// ```
+    /// # use hyperbp::Error;
+    /// let source = Box::new(std::io::Error::other("the domain is gone"));
+    /// let error = Error::Hypervisor { doing: "read the page", source };
+    /// assert_eq!(error.to_string(), "cannot read the page");
+    /// assert_eq!(error.with_causes().to_string(), "cannot read the page: the domain is gone");
+    /// ```
+    #[must_use]
+    pub fn with_causes(&self) -> impl fmt::Display + '_ {
+        WithCauses(self)
+    }
+}
+
+/// An error and its causes, in one line.
+pub(crate) struct WithCauses<'a>(pub(crate) &'a (dyn std::error::Error + 'static));
+
+impl fmt::Display for WithCauses<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0)?;
+        std::iter::successors(self.0.source(), |error| error.source()).try_for_each(|cause| write!(f, ": {cause}"))
+    }
 }
 
 /// Says what was tried when the hypervisor refuses.

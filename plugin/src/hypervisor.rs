@@ -3,6 +3,8 @@
 use crate::{Gfn, Gpa, VcpuId, ViewId};
 
 /// What a view permits on a page.
+///
+/// This enum is exhaustive: a connection must set exactly what it is asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Rights {
     /// Everything: the page is not watched.

@@ -120,6 +120,7 @@ impl Note {
 
 /// Why there is no ledger to write to.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum Error {
     /// A monitor that lives has it.
     #[error("a monitor is attached to this domain: stop it first ({0} is locked)")]
@@ -136,7 +137,7 @@ pub enum Error {
         problem: &'static str,
     },
     /// The file cannot be used.
-    #[error("cannot use {path}: {source}")]
+    #[error("cannot use {path}")]
     Io {
         /// Which.
         path: PathBuf,

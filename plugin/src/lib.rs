@@ -42,6 +42,6 @@ pub use hypervisor::{Hypervisor, Rights};
 pub use mechanism::{Conceal, Mechanism, Placement, StepOver};
 pub use registers::{CodeMode, Registers};
 pub use reply::{Action, INSTRUCTION_BYTES, READ_BYTES, ReadData, Reply, Step};
-pub use stats::{Counters, Figures, Served};
+pub use stats::{Counters, Figures, HandlingTime, LatencySummary, Served};
 pub use waiting::{Wait, Waiting, Waits};
 pub use watch::Accesses;

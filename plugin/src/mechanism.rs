@@ -7,6 +7,7 @@ use crate::Error;
 
 /// Where the 0xCC lies. One choice for all breakpoints of a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Placement {
     /// In the guest's own page, and so in every view.
     InPlace,
@@ -16,6 +17,7 @@ pub enum Placement {
 
 /// How the displaced instruction runs after a hit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum StepOver {
     /// Write the byte back, single-step, write 0xCC again. Other virtual CPUs run through meanwhile, unnoticed.
     Repair,
@@ -42,6 +44,7 @@ impl StepOver {
 
 /// What a read of a page with breakpoints gets. One choice for all breakpoints of a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Conceal {
     /// The instruction that reads is single-stepped in a view with the guest's own pages.
     ViewStep,

@@ -28,7 +28,10 @@ impl CodeMode {
 }
 
 /// The registers of a virtual CPU at an event.
+///
+/// A host starts with [`Registers::default`] and sets every field it knows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Registers {
     /// RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R8 to R15: in the order instructions encode them.
     pub gpr: [u64; 16],
@@ -60,4 +63,20 @@ pub struct Registers {
 impl Registers {
     /// RFLAGS.RF: the CPU does not compare the address of the next instruction with the guest's own breakpoints.
     pub(crate) const RF: u64 = 1 << 16;
+
+    /// A copy with changes.
+    ///
+    /// ```
+    /// use hyperbp::Registers;
+    ///
+    /// let before = Registers::default().with(|registers| registers.rip = 0x1000);
+    /// let after = before.with(|registers| registers.gpr[0] = 5);
+    /// assert_eq!((after.rip, after.gpr[0]), (0x1000, 5));
+    /// ```
+    #[inline]
+    #[must_use]
+    pub fn with(mut self, change: impl FnOnce(&mut Self)) -> Self {
+        change(&mut self);
+        self
+    }
 }

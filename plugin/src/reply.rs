@@ -9,7 +9,11 @@ pub const INSTRUCTION_BYTES: usize = 16;
 pub const READ_BYTES: usize = 64;
 
 /// The answer to an [`Event`](crate::Event). Xen carries out `action`, then `step`, then `view`.
+///
+/// This type, [`Step`] and [`Action`] are exhaustive: a host must carry out all of a reply, and the
+/// compiler tells it when there is more to carry out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[must_use = "the virtual CPU waits until the reply is carried out"]
 pub struct Reply {
     /// Switch the virtual CPU to this view.
     pub view: Option<ViewId>,

@@ -6,7 +6,10 @@
 //! given up: each time the next try comes twice as late.
 
 /// How a monitor waits.
+///
+/// This enum is exhaustive: a host must be able to wait in each of these ways.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use = "it says how to wait now"]
 pub enum Wait {
     /// It looks again and again, for the time it may, halved so often: the fastest, if the guest runs meanwhile on another CPU.
     Watch(u32),
@@ -19,6 +22,7 @@ pub enum Wait {
 
 /// How often it has waited, and whether that has paid.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Waits {
     /// It has watched, and there was an event.
     pub watched: u64,

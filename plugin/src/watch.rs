@@ -26,6 +26,12 @@ impl Accesses {
     pub const NONE: Self = Self { read: false, write: false, execute: false };
     /// All.
     pub const ALL: Self = Self { read: true, write: true, execute: true };
+    /// Reads alone.
+    pub const READ: Self = Self { read: true, ..Self::NONE };
+    /// Writes alone.
+    pub const WRITE: Self = Self { write: true, ..Self::NONE };
+    /// Fetches of instructions alone.
+    pub const EXECUTE: Self = Self { execute: true, ..Self::NONE };
 
     /// Whether an access is of one of these kinds.
     #[must_use]

@@ -7,8 +7,8 @@ use std::collections::HashMap;
 use std::convert::Infallible;
 
 use hyperbp::{
-    Access, Action, Engine, Event, Gfn, Gpa, Hypervisor, Int3, Mechanism, PAGE_SIZE, Placement, Reason, Registers,
-    Reply, Rights, Step, VcpuId, Verdict, ViewId,
+    Access, Accesses, Action, Engine, Event, Gfn, Gpa, Hypervisor, Int3, Mechanism, PAGE_SIZE, Placement, Reason,
+    Registers, Reply, Rights, Step, VcpuId, Verdict, ViewId,
 };
 
 thread_local! {
@@ -174,13 +174,13 @@ impl Vcpu {
             // Xen's emulator may not be able to.
             let reply = self.handle(self.view, at, Reason::EmulationFailed);
             if reply.step == Step::On {
-                self.handle(reply.view.unwrap_or(self.view), at + 2, Reason::Step);
+                _ = self.handle(reply.view.unwrap_or(self.view), at + 2, Reason::Step);
             }
         }
     }
 
     fn handle(&mut self, view: ViewId, at: u16, reason: Reason) -> Reply {
-        let event = Event { vcpu: VcpuId(0), view, registers: registers(at), reason };
+        let event = Event::new(VcpuId(0), view, registers(at), reason);
         let (engine, hits) = (&mut self.engine, &mut self.hits);
         engine.handle(&mut self.memory, &event, &mut |_, _, _| {
             *hits += 1;
@@ -190,19 +190,22 @@ impl Vcpu {
 
     fn all(&mut self) {
         for at in [NOP_AT, CPUID_AT] {
-            self.go(at, Reason::Int3(Int3 { gpa: CODE.at(at), length: 1 }));
+            self.go(at, Reason::Int3(Int3::new(CODE.at(at), 1)));
         }
         // The guest's own, which nobody has set a breakpoint on.
-        self.handle(self.view, 0x50, Reason::Int3(Int3 { gpa: CODE.at(0x50), length: 1 }));
+        _ = self.handle(self.view, 0x50, Reason::Int3(Int3::new(CODE.at(0x50), 1)));
         for (at, write) in [(READ_AT, false), (WRITE_AT, true)] {
-            let access = Access { gpa: DATA.at(0x18), read: !write, write, execute: false, page_walk: false };
+            let access = Access::new(DATA.at(0x18), Accesses { read: !write, write, execute: false });
             self.go(at, Reason::Access(access));
         }
     }
 }
 
 fn registers(at: u16) -> Registers {
-    let mut registers = Registers { rip: CODE.at(at).0, rflags: 2, ..Registers::default() };
+    let mut registers = Registers::default().with(|new| {
+        new.rip = CODE.at(at).0;
+        new.rflags = 2;
+    });
     registers.gpr[6] = DATA.at(0x18).0;
     registers
 }

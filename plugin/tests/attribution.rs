@@ -5,8 +5,8 @@ use std::collections::HashMap;
 use std::convert::Infallible;
 
 use hyperbp::{
-    Access, Action, CodeMode, Conceal, Engine, Event, Gfn, Gpa, Hypervisor, Int3, Mechanism, PAGE_SIZE, Placement,
-    Reason, Registers, Reply, Rights, StepOver, VcpuId, Verdict, ViewId,
+    Access, Accesses, Action, CodeMode, Conceal, Engine, Event, Gfn, Gpa, Hypervisor, Int3, Mechanism, PAGE_SIZE,
+    Placement, Reason, Registers, Reply, Rights, StepOver, VcpuId, Verdict, ViewId,
 };
 
 /// Where code is that accesses the page with breakpoints.
@@ -116,8 +116,13 @@ impl Hypervisor for Machine {
 
 /// Registers of flat 32-bit code without paging: linear addresses are guest-physical ones. EBX is where it reads.
 fn registers(ebx: Gpa) -> Registers {
-    let mut registers =
-        Registers { rip: CODE.at(0x10).0, rflags: 2, cr0: 1, mode: CodeMode::Bits32, flat: true, ..Default::default() };
+    let mut registers = Registers::default().with(|new| {
+        new.rip = CODE.at(0x10).0;
+        new.rflags = 2;
+        new.cr0 = 1;
+        new.mode = CodeMode::Bits32;
+        new.flat = true;
+    });
     registers.gpr[3] = ebx.0;
     registers
 }
@@ -133,8 +138,8 @@ fn answer_in(machine: &mut Machine, mechanism: Mechanism, registers: Registers, 
     let mut engine = Engine::new(machine);
     engine.insert(machine, PAGE.at(0x800), mechanism).unwrap();
     let view = if mechanism.placement() == Placement::Shadow { EXEC } else { ViewId::HOST };
-    let read = Access { gpa: at, read: true, write: false, execute: false, page_walk: false };
-    let event = Event { vcpu: VcpuId(0), view, registers, reason: Reason::Access(read) };
+    let read = Access::new(at, Accesses::READ);
+    let event = Event::new(VcpuId(0), view, registers, Reason::Access(read));
     engine.handle(machine, &event, &mut |_, _, _| Verdict::Keep)
 }
 
@@ -231,12 +236,16 @@ fn nothing_is_emulated_where_a_trap_may_be_delivered() {
     let at = PAGE.at(0x170);
     let usual = registers(at);
     let unusual = [
-        Registers { rflags: usual.rflags | TF, ..usual },
-        Registers { dr7: 1, ..usual },
+        usual.with(|new| new.rflags = usual.rflags | TF),
+        usual.with(|new| new.dr7 = 1),
         // Alignment checks.
-        Registers { rflags: usual.rflags | 1 << 18, cr0: usual.cr0 | 1 << 18, cpl: 3, ..usual },
+        usual.with(|new| {
+            new.rflags = usual.rflags | 1 << 18;
+            new.cr0 = usual.cr0 | 1 << 18;
+            new.cpl = 3;
+        }),
         // Segments that may begin anywhere.
-        Registers { flat: false, ..usual },
+        usual.with(|new| new.flat = false),
     ];
     for mechanism in emulating() {
         assert!(emulates(&answer(mechanism, LOAD, usual, at)), "{mechanism}");
@@ -268,7 +277,11 @@ fn an_operand_that_the_page_tables_forbid_is_not_read() {
         machine
     };
     let at = PAGE.at(0x170);
-    let user = Registers { cr0: 1 << 31 | 1, cr3: TABLES[0].at(0).0, cpl: 3, ..registers(at) };
+    let user = registers(at).with(|new| {
+        new.cr0 = 1 << 31 | 1;
+        new.cr3 = TABLES[0].at(0).0;
+        new.cpl = 3;
+    });
     for mechanism in emulating() {
         let emulated = |flags| emulates(&answer_in(&mut table(flags), mechanism, user, at));
         assert!(emulated(PRESENT | USER | ACCESSED), "{mechanism}");
@@ -310,9 +323,9 @@ fn an_instruction_under_a_breakpoint_that_loads_a_segment_is_stepped() {
         let mut engine = Engine::new(&machine);
         let id = engine.insert(&mut machine, PAGE.at(0x800), mechanism).unwrap();
         let view = if mechanism.placement() == Placement::Shadow { EXEC } else { ViewId::HOST };
-        let registers = Registers { rip: PAGE.at(0x800).0, ..registers(OTHER.at(0)) };
-        let reason = Reason::Int3(Int3 { gpa: PAGE.at(0x800), length: 1 });
-        let event = Event { vcpu: VcpuId(0), view, registers, reason };
+        let registers = registers(OTHER.at(0)).with(|new| new.rip = PAGE.at(0x800).0);
+        let reason = Reason::Int3(Int3::new(PAGE.at(0x800), 1));
+        let event = Event::new(VcpuId(0), view, registers, reason);
         let reply = engine.handle(&mut machine, &event, &mut |_, _, _| Verdict::Keep);
         assert!(!emulates(&reply), "{code:x?} under {mechanism}: {reply:?}");
         let served = engine.figures(id).unwrap().served;

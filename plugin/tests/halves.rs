@@ -130,17 +130,22 @@ impl Hypervisor for Machine {
 
 fn event(view: ViewId, rip: u64, reason: Reason) -> Event {
     // Without paging: linear addresses are guest-physical ones.
-    let registers = Registers { rip, rflags: 2, mode: CodeMode::Bits32, flat: true, ..Registers::default() };
-    Event { vcpu: VcpuId(0), view, registers, reason }
+    let registers = Registers::default().with(|new| {
+        new.rip = rip;
+        new.rflags = 2;
+        new.mode = CodeMode::Bits32;
+        new.flat = true;
+    });
+    Event::new(VcpuId(0), view, registers, reason)
 }
 
 fn hit(at: Gpa) -> Event {
-    event(EXEC, at.0, Reason::Int3(Int3 { gpa: at, length: 1 }))
+    event(EXEC, at.0, Reason::Int3(Int3::new(at, 1)))
 }
 
 fn access(view: ViewId, rip: u64, gpa: Gpa, accesses: Accesses) -> Event {
     let Accesses { read, write, execute } = accesses;
-    event(view, rip, Reason::Access(Access { gpa, read, write, execute, page_walk: false }))
+    event(view, rip, Reason::Access(Access::new(gpa, Accesses { read, write, execute })))
 }
 
 const READ: Accesses = Accesses { read: true, write: false, execute: false };
@@ -180,7 +185,10 @@ fn whoever_moves_rip_has_done_the_instruction() {
         event.view = if mechanism.placement() == Placement::Shadow { EXEC } else { ViewId::HOST };
         let observed = begin(&mut engine, &mut machine, &event);
         assert_eq!(observed, Observed::Hit(MOVE));
-        let registers = Registers { rip: 0x1234, gpr: [5; 16], ..event.registers };
+        let registers = event.registers.with(|new| {
+            new.rip = 0x1234;
+            new.gpr = [5; 16];
+        });
         let reply = end(&mut engine, &mut machine, &event, &observed, Some(&registers));
         assert_eq!(reply, Reply { action: Action::SetRegisters(registers), ..Reply::default() }, "{mechanism}");
         assert!(engine.is_idle(&mut machine));
@@ -206,7 +214,7 @@ fn with_other_registers_the_instruction_runs_on_these() {
             // Emulated it cannot be: a response has no room for both.
             _ => {
                 let rf = if mechanism.step_over() == StepOver::Emulate { RF } else { 0 };
-                assert_eq!(set, Registers { rflags: rf | 2, ..registers }, "{mechanism}");
+                assert_eq!(set, registers.with(|new| new.rflags = rf | 2), "{mechanism}");
                 assert_ne!(reply.step, Step::Keep, "{mechanism}");
             }
         }
@@ -319,7 +327,7 @@ fn a_virtual_cpu_of_no_interest_meets_nothing_and_is_followed_when_it_writes() {
     assert!(matches!(engine.monitor(&mut machine, VcpuId(2), false), Err(Error::NoSuchVcpu(2))));
     // It has an INT3 of its own there.
     machine.pages.get_mut(&CODE).unwrap()[0x50] = 0xcc;
-    let own = event(OWN, CODE.at(0x50).0, Reason::Int3(Int3 { gpa: CODE.at(0x50), length: 1 }));
+    let own = event(OWN, CODE.at(0x50).0, Reason::Int3(Int3::new(CODE.at(0x50), 1)));
     assert_eq!(through(&mut engine, &mut machine, &own).action, Action::Reinject);
     // It writes to the page, and goes back to where it was.
     let write = access(OWN, 0x8000, MOVE, WRITES);
@@ -394,14 +402,14 @@ fn registers_that_xen_would_be_late_with_are_set_when_the_breakpoint_is_met_agai
         engine.insert(&mut machine, MOVE, mechanism).unwrap();
         let gone = other(&mut engine, &mut machine, mechanism);
         engine.remove(&mut machine, gone).unwrap();
-        let mut changed = Registers { rip, ..hit(MOVE).registers };
+        let mut changed = hit(MOVE).registers.with(|new| new.rip = rip);
         changed.gpr[0] = 5;
         let observed = begin(&mut engine, &mut machine, &hit(MOVE));
         let reply = end(&mut engine, &mut machine, &hit(MOVE), &observed, Some(&changed));
         assert_eq!(reply, Reply { step: Step::On, ..Reply::default() }, "{mechanism}");
         let reply = through(&mut engine, &mut machine, &hit(MOVE));
         let (view, rf) = if rip == MOVE.0 { (Some(OWN), RF) } else { (None, 0) };
-        let set = Registers { rflags: rf | 2, ..changed };
+        let set = changed.with(|new| new.rflags = rf | 2);
         assert_eq!(reply, Reply { view, step: Step::Keep, action: Action::SetRegisters(set) }, "{mechanism}");
         let view = (rip == MOVE.0).then_some(EXEC);
         let reply = through(&mut engine, &mut machine, &event(view.map_or(EXEC, |_| OWN), rip, Reason::Step));
@@ -437,7 +445,7 @@ fn memory_is_accessed_without_the_cpu_only_if_the_guest_has_no_data_breakpoint_o
                     Action::Resume
                 } else {
                     let registers = hit.registers;
-                    Action::SetRegisters(Registers { rflags: registers.rflags | RF, ..registers })
+                    Action::SetRegisters(registers.with(|new| new.rflags = registers.rflags | RF))
                 };
                 assert_eq!(reply.action, rf, "{mechanism}");
                 false
@@ -543,7 +551,7 @@ fn a_page_that_loses_its_breakpoints_between_the_halves_is_given_back_when_xen_c
         let observed = begin(&mut engine, &mut machine, &hit(MOVE));
         engine.remove(&mut machine, gone).unwrap();
         assert!(engine.figures(gone).is_err());
-        let changed = Registers { rip: 0x1234, ..hit(MOVE).registers };
+        let changed = hit(MOVE).registers.with(|new| new.rip = 0x1234);
         let reply = end(&mut engine, &mut machine, &hit(MOVE), &observed, Some(&changed));
         assert_eq!(reply.action, Action::SetRegisters(changed), "{mechanism}");
         assert_eq!(machine.rights(DATA), Rights::Execute, "{mechanism}: not yet");
@@ -564,7 +572,7 @@ fn a_virtual_cpu_has_gone_on_when_it_has_moved_or_raised_another_event() {
     let mut machine = Machine::new();
     let mut engine = Engine::new(&machine);
     let id = engine.insert(&mut machine, MOVE, Mechanism::AUTO).unwrap();
-    through(&mut engine, &mut machine, &hit(MOVE));
+    _ = through(&mut engine, &mut machine, &hit(MOVE));
     machine.rip = MOVE.0;
     engine.remove(&mut machine, id).unwrap();
     assert_eq!(machine.rights(CODE), Rights::Execute, "not yet");
@@ -607,7 +615,7 @@ fn pages_without_breakpoints_do_not_pile_up() {
         let id = engine.insert(&mut machine, gfn.at(0), Mechanism::AUTO).unwrap();
         let observed = begin(&mut engine, &mut machine, &hit(MOVE));
         engine.remove(&mut machine, id).unwrap();
-        end(&mut engine, &mut machine, &hit(MOVE), &observed, None);
+        _ = end(&mut engine, &mut machine, &hit(MOVE), &observed, None);
         let guarded = (0..PAGES).filter(|page| machine.rights(Gfn(0x20 + page)) != Rights::All).count();
         most = most.max(guarded);
     }

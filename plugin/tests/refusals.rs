@@ -6,7 +6,7 @@
 mod machine;
 
 use hyperbp::{
-    Access, CodeMode, Engine, Event, Gfn, Gpa, Int3, Mechanism, PAGE_SIZE, Reason, Registers, VcpuId, Verdict,
+    Access, Accesses, CodeMode, Engine, Event, Gfn, Gpa, Int3, Mechanism, PAGE_SIZE, Reason, Registers, VcpuId, Verdict,
 };
 use machine::Machine;
 
@@ -30,8 +30,11 @@ impl Life {
 
     fn event(&mut self, vcpu: u16, rip: Gpa, reason: Reason) {
         let view = self.machine.cpus[usize::from(vcpu)].view;
-        let registers = Registers { rip: rip.0, mode: CodeMode::Bits64, ..Registers::default() };
-        let event = Event { vcpu: VcpuId(vcpu), view, registers, reason };
+        let registers = Registers::default().with(|new| {
+            new.rip = rip.0;
+            new.mode = CodeMode::Bits64;
+        });
+        let event = Event::new(VcpuId(vcpu), view, registers, reason);
         let reply = self.call(|engine, machine| engine.handle(machine, &event, &mut |_, _, _| Verdict::Keep));
         self.machine.carry_out(vcpu.into(), rip.0, &reply, true);
     }
@@ -53,8 +56,8 @@ impl Life {
             // Refused, perhaps: then there is one breakpoint less.
             let _ = self.call(|engine, machine| engine.insert(machine, at, mechanism));
         }
-        let access = Access { gpa: AT, read: false, write: true, execute: false, page_walk: false };
-        self.event(0, other, Reason::Int3(Int3 { gpa: other, length: 1 }));
+        let access = Access::new(AT, Accesses::WRITE);
+        self.event(0, other, Reason::Int3(Int3::new(other, 1)));
         self.through(0);
         for vcpu in 0..2 {
             self.event(vcpu, Gfn(2).at(0), Reason::Access(access));
@@ -62,7 +65,7 @@ impl Life {
         self.machine.guest_writes(0, AT, &[0xf8]);
         self.through(0);
         self.through(1);
-        self.event(1, AT, Reason::Access(Access { read: true, write: false, ..access }));
+        self.event(1, AT, Reason::Access(Access::new(AT, Accesses::READ)));
         self.through(1);
         for id in self.engine.breakpoints() {
             let _ = self.call(|engine, machine| engine.remove(machine, id));
@@ -118,7 +121,7 @@ fn what_one_virtual_cpu_has_written_is_kept_when_another_accesses_the_page() {
         let engine = Engine::new(&machine);
         let mut life = Life { machine, engine };
         life.call(|engine, machine| engine.insert(machine, AT, mechanism)).unwrap();
-        let access = Access { gpa: AT, read: false, write: true, execute: false, page_walk: false };
+        let access = Access::new(AT, Accesses::WRITE);
         life.event(0, Gfn(2).at(0), Reason::Access(access));
         life.machine.guest_writes(0, AT, &[0xf8]);
         life.event(1, Gfn(2).at(0), Reason::Access(access));

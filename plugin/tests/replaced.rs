@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 
 use hyperbp::{
-    Access, Action, CodeMode, Engine, Event, Gfn, Gpa, Hypervisor, Int3, Mechanism, PAGE_SIZE, Reason, Registers,
-    Reply, Rights, VcpuId, Verdict, ViewId,
+    Access, Accesses, Action, CodeMode, Engine, Event, Gfn, Gpa, Hypervisor, Int3, Mechanism, PAGE_SIZE, Reason,
+    Registers, Reply, Rights, VcpuId, Verdict, ViewId,
 };
 
 const PAGE: Gfn = Gfn(7);
@@ -171,14 +171,17 @@ impl Hypervisor for Xen {
 }
 
 fn handle(engine: &mut Engine, xen: &mut Xen, reason: Reason) -> Reply {
-    let registers = Registers { rip: PAGE.at(AT).0, mode: CodeMode::Bits64, ..Registers::default() };
-    let event = Event { vcpu: VcpuId(0), view: xen.exec(), registers, reason };
+    let registers = Registers::default().with(|new| {
+        new.rip = PAGE.at(AT).0;
+        new.mode = CodeMode::Bits64;
+    });
+    let event = Event::new(VcpuId(0), xen.exec(), registers, reason);
     engine.handle(xen, &event, &mut |_, _, _| Verdict::Keep)
 }
 
 fn fetch(gfn: Gfn) -> Reason {
     let gpa = gfn.at(AT);
-    Reason::Access(Access { gpa, read: false, write: false, execute: true, page_walk: false })
+    Reason::Access(Access::new(gpa, Accesses::EXECUTE))
 }
 
 #[test]
@@ -201,10 +204,10 @@ fn a_replaced_page_and_a_reset_view_are_not_executed_without_breakpoints() {
             assert_eq!(xen.own(), if is_shadow { byte } else { 0xcc }, "{mechanism}");
             // In place, one that has our byte where the breakpoint is looks as if nothing had been replaced.
             assert_eq!(engine.counters().rearmed, if byte == 0xcc && !is_shadow { time - 1 } else { time });
-            handle(&mut engine, &mut xen, Reason::Int3(Int3 { gpa: PAGE.at(AT), length: 1 }));
+            _ = handle(&mut engine, &mut xen, Reason::Int3(Int3::new(PAGE.at(AT), 1)));
             assert_eq!(engine.figures(id).unwrap().hits, time, "{mechanism}");
             // The step, if there is one, ends.
-            handle(&mut engine, &mut xen, Reason::Step);
+            _ = handle(&mut engine, &mut xen, Reason::Step);
         }
         engine.leave(&mut xen).unwrap();
         engine.finish(&mut xen).unwrap();

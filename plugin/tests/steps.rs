@@ -83,8 +83,11 @@ impl Hypervisor for Page {
 }
 
 fn handle(engine: &mut Engine, page: &mut Page, offset: u16, reason: Reason) -> Reply {
-    let registers = Registers { rip: PAGE.at(offset).0, mode: CodeMode::Bits64, ..Registers::default() };
-    let event = Event { vcpu: VcpuId(0), view: ViewId::HOST, registers, reason };
+    let registers = Registers::default().with(|new| {
+        new.rip = PAGE.at(offset).0;
+        new.mode = CodeMode::Bits64;
+    });
+    let event = Event::new(VcpuId(0), ViewId::HOST, registers, reason);
     engine.handle(page, &event, &mut |_, _, _| Verdict::Keep)
 }
 
@@ -98,7 +101,7 @@ fn a_step_that_runs_into_the_next_breakpoint_sets_the_first_again() {
     for offset in [0, 2] {
         engine.insert(&mut page, PAGE.at(offset), Mechanism::REPAIR).unwrap();
     }
-    let int3 = |offset| Reason::Int3(Int3 { gpa: PAGE.at(offset), length: 1 });
+    let int3 = |offset| Reason::Int3(Int3::new(PAGE.at(offset), 1));
     let first = handle(&mut engine, &mut page, 0, int3(0));
     assert_eq!((first.step, first.action, page.0[..3].to_vec()), (Step::On, Action::Resume, vec![0x0f, 0xa2, 0xcc]));
     let second = handle(&mut engine, &mut page, 2, int3(2));
@@ -120,14 +123,14 @@ fn a_hit_that_the_emulator_gives_back_falls_back_once() {
         let mut engine = Engine::new(&page);
         let id = engine.insert(&mut page, PAGE.at(8), mechanism.parse().unwrap()).unwrap();
         for hit in 1..3 {
-            let int3 = Reason::Int3(Int3 { gpa: PAGE.at(8), length: 1 });
+            let int3 = Reason::Int3(Int3::new(PAGE.at(8), 1));
             let mut reply = handle(&mut engine, &mut page, 8, int3);
             if hit == 1 {
                 assert!(matches!(reply.action, Action::EmulateInstruction(_)), "{mechanism}: {reply:?}");
                 reply = handle(&mut engine, &mut page, 8, Reason::EmulationFailed);
             }
             assert_eq!(reply.step, Step::On, "{mechanism}");
-            handle(&mut engine, &mut page, 11, Reason::Step);
+            _ = handle(&mut engine, &mut page, 11, Reason::Step);
             let figures = engine.figures(id).unwrap();
             let counts = (figures.hits, figures.served.repair, figures.served.total(), figures.fallbacks);
             assert_eq!(counts, (hit, hit, hit, hit), "{mechanism}");
@@ -146,7 +149,7 @@ fn an_instruction_at_the_start_of_a_page_is_interpreted_unless_it_may_be_in_an_i
         page.0[PAGE_SIZE - 2..].copy_from_slice(&before);
         let mut engine = Engine::new(&page);
         let id = engine.insert(&mut page, PAGE.at(0), "in-place+interpret+data".parse().unwrap()).unwrap();
-        let reply = handle(&mut engine, &mut page, 0, Reason::Int3(Int3 { gpa: PAGE.at(0), length: 1 }));
+        let reply = handle(&mut engine, &mut page, 0, Reason::Int3(Int3::new(PAGE.at(0), 1)));
         assert_eq!(matches!(reply.action, Action::SetRegisters(_)), interpreted, "{before:x?}: {reply:?}");
         assert_eq!(engine.figures(id).unwrap().served.interpret, u64::from(interpreted));
     }

@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use hyperbp::{
-    Access, BreakpointId, Engine, Error, Event, Gfn, Gpa, Int3, Mechanism, Placement, Reason, Registers, Reply, Step,
-    VcpuId, ViewId,
+    Access, Accesses, BreakpointId, Engine, Error, Event, Gfn, Gpa, Int3, Mechanism, Placement, Reason, Registers,
+    Reply, Step, VcpuId, ViewId,
 };
 
 use crate::What;
@@ -124,14 +124,13 @@ impl Scene {
     fn happen(&mut self, what: What) {
         let gpa = self.any();
         let beside = Gpa(gpa.0 + BESIDE);
-        let access =
-            |write: bool| Reason::Access(Access { gpa: beside, read: !write, write, execute: false, page_walk: false });
+        let access = |accesses| Reason::Access(Access::new(beside, accesses));
         let (at, length, reason) = match what {
-            What::Read => (ACCESSES.at(READS_AT), 2, access(false)),
-            What::Write => (ACCESSES.at(WRITES_AT), 2, access(true)),
-            _ => (gpa, 1, Reason::Int3(Int3 { gpa, length: 1 })),
+            What::Read => (ACCESSES.at(READS_AT), 2, access(Accesses::READ)),
+            What::Write => (ACCESSES.at(WRITES_AT), 2, access(Accesses::WRITE)),
+            _ => (gpa, 1, Reason::Int3(Int3::new(gpa, 1))),
         };
-        let mut event = Event { vcpu: VcpuId(0), view: self.view, registers: registers(at, beside), reason };
+        let mut event = Event::new(VcpuId(0), self.view, registers(at, beside), reason);
         self.answer(&event);
         if self.reply.step == Step::On {
             event.reason = Reason::Step;
@@ -201,18 +200,16 @@ mod measured {
 
 /// 64-bit kernel code, at an instruction that reads or writes there.
 fn registers(at: Gpa, there: Gpa) -> Registers {
-    let mut registers = Registers {
-        rip: BASE + at.0,
-        rflags: 0x202,
-        // Paging, write protection and protection.
-        cr0: 1 << 31 | 1 << 16 | 1,
-        cr3: TABLES.at(0).0,
-        // Physical-address extension.
-        cr4: 1 << 5,
-        // No-execute, long mode, and SYSCALL.
-        efer: 0xd01,
-        ..Registers::default()
-    };
+    let mut registers = Registers::default();
+    registers.rip = BASE + at.0;
+    registers.rflags = 0x202;
+    // Paging, write protection and protection.
+    registers.cr0 = 1 << 31 | 1 << 16 | 1;
+    registers.cr3 = TABLES.at(0).0;
+    // Physical-address extension.
+    registers.cr4 = 1 << 5;
+    // No-execute, long mode, and SYSCALL.
+    registers.efer = 0xd01;
     registers.gpr[4] = BASE + STACK.at(0xf00).0;
     registers.gpr[6] = BASE + there.0;
     registers

@@ -4,8 +4,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use hdrhistogram::Histogram;
-use hyperbp::{BreakpointId, Counters, Engine, Figures, Gpa, Hit, Hypervisor as _, Mechanism, Reason, Reply, Verdict};
+use hyperbp::{
+    BreakpointId, Counters, Engine, Figures, Gpa, HandlingTime, Hit, Hypervisor as _, Mechanism, Reason, Reply, Verdict,
+};
 use rustc_hash::FxHashMap;
 
 use crate::ring::{self, Monitor, PATIENCE};
@@ -18,7 +19,7 @@ pub(crate) struct Outcome {
     pub(crate) figures: Vec<Figures>,
     pub(crate) counters: Counters,
     /// How long a hit took, in ticks of dom0's time-stamp counter.
-    pub(crate) handling: Histogram<u64>,
+    pub(crate) handling: HandlingTime,
     /// What the domain did when it was left.
     pub(crate) state: State,
 }
@@ -32,10 +33,7 @@ impl Outcome {
     }
 
     /// What of it has come since `begin`, an earlier outcome of the same breakpoints.
-    ///
-    /// # Errors
-    /// If it is not an earlier one.
-    pub(crate) fn since(mut self, begin: &Self) -> Result<Self> {
+    pub(crate) fn since(mut self, begin: &Self) -> Self {
         for (end, begin) in self.figures.iter_mut().zip(&begin.figures) {
             end.hits -= begin.hits;
             end.fallbacks -= begin.fallbacks;
@@ -57,8 +55,8 @@ impl Outcome {
         self.counters.reinjected -= begin.counters.reinjected;
         self.counters.unexplained -= begin.counters.unexplained;
         self.counters.failures -= begin.counters.failures;
-        self.handling.subtract(&begin.handling)?;
-        Ok(self)
+        self.handling = self.handling.since(&begin.handling);
+        self
     }
 
     /// Hits of all breakpoints.
@@ -172,7 +170,7 @@ fn verify(domain: &mut Domain, engine: &mut Engine) {
         Ok(0) => {}
         Ok(found) => log::debug!("{found} pages with breakpoints were written to, and not by the guest"),
         // It may have given the page back.
-        Err(error) => log::debug!("{error}"),
+        Err(error) => log::debug!("{}", error.with_causes()),
     }
 }
 

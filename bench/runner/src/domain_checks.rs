@@ -179,7 +179,7 @@ pub(crate) fn pages(domain: &mut Domain, pages: u64, stride: u64) -> Result<()> 
     let (less, more) = (round(domain, few, stride, &mut || Ok(()))?, round(domain, pages, stride, &mut || Ok(()))?);
     let per_page = |round: &Round, pages: u64| round.attached.as_nanos() as u64 / pages;
     let (attached, attached_more) = (per_page(&less, few), per_page(&more, pages));
-    let handling = |round: &Round| round.outcome.handling.value_at_quantile(0.5);
+    let handling = |round: &Round| round.outcome.handling.summary().median;
     let said = format!(
         "with {few} and {pages} pages, setting a breakpoint takes {attached} and {attached_more} ns, a hit {} and {} ticks, \
          {} and {} of them in the monitor",

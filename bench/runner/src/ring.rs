@@ -9,7 +9,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use hyperbp::{
-    Access, Action, CodeMode, Event, Gfn, Int3, PAGE_SIZE, Reason, Registers, Reply, Step, VcpuId, ViewId, Waits,
+    Access, Accesses, Action, CodeMode, Event, Gfn, Int3, PAGE_SIZE, Reason, Registers, Reply, Step, VcpuId, ViewId,
+    Waits,
 };
 use hyperbp_event_channel::{EventChannel, Ways};
 use hyperbp_xen_sys as sys;
@@ -394,7 +395,7 @@ pub(crate) fn int3_of(request: &Request) -> Int3 {
     // SAFETY: plain numbers: any bits are valid.
     let int3 = unsafe { request.u.software_breakpoint };
     let linear = u64::from(registers.cs_base).wrapping_add(registers.rip);
-    Int3 { gpa: Gfn(int3.gfn).at((linear & 0xfff) as u16), length: int3.insn_length as u8 }
+    Int3::new(Gfn(int3.gfn).at((linear & 0xfff) as u16), int3.insn_length as u8)
 }
 
 /// What a request says, unless it is about something that was not asked for.
@@ -408,19 +409,19 @@ pub(crate) fn event_of(request: &Request) -> Option<Event> {
             // SAFETY: plain numbers: any bits are valid.
             let access = unsafe { request.u.mem_access };
             let has = |flag| access.flags & flag != 0;
-            Reason::Access(Access {
-                gpa: Gfn(access.gfn).at((access.offset & 0xfff) as u16),
+            let accesses = Accesses {
                 read: has(sys::MEM_ACCESS_R),
                 write: has(sys::MEM_ACCESS_W),
                 execute: has(sys::MEM_ACCESS_X),
-                page_walk: has(sys::MEM_ACCESS_FAULT_IN_GPT),
-            })
+            };
+            let gpa = Gfn(access.gfn).at((access.offset & 0xfff) as u16);
+            Reason::Access(Access::new(gpa, accesses).with_page_walk(has(sys::MEM_ACCESS_FAULT_IN_GPT)))
         }
         _ => return None,
     };
     let in_view = request.flags & sys::VM_EVENT_FLAG_ALTERNATE_P2M != 0;
     let view = if in_view { ViewId(request.altp2m_idx) } else { ViewId::HOST };
-    Some(Event { vcpu: vcpu_of(request), view, registers: registers_of(x86_of(request)), reason })
+    Some(Event::new(vcpu_of(request), view, registers_of(x86_of(request)), reason))
 }
 
 /// The registers of a request, all that Xen tells of them.
@@ -441,23 +442,23 @@ fn registers_of(x86: &sys::vm_event_regs_x86) -> Registers {
     } else {
         CodeMode::Bits16
     };
-    Registers {
-        gpr: [
+    Registers::default().with(|registers| {
+        registers.gpr = [
             x86.rax, x86.rcx, x86.rdx, x86.rbx, x86.rsp, x86.rbp, x86.rsi, x86.rdi, x86.r8, x86.r9, x86.r10, x86.r11,
             x86.r12, x86.r13, x86.r14, x86.r15,
-        ],
-        rip: x86.rip,
-        rflags: x86.rflags,
-        cr0: x86.cr0,
-        cr3: x86.cr3,
-        cr4: x86.cr4,
-        efer: x86.msr_efer,
-        dr7: x86.dr7,
-        cs_base: if mode == CodeMode::Bits64 { 0 } else { x86.cs_base.into() },
-        cpl: (x86.ss.ar() >> 5 & 3) as u8,
-        flat: is_flat(x86),
-        mode,
-    }
+        ];
+        registers.rip = x86.rip;
+        registers.rflags = x86.rflags;
+        registers.cr0 = x86.cr0;
+        registers.cr3 = x86.cr3;
+        registers.cr4 = x86.cr4;
+        registers.efer = x86.msr_efer;
+        registers.dr7 = x86.dr7;
+        registers.cs_base = if mode == CodeMode::Bits64 { 0 } else { x86.cs_base.into() };
+        registers.cpl = (x86.ss.ar() >> 5 & 3) as u8;
+        registers.flat = is_flat(x86);
+        registers.mode = mode;
+    })
 }
 
 /// Whether CS, SS, DS and ES are the flat 4-GiB segments.
@@ -593,7 +594,7 @@ mod tests {
         let mut request = request(sys::VM_EVENT_REASON_SOFTWARE_BREAKPOINT);
         request.u.software_breakpoint = sys::vm_event_debug { gfn: 0x101, insn_length: 2, ..Default::default() };
         let event = event_of(&request).unwrap();
-        assert_eq!(event.reason, Reason::Int3(Int3 { gpa: Gpa(0x10_1ff8), length: 2 }));
+        assert_eq!(event.reason, Reason::Int3(Int3::new(Gpa(0x10_1ff8), 2)));
         assert_eq!((event.vcpu, event.view), (VcpuId(3), ViewId::HOST));
         assert_eq!((event.registers.gpr[3], event.registers.cr3), (7, 0x1000));
         assert_eq!(event.registers.mode, CodeMode::Bits64);
@@ -602,7 +603,7 @@ mod tests {
         x86.cs.set_ar(AR_D);
         request.data.regs.x86 = x86;
         let event = event_of(&request).unwrap();
-        assert_eq!(event.reason, Reason::Int3(Int3 { gpa: Gpa(0x10_1008), length: 2 }));
+        assert_eq!(event.reason, Reason::Int3(Int3::new(Gpa(0x10_1008), 2)));
         assert_eq!((event.registers.mode, event.registers.cs_base), (CodeMode::Bits32, 0xff8));
     }
 
@@ -637,7 +638,7 @@ mod tests {
         let gpa = Gpa(0x10_1ff8);
         assert_eq!(
             event.reason,
-            Reason::Access(Access { gpa, read: true, write: true, execute: false, page_walk: true })
+            Reason::Access(Access::new(gpa, Accesses { execute: false, ..Accesses::ALL }).with_page_walk(true))
         );
 
         let (response, _) = respond(&request, Reply { action: Action::Emulate, ..Reply::default() });

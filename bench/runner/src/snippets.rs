@@ -97,7 +97,7 @@ fn asks_xen(mechanism: Mechanism) -> bool {
     match mechanism.step_over() {
         StepOver::Emulate => true,
         StepOver::Interpret | StepOver::Auto => mechanism.placement() == Placement::InPlace,
-        StepOver::Repair | StepOver::ViewStep | StepOver::ViewFastStep => false,
+        _ => false,
     }
 }
 

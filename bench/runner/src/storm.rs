@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use hyperbp::LatencySummary;
 use hyperbp_bench_abi::Workload;
 use hyperbp_report::{Handling, Served, Storm};
 
@@ -153,6 +154,6 @@ pub(crate) fn served(outcome: &Outcome) -> Served {
 }
 
 pub(crate) fn handling(outcome: &Outcome) -> Handling {
-    let times = &outcome.handling;
-    Handling { median: times.value_at_quantile(0.5), p99: times.value_at_quantile(0.99), max: times.max() }
+    let LatencySummary { median, p99, max, .. } = outcome.handling.summary();
+    Handling { median, p99, max }
 }

@@ -123,7 +123,7 @@ pub(crate) fn trace(domain: &mut Domain, name: &str, plan: &Plan) -> Result<Trac
     let mut problem = (state == State::Crashed).then(|| anyhow!("{state}"));
     let (begin, end, outcome) = match (&plan.between, marks.next(), marks.next()) {
         (None, ..) => (begin.unwrap_or(end), end, outcome),
-        (Some(_), Some((begin, from)), Some((end, to))) => (begin, end, to?.since(&from?)?),
+        (Some(_), Some((begin, from)), Some((end, to))) => (begin, end, to?.since(&from?)),
         (Some((function, _)), first, _) => {
             let calls = if first.is_some() { "only once" } else { "not once" };
             problem.get_or_insert_with(|| {
@@ -154,7 +154,7 @@ pub(crate) fn trace(domain: &mut Domain, name: &str, plan: &Plan) -> Result<Trac
 }
 
 fn traced(name: &str, gpa: Gpa, figures: &Figures) -> TracedFunction {
-    let hyperbp::Served { repair, view_step, view_fast_step, emulate, interpret } = figures.served;
+    let hyperbp::Served { repair, view_step, view_fast_step, emulate, interpret, .. } = figures.served;
     TracedFunction {
         name: name.to_owned(),
         gpa: gpa.0,

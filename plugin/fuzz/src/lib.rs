@@ -47,6 +47,10 @@ impl From<AnyMode> for CodeMode {
 impl From<AnyRegisters> for Registers {
     fn from(any: AnyRegisters) -> Self {
         let AnyRegisters { gpr, rip, rflags, cr0, cr3, cr4, efer, dr7, cs_base, cpl, flat, mode } = any;
-        Self { gpr, rip, rflags, cr0, cr3, cr4, efer, dr7, cs_base, cpl: cpl & 3, flat, mode: mode.into() }
+        Self::default().with(|new| {
+            (new.gpr, new.rip, new.rflags) = (gpr, rip, rflags);
+            (new.cr0, new.cr3, new.cr4, new.efer, new.dr7) = (cr0, cr3, cr4, efer, dr7);
+            (new.cs_base, new.cpl, new.flat, new.mode) = (cs_base, cpl & 3, flat, mode.into());
+        })
     }
 }

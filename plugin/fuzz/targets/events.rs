@@ -193,16 +193,16 @@ impl World {
         }
         let cpu = self.machine.cpus.get(vcpu).copied().unwrap_or_default();
         let reason = match what.what {
-            What::Int3(length) => Reason::Int3(Int3 { gpa, length }),
+            What::Int3(length) => Reason::Int3(Int3::new(gpa, length)),
             What::Access { read, write, execute, page_walk } => {
-                Reason::Access(Access { gpa, read, write, execute, page_walk })
+                Reason::Access(Access::new(gpa, Accesses { read, write, execute }).with_page_walk(page_walk))
             }
             What::EmulationFailed => Reason::EmulationFailed,
             What::Step => Reason::Step,
         };
         let view = what.view.map_or(cpu.view, |view| ViewId(u16::from(view) % (self.machine.newest_view + 2)));
         self.possible &= view == cpu.view && (reason != Reason::Step || cpu.stepping);
-        self.handle(vcpu, &Event { vcpu: VcpuId(vcpu as u16), view, registers, reason });
+        self.handle(vcpu, &Event::new(VcpuId(vcpu as u16), view, registers, reason));
     }
 
     /// An instruction is over, and what was to happen then does.
@@ -215,7 +215,7 @@ impl World {
             assert!(self.machine.has(back), "a fast step goes back to a view that is not there");
         } else if cpu.stepping {
             let view = cpu.view;
-            let event = Event { vcpu: VcpuId(vcpu as u16), view, registers: self.registers[0], reason: Reason::Step };
+            let event = Event::new(VcpuId(vcpu as u16), view, self.registers[0], Reason::Step);
             self.handle(vcpu, &event);
             assert!(!self.machine.cpus[vcpu].stepping, "stepping does not end");
         }

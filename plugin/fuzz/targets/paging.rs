@@ -194,10 +194,11 @@ fuzz_target!(|input: Input| {
     assert_eq!(access(&memory, &mut walks, length, write), granted, "and again");
     if granted.is_some() {
         assert_eq!(granted, place, "an access goes where the address does");
-        let Registers { cr0, cr3, cr4, efer, cpl, .. } = registers;
+        let Registers { cr0, cr3, cr4, efer, cpl, rflags, .. } = registers;
+        let (user, alignment_check) = (cpl == 3, rflags >> 18 & 1 != 0);
         // What is not known of the CPU is such that it grants the least.
-        let cpu =
-            Cpu { cr0, cr3, cr4, efer, user: cpl == 3, physical_bits: 52, gigabyte_pages: false, pointers: [0; 4] };
+        let (physical_bits, gigabyte_pages, pointers) = (52, false, [0; 4]);
+        let cpu = Cpu { cr0, cr3, cr4, efer, user, alignment_check, physical_bits, gigabyte_pages, pointers };
         let read = |at: u64, size: usize| {
             let entry = *memory.clone().entry(Gpa(at));
             let there = Gpa(at).gfn().0 < FRAMES;

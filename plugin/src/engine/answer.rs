@@ -75,6 +75,7 @@ impl Engine {
     ///
     /// Nothing the guest does makes this fail or panic; where the hypervisor refuses something, it is counted, logged
     /// once, and the guest goes on.
+    #[must_use = "Engine::end must follow, unless it is Answered"]
     pub fn begin<H: Hypervisor>(&mut self, hv: &mut H, event: &Event, reply: &mut Reply) -> Observed {
         *reply = Reply::default();
         let Some((index, stepping)) = self.slot(hv, event) else { return Observed::Answered };
@@ -301,7 +302,7 @@ impl Engine {
         if self.resync_pending
             && let Err(error) = self.resync_now(hv)
         {
-            log::warn!("not everything could be set up again: {error}");
+            log::warn!("not everything could be set up again: {}", error.with_causes());
             self.counters.failures += 1;
         }
         self.vcpus[index].unmappings = self.unmappings_noted;

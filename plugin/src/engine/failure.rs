@@ -1,6 +1,7 @@
 //! What the hypervisor could not do.
 
 use super::Engine;
+use crate::error::WithCauses;
 use crate::placement::INT3;
 use crate::step::Emulating;
 use crate::{Action, Event, Figures, Hypervisor, Reason, Reply, StepOver, conceal};
@@ -52,9 +53,9 @@ impl Engine {
 
     /// The hypervisor refused something in the middle of a hit: the guest goes on without it.
     #[cold]
-    pub(super) fn give_way(&mut self, event: &Event, error: &dyn std::error::Error) -> Reply {
+    pub(super) fn give_way(&mut self, event: &Event, error: &(dyn std::error::Error + 'static)) -> Reply {
         if self.counters.failures == 0 {
-            log::error!("virtual CPU {} goes on without its breakpoint: {error}", event.vcpu.0);
+            log::error!("virtual CPU {} goes on without its breakpoint: {}", event.vcpu.0, WithCauses(error));
         }
         self.counters.failures += 1;
         let instruction = match &event.reason {

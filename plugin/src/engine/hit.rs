@@ -123,7 +123,7 @@ impl Engine {
     #[cold]
     fn remove_told<H: Hypervisor>(&mut self, hv: &mut H, breakpoint: BreakpointId) {
         if let Err(error @ Error::Hypervisor { .. }) = self.remove(hv, breakpoint) {
-            log::warn!("a breakpoint at {} could not be removed: {error}", breakpoint.gpa());
+            log::warn!("a breakpoint at {} could not be removed: {}", breakpoint.gpa(), error.with_causes());
             self.counters.failures += 1;
         }
     }

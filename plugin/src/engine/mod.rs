@@ -15,7 +15,6 @@ mod watching;
 
 use std::collections::BTreeMap;
 
-use hdrhistogram::Histogram;
 use iced_x86::InstructionInfoFactory;
 
 use self::hit::Met;
@@ -141,7 +140,7 @@ impl Engine {
 
     /// How long handling a hit took so far, `on_hit` included, in units of [`Hypervisor::now`].
     #[must_use]
-    pub fn handling_time(&self) -> Histogram<u64> {
-        self.handling.histogram()
+    pub fn handling_time(&self) -> HandlingTime {
+        self.handling.clone()
     }
 }

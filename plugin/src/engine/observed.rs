@@ -4,6 +4,7 @@ use crate::{Access, BreakpointId, Gpa, Registers, VcpuId};
 
 /// A breakpoint was hit; its instruction has not run yet.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub struct Hit<'a> {
     /// Which breakpoint.
     pub breakpoint: BreakpointId,
@@ -14,6 +15,8 @@ pub struct Hit<'a> {
 }
 
 /// What an event is, before it is answered.
+///
+/// This enum is exhaustive: a host must know whom to tell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Observed {
     /// Nobody needs to be told: the reply is the answer.
@@ -34,6 +37,7 @@ pub enum Observed {
 
 /// What becomes of a breakpoint that was hit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Verdict {
     /// It stays.
     #[default]

@@ -41,12 +41,15 @@ impl Scene {
     }
 
     fn hit(&mut self, vcpu: u16, verdict: Verdict) -> u64 {
-        let registers = Registers { rip: AT.0, rflags: 2, ..Registers::default() };
-        let reason = Reason::Int3(Int3 { gpa: AT, length: 1 });
+        let registers = Registers::default().with(|new| {
+            new.rip = AT.0;
+            new.rflags = 2;
+        });
+        let reason = Reason::Int3(Int3::new(AT, 1));
         // The execute view is made first.
-        let event = Event { vcpu: VcpuId(vcpu), view: hyperbp::ViewId(1), registers, reason };
+        let event = Event::new(VcpuId(vcpu), hyperbp::ViewId(1), registers, reason);
         let mut told = 0;
-        self.engine.handle(&mut self.machine, &event, &mut |_, _, _| {
+        _ = self.engine.handle(&mut self.machine, &event, &mut |_, _, _| {
             told += 1;
             verdict
         });

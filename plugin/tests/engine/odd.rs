@@ -8,13 +8,16 @@ const AT: Gpa = Gpa(CODE.0 << 12 | 0x10);
 const OTHER: Gpa = Gpa(CODE.0 << 12 | 0x26);
 
 fn answer(engine: &mut Engine, machine: &mut Machine, vcpu: u16, view: ViewId, rip: u64, reason: Reason) -> Reply {
-    let registers = Registers { rip, rflags: 2, ..Registers::default() };
-    let event = Event { vcpu: VcpuId(vcpu), view, registers, reason };
+    let registers = Registers::default().with(|new| {
+        new.rip = rip;
+        new.rflags = 2;
+    });
+    let event = Event::new(VcpuId(vcpu), view, registers, reason);
     engine.handle(machine, &event, &mut |_, _, _| Verdict::Keep)
 }
 
 fn hit(engine: &mut Engine, machine: &mut Machine, vcpu: u16, view: ViewId) -> Reply {
-    answer(engine, machine, vcpu, view, AT.0, Reason::Int3(Int3 { gpa: AT, length: 1 }))
+    answer(engine, machine, vcpu, view, AT.0, Reason::Int3(Int3::new(AT, 1)))
 }
 
 /// Numbers of virtual CPUs have 16 bits, and so has how many there are.
@@ -62,12 +65,15 @@ fn what_is_not_to_be_emulated_after_all_has_not_failed() {
     let view = engine.enter(&mut machine).unwrap();
     engine.insert(&mut machine, AT, Mechanism::EMULATE).unwrap();
     // Told, a host changes the registers, and so it is stepped.
-    let registers = Registers { rip: AT.0, rflags: 2, ..Registers::default() };
-    let reason = Reason::Int3(Int3 { gpa: AT, length: 1 });
-    let event = Event { vcpu: VcpuId(0), view, registers, reason };
+    let registers = Registers::default().with(|new| {
+        new.rip = AT.0;
+        new.rflags = 2;
+    });
+    let reason = Reason::Int3(Int3::new(AT, 1));
+    let event = Event::new(VcpuId(0), view, registers, reason);
     let mut reply = Reply::default();
     let observed = engine.begin(&mut machine, &event, &mut reply);
-    let changed = Registers { gpr: [5; 16], ..registers };
+    let changed = registers.with(|new| new.gpr = [5; 16]);
     engine.end(&mut machine, &event, &observed, Some(&changed), &mut reply);
     assert!(matches!((&reply.action, reply.step), (Action::SetRegisters(_), Step::Fast(_))), "{reply:?}");
     let failed = answer(&mut engine, &mut machine, 0, view, AT.0, Reason::EmulationFailed);

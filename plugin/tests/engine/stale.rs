@@ -4,8 +4,8 @@
 use std::collections::BTreeMap;
 
 use hyperbp::{
-    Access, Action, BreakpointId, Engine, Event, Gfn, Gpa, Int3, Mechanism, PAGE_SIZE, Placement, Reason, Registers,
-    Reply, Rights, Step, VcpuId, Verdict, ViewId,
+    Access, Accesses, Action, BreakpointId, Engine, Event, Gfn, Gpa, Int3, Mechanism, PAGE_SIZE, Placement, Reason,
+    Registers, Reply, Rights, Step, VcpuId, Verdict, ViewId,
 };
 
 use crate::machine::{CODE, Machine};
@@ -40,9 +40,12 @@ impl World {
     }
 
     fn event(&mut self, rip: Gpa, view: ViewId, reason: Reason) -> (Reply, u32) {
-        let mut registers = Registers { rip: rip.0, rflags: 2, ..Registers::default() };
+        let mut registers = Registers::default().with(|new| {
+            new.rip = rip.0;
+            new.rflags = 2;
+        });
         registers.gpr[..4].copy_from_slice(&[0xa, 0xc, 0xd, 0xb]);
-        let (event, mut told) = (Event { vcpu: VcpuId(0), view, registers, reason }, 0);
+        let (event, mut told) = (Event::new(VcpuId(0), view, registers, reason), 0);
         let reply = self.engine.handle(&mut self.machine, &event, &mut |_, _, _| {
             told += 1;
             Verdict::Keep
@@ -51,7 +54,7 @@ impl World {
     }
 
     fn hit(&mut self, at: Gpa) -> (Reply, u32) {
-        self.event(at, self.view, Reason::Int3(Int3 { gpa: at, length: 1 }))
+        self.event(at, self.view, Reason::Int3(Int3::new(at, 1)))
     }
 
     fn rewritten(&self) -> u64 {
@@ -115,7 +118,7 @@ fn a_hit_runs_what_a_device_has_written_behind_the_breakpoint() {
         let (reply, _) = world.hit(MOVE);
         moves_ecx(&world, &reply);
         if reply.step == Step::On {
-            world.event(Gpa(MOVE.0 + 2), reply.view.unwrap_or(world.view), Reason::Step);
+            _ = world.event(Gpa(MOVE.0 + 2), reply.view.unwrap_or(world.view), Reason::Step);
         }
         world.check_shown(&[(MOVE, 0x89), (IMMEDIATE, 0xb8)]);
         assert_eq!(world.rewritten(), 2, "{mechanism}");
@@ -154,7 +157,7 @@ fn a_round_of_verify_finds_what_devices_have_written() {
         assert_eq!(told, 1);
         moves_ecx(&world, &reply);
         if reply.step == Step::On {
-            world.event(Gpa(MOVE.0 + 2), reply.view.unwrap_or(world.view), Reason::Step);
+            _ = world.event(Gpa(MOVE.0 + 2), reply.view.unwrap_or(world.view), Reason::Step);
         }
         assert_eq!(world.engine.verify(&mut world.machine, 100).unwrap(), 0, "{mechanism}: nothing is new");
         assert_eq!(world.engine.verify(&mut world.machine, 0).unwrap(), 0);
@@ -173,11 +176,11 @@ fn what_a_device_has_written_over_a_breakpoint_stays() {
 
         // The guest writes to the page.
         world.machine.device_writes(IMMEDIATE, &[0xb9]);
-        let access = Access { gpa: DATA, read: false, write: true, execute: false, page_walk: false };
+        let access = Access::new(DATA, Accesses::WRITE);
         let (reply, _) = world.event(CODE.at(0x100), world.view, Reason::Access(access));
         assert_eq!(world.machine.pages[&CODE][0x26], 0xb9, "{mechanism}: lifted");
         let view = reply.view.unwrap_or(world.view);
-        world.event(CODE.at(0x102), view, Reason::Step);
+        _ = world.event(CODE.at(0x102), view, Reason::Step);
         world.check_shown(&[(IMMEDIATE, 0xb9)]);
         world.engine.leave(&mut world.machine).unwrap();
         world.engine.finish(&mut world.machine).unwrap();
@@ -195,7 +198,7 @@ fn what_a_device_writes_during_a_repair_is_what_the_breakpoint_is_set_on() {
     assert_eq!(world.engine.verify(&mut world.machine, 1).unwrap(), 0);
     assert_eq!(world.machine.pages[&CODE][0x10], 0x89);
     world.machine.device_writes(MOVE, &[0x31, 0xc0]);
-    world.event(Gpa(MOVE.0 + 2), world.view, Reason::Step);
+    _ = world.event(Gpa(MOVE.0 + 2), world.view, Reason::Step);
     assert_eq!((world.machine.pages[&CODE][0x10], world.rewritten()), (INT3, 1));
     world.engine.remove(&mut world.machine, world.ids[0]).unwrap();
     assert_eq!(world.machine.pages[&CODE][0x10..0x12], [0x31, 0xc0]);

@@ -1,7 +1,8 @@
 //! What was once wrong, each as small as it gets, and what the model has no randomness for.
 
 use hyperbp::{
-    Access, Engine, Error, Event, Gfn, Gpa, Int3, Mechanism, Placement, Reason, Registers, VcpuId, Verdict, ViewId,
+    Access, Accesses, Engine, Error, Event, Gfn, Gpa, Int3, Mechanism, Placement, Reason, Registers, VcpuId, Verdict,
+    ViewId,
 };
 use proptest::prelude::*;
 
@@ -229,16 +230,16 @@ proptest! {
         for (vcpu, view, site, offset, bits, kind) in events {
             let gpa = [sites[0], sites[sites.len() - 1].gfn().at(offset), Gfn(0x100).at(offset)][site];
             let has = |bit: u8| bits & bit != 0;
-            let access = Access { gpa, read: has(1), write: has(2), execute: has(4), page_walk: has(8) };
+            let access = Access::new(gpa, Accesses { read: has(1), write: has(2), execute: has(4) }).with_page_walk(has(8));
             let reason = match kind {
-                0 => Reason::Int3(Int3 { gpa, length: bits }),
+                0 => Reason::Int3(Int3::new(gpa, bits)),
                 1 => Reason::Step,
                 2 => Reason::EmulationFailed,
                 _ => Reason::Access(access),
             };
-            let registers = Registers { rip: gpa.0, ..Registers::default() };
-            let event = Event { vcpu: VcpuId(vcpu), view: ViewId(view), registers, reason };
-            engine.handle(&mut world, &event, &mut |_, _, _| Verdict::Keep);
+            let registers = Registers::default().with(|new| new.rip = gpa.0);
+            let event = Event::new(VcpuId(vcpu), ViewId(view), registers, reason);
+            _ = engine.handle(&mut world, &event, &mut |_, _, _| Verdict::Keep);
         }
     }
 }

@@ -317,18 +317,17 @@ impl Recipe {
             .map(|(number, program)| {
                 let mut gpr = program.registers;
                 gpr[4] = program.stack(number);
-                Registers {
-                    gpr,
-                    rip: handlers[number as usize],
-                    rflags: 0x202,
-                    cr0: CR0,
-                    cr3: TABLES[0] * PAGE_SIZE as u64,
-                    cr4: CR4_PAE,
-                    efer: EFER,
-                    cpl: if self.user { 3 } else { 0 },
-                    mode: CodeMode::Bits64,
-                    ..Registers::default()
-                }
+                Registers::default().with(|new| {
+                    new.gpr = gpr;
+                    new.rip = handlers[number as usize];
+                    new.rflags = 0x202;
+                    new.cr0 = CR0;
+                    new.cr3 = TABLES[0] * PAGE_SIZE as u64;
+                    new.cr4 = CR4_PAE;
+                    new.efer = EFER;
+                    new.cpl = if self.user { 3 } else { 0 };
+                    new.mode = CodeMode::Bits64;
+                })
             })
             .collect();
         let mut memory = self.memory();

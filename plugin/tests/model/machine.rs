@@ -6,8 +6,8 @@ use std::collections::{BTreeMap, HashSet};
 use std::rc::Rc;
 
 use hyperbp::{
-    Access, Action, CodeMode, Event, Gfn, Gpa, INSTRUCTION_BYTES, Int3, PAGE_SIZE, ReadData, Reason, Registers, Reply,
-    Rights, Step, VcpuId, ViewId,
+    Access, Accesses, Action, CodeMode, Event, Gfn, Gpa, INSTRUCTION_BYTES, Int3, PAGE_SIZE, ReadData, Reason,
+    Registers, Reply, Rights, Step, VcpuId, ViewId,
 };
 
 use crate::cpu::{self, Bus, PF, Stop, UD, is_canonical};
@@ -356,7 +356,7 @@ impl Machine {
                 let vcpu = &mut self.vcpus[index];
                 // The INT3 clears it (Intel SDM volume 3, section 18.3.1.1).
                 vcpu.registers.rflags &= !RF;
-                self.wait(index, Reason::Int3(Int3 { gpa, length }))
+                self.wait(index, Reason::Int3(Int3::new(gpa, length)))
             }
             Err(Stop::Int3(length)) => self.except(index, BP, length),
             Err(Stop::Denied(access)) => {
@@ -375,7 +375,7 @@ impl Machine {
         let (view, mut registers) = (vcpu.view, vcpu.registers);
         // The event is there before the virtual CPU is switched out.
         registers.dr7 = std::mem::replace(&mut vcpu.saved_dr7, registers.dr7);
-        vcpu.waiting = Some(Event { vcpu: VcpuId(index as u16), view, registers, reason });
+        vcpu.waiting = Some(Event::new(VcpuId(index as u16), view, registers, reason));
         Ran::Waits
     }
 
@@ -403,7 +403,7 @@ impl Machine {
     /// What the CPU reads and writes for that, in the view it is in.
     fn deliver(&mut self, index: usize, vector: u8) -> Result<(), Stop> {
         let Vcpu { registers, view, .. } = self.vcpus[index];
-        let supervisor = Registers { cpl: 0, ..registers };
+        let supervisor = registers.with(|new| new.cpl = 0);
         let Tables { gates, stack, next_stack } = self.tables;
         let mut bus = Memory::new(self, Through::View(view), &supervisor, None);
         for half in [0, 8] {
@@ -441,7 +441,7 @@ impl Machine {
             // `p2m_mem_access_emulate_check`
             Reason::Access(access) => self.is_denied(self.vcpus[index].view, access),
             // Xen emulates only after an access, or what it is given.
-            Reason::Int3(_) | Reason::Step | Reason::EmulationFailed => false,
+            _ => false,
         };
         let vcpu = &mut self.vcpus[index];
         match reply.step {
@@ -478,7 +478,7 @@ impl Machine {
             Action::EmulateInstruction(bytes) => self.emulate(index, Some(bytes), None, fails),
             Action::SetRegisters(registers) => {
                 // Xen takes none but the general ones, RIP and RFLAGS.
-                let registers = Registers { dr7: self.vcpus[index].registers.dr7, ..*registers };
+                let registers = (*registers).with(|new| new.dr7 = self.vcpus[index].registers.dr7);
                 self.vcpus[index].registers = registers;
                 // Else they have been changed, and the instruction is still to run.
                 let through = registers.rip != event.registers.rip;
@@ -630,13 +630,15 @@ impl<'a> Memory<'a> {
     fn byte(&self, gpa: Gpa, intent: Intent, page_walk: bool) -> Result<u8, Stop> {
         let Some(entry) = self.machine.find(self.through, gpa.gfn()) else { return Ok(0xff) };
         if self.through != Through::Emulator && !permits(entry.rights, intent) {
-            let access = Access {
+            let access = Access::new(
                 gpa,
-                read: matches!(intent, Intent::Read | Intent::ReadWrite),
-                write: matches!(intent, Intent::Write | Intent::ReadWrite),
-                execute: intent == Intent::Fetch,
-                page_walk,
-            };
+                Accesses {
+                    read: matches!(intent, Intent::Read | Intent::ReadWrite),
+                    write: matches!(intent, Intent::Write | Intent::ReadWrite),
+                    execute: intent == Intent::Fetch,
+                },
+            )
+            .with_page_walk(page_walk);
             return Err(Stop::Denied(access));
         }
         Ok(self.machine.pages[&entry.page][usize::from(gpa.offset())])
