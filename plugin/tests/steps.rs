@@ -154,3 +154,71 @@ fn an_instruction_at_the_start_of_a_page_is_interpreted_unless_it_may_be_in_an_i
         assert_eq!(engine.figures(id).unwrap().served.interpret, u64::from(interpreted));
     }
 }
+
+/// The registers of a vCPU at a repeated instruction, with so many iterations to come.
+fn repeated(offset: u16, left: u64) -> Registers {
+    let mut registers = Registers { rip: PAGE.at(offset).0, mode: CodeMode::Bits64, rflags: 2, ..Registers::default() };
+    (registers.gpr[1], registers.gpr[6], registers.gpr[7]) = (left, 0x2000 - left, 0x4000 - left);
+    registers
+}
+
+/// A step runs one iteration of `rep movsb`: RIP stays, and the breakpoint must not be hit again. Xen lets no interrupt in while
+/// it steps, so a long one is left to itself every so often.
+#[test]
+fn a_repeated_instruction_is_one_hit() {
+    const LENGTH: u64 = 3500;
+    let mut page = Page([0x90; PAGE_SIZE]);
+    page.0[8..10].copy_from_slice(&[0xf3, 0xa4]);
+    for mechanism in Mechanism::all().filter(|mechanism| mechanism.placement() == hyperbp::Placement::InPlace) {
+        let mut engine = Engine::new(&page);
+        let id = engine.insert(&mut page, PAGE.at(8), mechanism).unwrap();
+        let int3 = Reason::Int3(Int3 { gpa: PAGE.at(8), length: 1 });
+        for execution in 1..3 {
+            let (mut left, mut breaks) = (LENGTH, 0);
+            let mut event = |page: &mut Page, registers, reason| {
+                let event = Event { vcpu: VcpuId(0), view: ViewId::HOST, registers, reason };
+                engine.handle(page, &event, &mut |_, _, _| Verdict::Keep).step
+            };
+            assert_eq!(event(&mut page, repeated(8, left), int3), Step::On, "{mechanism}");
+            while left > 0 {
+                assert_eq!(page.0[8], 0xf3, "{mechanism}: the guest's own byte");
+                left -= 1;
+                let registers = repeated(if left > 0 { 8 } else { 10 }, left);
+                match event(&mut page, registers, Reason::Step) {
+                    Step::Keep => {}
+                    step => {
+                        assert_eq!((step, page.0[8]), (Step::Off, 0xcc), "{mechanism}");
+                        breaks += 1;
+                        if left > 0 {
+                            // An interrupt comes, and when its handler returns the INT3 is executed.
+                            assert_eq!(event(&mut page, registers, int3), Step::On, "{mechanism}");
+                        }
+                    }
+                }
+            }
+            assert_eq!((breaks, engine.figures(id).unwrap().hits), (4, execution), "{mechanism}");
+        }
+        engine.leave(&mut page).unwrap();
+        assert!(engine.is_idle(&mut page));
+        engine.finish(&mut page).unwrap();
+    }
+}
+
+/// Whatever makes it leave the instruction ends it: then it is a hit again, although the registers are those of before.
+#[test]
+fn the_same_repeated_instruction_executed_again_is_another_hit() {
+    let mut page = Page([0x90; PAGE_SIZE]);
+    page.0[8..10].copy_from_slice(&[0xf3, 0xaa]);
+    let mut engine = Engine::new(&page);
+    let id = engine.insert(&mut page, PAGE.at(8), Mechanism::REPAIR).unwrap();
+    let int3 = Reason::Int3(Int3 { gpa: PAGE.at(8), length: 1 });
+    for (hits, after) in (1..).zip([10, 0x123, 10]) {
+        let mut event = |registers, reason| {
+            let event = Event { vcpu: VcpuId(0), view: ViewId::HOST, registers, reason };
+            engine.handle(&mut page, &event, &mut |_, _, _| Verdict::Keep).step
+        };
+        assert_eq!(event(repeated(8, 1), int3), Step::On);
+        assert_eq!(event(repeated(after, 1), Reason::Step), Step::Off);
+        assert_eq!(engine.figures(id).unwrap().hits, hits);
+    }
+}

@@ -127,11 +127,17 @@ fn text(words: &[u64]) -> String {
 }
 
 /// Runs the probes under each mechanism. `progress` is told how many mechanisms are done, of how many, and what comes next.
+/// `keep` gets all results after each mechanism, so that a run that is cut leaves what it has.
 ///
 /// # Errors
-/// If the domain does not run the guest, if a probe fails without a monitor, or if the domain cannot be created again. What a
-/// probe finds is no error.
-pub(crate) fn all(name: &str, plan: &Plan<'_>, progress: &mut dyn FnMut(u64, u64, &str)) -> Result<Vec<Hostile>> {
+/// If the domain does not run the guest, if a probe fails without a monitor, or if the domain cannot be created again; and those
+/// of `keep`. What a probe finds is no error.
+pub(crate) fn all(
+    name: &str,
+    plan: &Plan<'_>,
+    progress: &mut dyn FnMut(u64, u64, &str),
+    keep: &mut dyn FnMut(&[Hostile]) -> Result<()>,
+) -> Result<Vec<Hostile>> {
     let mut target = Target::open(name, plan.config)?;
     let vcpus = target.guest.vcpus();
     let probes: Vec<_> = target.probes.iter().filter(|probe| probe.is_wanted(plan.probes, vcpus)).cloned().collect();
@@ -156,6 +162,7 @@ pub(crate) fn all(name: &str, plan: &Plan<'_>, progress: &mut dyn FnMut(u64, u64
         let (mut result, next) = one(target, *mechanism, &stable)?;
         result.probes.extend(unstable.iter().cloned());
         results.push(result);
+        keep(&results)?;
         target = next;
     }
     progress(total, total, "done");

@@ -209,15 +209,21 @@ fn hostile(arguments: &cli::Hostile) -> anyhow::Result<()> {
         false => arguments.mechanisms.iter().map(|name| mechanism(name)).collect::<anyhow::Result<Vec<_>>>()?,
     };
     let plan = hostile::Plan { mechanisms, probes: &arguments.probes, config: arguments.config.as_deref() };
-    let results = hostile::all(&arguments.domain, &plan, &mut |done, total, text| {
-        arguments.progress.report(done, total, text);
-    })?;
     if let Some(dir) = &arguments.out {
         std::fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
-        let file = dir.join("hostile.json");
-        std::fs::write(&file, hyperbp_report::hostile_to_json(&results)?)
-            .with_context(|| format!("cannot write {}", file.display()))?;
     }
+    let results = hostile::all(
+        &arguments.domain,
+        &plan,
+        &mut |done, total, text| arguments.progress.report(done, total, text),
+        &mut |results| {
+            let Some(dir) = &arguments.out else { return Ok(()) };
+            let (file, whole) = (dir.join("hostile.json"), dir.join("hostile.json.new"));
+            std::fs::write(&whole, hyperbp_report::hostile_to_json(results)?)
+                .and_then(|()| std::fs::rename(&whole, &file))
+                .with_context(|| format!("cannot write {}", file.display()))
+        },
+    )?;
     match arguments.progress {
         Progress::Text => println!("{}", hyperbp_report::hostile_table(&results)),
         Progress::Lines => print!("{}", hyperbp_report::hostile_details(&results)),

@@ -124,22 +124,28 @@ impl Engine {
         self.registry.at(at).filter(|(page, _)| page.shadow.is_some()).map(|_| at)
     }
 
-    /// Lets an access that was reported, or whose instruction was a `hit`, be made: by the guest itself, for Xen emulates
-    /// only what is still denied.
+    /// Lets an access that was reported, or whose instruction was the `hit` of a breakpoint, be made: by the guest itself, for
+    /// Xen emulates only what is still denied.
     pub(super) fn permit<H: Hypervisor>(
         &mut self,
         hv: &mut H,
         index: usize,
         event: &Event,
         access: &Access,
-        hit: bool,
+        hit: Option<Gpa>,
         changed: Option<&Registers>,
     ) -> Result<Reply, H::Error> {
         let registers = changed.unwrap_or(&event.registers);
+        // A fast step would run one iteration, and the next one would be a hit.
+        let repeated = hit.filter(|at| self.repeats_at(*at, registers));
+        if let Some(at) = repeated {
+            self.vcpus[index].repeat(at, registers);
+        }
         let gfn = access.gpa.gfn();
         let watch = self.registry.claims.watches().get(gfn).filter(|watch| watch.accesses.include(access));
         let after = watch.is_some_and(|watch| watch.after);
         self.vcpus[index].accessing = after.then_some(*access);
+        let after = after || repeated.is_some();
         let monitored = after || self.vcpus[index].stepping || self.vcpus[index].interrupted.is_some();
         let (vcpu, views) = (&mut self.vcpus[index], self.views.as_ref());
         match (self.registry.page_mut(gfn), views) {
@@ -152,7 +158,7 @@ impl Engine {
             }
             (Some(_), _) => self.on_guarded(hv, index, event, access),
             // It is not watched any more. But what would try again is not to be hit again.
-            (None, _) if watch.is_none() && !hit => Ok(self.tried_again(index, Action::Resume)),
+            (None, _) if watch.is_none() && hit.is_none() => Ok(self.tried_again(index, Action::Resume)),
             (None, Some(views)) if after => Ok(step::step_on_own_pages(vcpu, views)),
             (None, _) => self.step_in_own_view(index, registers),
         }

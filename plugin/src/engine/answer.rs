@@ -94,6 +94,7 @@ impl Engine {
     fn observe<H: Hypervisor>(&mut self, hv: &mut H, index: usize, event: &Event, reply: &mut Reply) -> Observed {
         let observed = match &event.reason {
             Reason::Int3(int3) => reply.answered(self.on_other_int3(hv, index, event, int3)),
+            Reason::Step if self.vcpus[index].repeating.is_some() => self.on_iteration(hv, index, event, reply),
             Reason::Step => Ok(self.on_step(hv, index, reply)),
             Reason::Access(access) => self.on_access(hv, index, event, access, reply),
             Reason::EmulationFailed => reply.answered(self.on_emulation_failed(hv, index, event)),
@@ -156,11 +157,11 @@ impl Engine {
                 Ok(())
             }
             _ if moved => Ok(()),
-            (Observed::Hit(_), Reason::Access(access)) => {
-                self.permit(hv, index, event, access, true, changed).map(|to| *reply = to)
+            (Observed::Hit(at), Reason::Access(access)) => {
+                self.permit(hv, index, event, access, Some(*at), changed).map(|to| *reply = to)
             }
             (Observed::Access { access, breakpoint }, _) => {
-                self.permit(hv, index, event, access, breakpoint.is_some(), changed).map(|to| *reply = to)
+                self.permit(hv, index, event, access, *breakpoint, changed).map(|to| *reply = to)
             }
             (Observed::Hit(_) | Observed::Answered, _) => Ok(()),
         };
@@ -194,11 +195,12 @@ impl Engine {
     }
 
     /// The whole of the end of a single-step, without the rest of its event, of which it needs nothing. False if somebody is
-    /// to be told of it, or there is no such virtual CPU: then nothing has been done, and the event is to be begun.
+    /// to be told of it, if it may be an iteration of a repeated instruction, or if there is no such virtual CPU: then nothing
+    /// has been done, and the event is to be begun.
     #[inline]
     pub fn stepped<H: Hypervisor>(&mut self, hv: &mut H, vcpu: VcpuId, reply: &mut Reply) -> bool {
         let index = usize::from(vcpu.0);
-        let quiet = self.vcpus.get(index).is_some_and(|vcpu| vcpu.accessing.is_none());
+        let quiet = self.vcpus.get(index).is_some_and(|vcpu| vcpu.accessing.is_none() && vcpu.repeating.is_none());
         if quiet {
             self.end_step(hv, index, reply);
         }

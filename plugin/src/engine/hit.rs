@@ -34,6 +34,10 @@ impl Engine {
         if int3.length > 1 || (stepping && self.is_same_hit(hv, index, event, at)) {
             return None;
         }
+        let vcpu = &mut self.vcpus[index];
+        if vcpu.repeating.is_some() && vcpu.is_repeating(at, &event.registers) {
+            return None;
+        }
         let views = self.views.as_ref();
         let exec = || views.is_some_and(|views| views.exec == event.view);
         let (found, breakpoint) = self.registry.met(at, |page| page.shadow.is_none() || exec())?;
@@ -227,7 +231,7 @@ impl Engine {
             }
             None => {
                 let at = (found, &*breakpoint);
-                let served = step::step(hv, views, vcpu, page.placement, at, registers.rip, reply)?;
+                let served = step::step(hv, views, vcpu, page.placement, at, registers, reply)?;
                 breakpoint.count(registers, served);
                 // Always setting it would cost the step-overs that always step more than it is worth: only if the event shows
                 // a breakpoint of the guest's. With other registers nobody could tell that a jump to itself has resumed.

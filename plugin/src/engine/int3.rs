@@ -20,7 +20,10 @@ impl Engine {
         let vcpu = &self.vcpus[index];
         if int3.length > 1 {
             self.on_prefixed_int3(hv, index, event, int3)
-        } else if vcpu.stepping && vcpu.is_over(int3.gpa) && self.locate_met(int3.gpa, event).is_some() {
+        } else if (vcpu.repeating.is_some_and(|repeating| repeating.at == int3.gpa)
+            || (vcpu.stepping && vcpu.is_over(int3.gpa)))
+            && self.locate_met(int3.gpa, event).is_some()
+        {
             self.step_again(hv, index, int3.gpa, event)
         } else {
             self.on_foreign_int3(hv, index, event, int3.gpa)
@@ -62,7 +65,7 @@ impl Engine {
 
     /// Another virtual CPU has set the breakpoint again before this one was over it: still the same hit. Else its byte is not
     /// there any more, or not now.
-    fn step_again<H: Hypervisor>(
+    pub(super) fn step_again<H: Hypervisor>(
         &mut self,
         hv: &mut H,
         index: usize,
@@ -82,7 +85,7 @@ impl Engine {
             }
             if page.lifted == 0 {
                 let registers = &event.registers;
-                step::step(hv, views, vcpu, page.placement, (found, breakpoint), registers.rip, &mut reply)?;
+                step::step(hv, views, vcpu, page.placement, (found, breakpoint), registers, &mut reply)?;
                 self.set_resume_flag(index, registers, &mut reply);
             }
         }
@@ -130,7 +133,7 @@ impl Engine {
             if breakpoint.displaced.byte() == INT3 {
                 return Ok(self.reinjected());
             }
-            let served = step::step(hv, views, vcpu, page.placement, (found, breakpoint), registers.rip, &mut reply)?;
+            let served = step::step(hv, views, vcpu, page.placement, (found, breakpoint), &registers, &mut reply)?;
             self.registry.located_mut(found).count(&registers, served);
         }
         reply.action = Action::SetRegisters(registers);

@@ -2,7 +2,7 @@
 
 use super::{Engine, Observed};
 use crate::step::{Over, Pages};
-use crate::{Hypervisor, Reply, Step, placement};
+use crate::{Event, Gpa, Hypervisor, Registers, Reply, Step, placement};
 
 impl Engine {
     #[inline(always)]
@@ -23,6 +23,32 @@ impl Engine {
             self.back_home(index, reply);
         }
         Observed::Answered
+    }
+
+    /// The end of a single-step that may be an iteration of a repeated instruction (REP). Then the next one follows, and the
+    /// breakpoint stays out of its way.
+    #[cold]
+    pub(super) fn on_iteration<H: Hypervisor>(
+        &mut self,
+        hv: &mut H,
+        index: usize,
+        event: &Event,
+        reply: &mut Reply,
+    ) -> Result<Observed, H::Error> {
+        let next = self.vcpus[index].next_iteration(&event.registers);
+        let Some(at) = next.filter(|at| !self.leaving && self.repeats_at(*at, &event.registers)) else {
+            return Ok(self.on_step(hv, index, reply));
+        };
+        if !self.vcpus[index].pages.is_empty() {
+            let pages = std::mem::take(&mut self.vcpus[index].pages);
+            self.settle(hv, &pages);
+        }
+        reply.answered(self.step_again(hv, index, at, event))
+    }
+
+    /// Whether a repeated instruction is under a breakpoint there. It may have been removed, or the guest may have written to it.
+    pub(super) fn repeats_at(&self, at: Gpa, registers: &Registers) -> bool {
+        self.registry.at(at).is_some_and(|(_, breakpoint)| breakpoint.displaced.form(registers.mode).repeats)
     }
 
     /// Does what is owed to pages and breakpoints after a step.

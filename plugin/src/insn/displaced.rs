@@ -69,6 +69,8 @@ pub(crate) struct Form {
     pub(crate) memory: MemoryUse,
     /// See [`jumps_to_itself`].
     pub(crate) jumps_to_itself: bool,
+    /// See [`repeats`].
+    pub(crate) repeats: bool,
 }
 
 /// What an instruction does to memory.
@@ -185,16 +187,19 @@ impl Form {
         let length = if whole { instruction.len().max(1) } else { bytes.len() };
         if !whole || instruction.is_invalid() {
             let memory = MemoryUse::Writes;
-            return (Self { op: None, emulable: whole, certain: false, memory, jumps_to_itself: false }, length);
+            let form =
+                Self { op: None, emulable: whole, certain: false, memory, jumps_to_itself: false, repeats: false };
+            return (form, length);
         }
         let memory = memory_use(&instruction);
-        if jumps_to_itself(&instruction) {
-            return (Self { op: None, emulable: false, certain: false, memory, jumps_to_itself: true }, length);
+        let (jumps_to_itself, repeats) = (jumps_to_itself(&instruction), repeats(&instruction));
+        if jumps_to_itself || repeats {
+            return (Self { op: None, emulable: false, certain: false, memory, jumps_to_itself, repeats }, length);
         }
         let op = Op::decode(&bytes[..length], mode);
         let emulable = !is_done_wrong(&instruction) && !uses_descriptors(&instruction);
         let certain = emulable && is_certain(&instruction, memory);
-        (Self { op, emulable, certain, memory, jumps_to_itself: false }, length)
+        (Self { op, emulable, certain, memory, jumps_to_itself, repeats }, length)
     }
 }
 
@@ -203,6 +208,13 @@ impl Form {
 fn jumps_to_itself(instruction: &Instruction) -> bool {
     let near = matches!(instruction.op0_kind(), OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64);
     instruction.op_count() > 0 && near && instruction.near_branch_target() == 0
+}
+
+/// Whether it is a string instruction with a REP prefix. A single-step runs one iteration of it, and Xen's emulator some; RIP
+/// stays at the instruction until the last is done. All of them are one execution, and one hit. So they are single-stepped, and
+/// the breakpoint is not met again before RIP leaves it.
+fn repeats(instruction: &Instruction) -> bool {
+    instruction.is_string_instruction() && (instruction.has_rep_prefix() || instruction.has_repne_prefix())
 }
 
 /// Whether Xen's emulator does it in another way than the CPU, or raises #UD in the guest without asking the monitor: that is
@@ -442,6 +454,22 @@ mod tests {
             assert!(!stepped(&[0xeb, 0xfd]), "one byte further");
         }
         assert!(!displaced(&[0xe8, 0xfb, 0xff, 0xff, 0xff], 8).form(CodeMode::Bits64).emulable, "call");
+    }
+
+    #[test]
+    fn what_is_repeated_is_stepped() {
+        for mode in CodeMode::ALL {
+            let form = |bytes: &[u8]| *displaced(bytes, 8).form(mode);
+            for opcode in [0xa4, 0xa5, 0xa6, 0xa7, 0xaa, 0xab, 0xac, 0xad, 0xae, 0xaf, 0x6c, 0x6d, 0x6e, 0x6f] {
+                for prefix in [0xf2, 0xf3] {
+                    let form = form(&[prefix, opcode]);
+                    assert!(form.repeats && form.op.is_none() && !form.emulable, "{prefix:#x} {opcode:#x}");
+                }
+                assert!(!form(&[opcode]).repeats, "{opcode:#x}");
+            }
+            assert!(!form(&[0xf3, 0x90]).repeats, "pause");
+            assert!(!form(&[0xf3, 0xc3]).repeats, "rep ret");
+        }
     }
 
     #[test]

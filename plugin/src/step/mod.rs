@@ -82,8 +82,40 @@ pub(crate) struct Vcpu {
     /// The registers that it is to have when it meets the breakpoint again that it is [over](Self::over): Xen would have been
     /// late with them.
     pub(crate) changed: Option<Registers>,
+    /// The repeated instruction (REP) that it is in the middle of.
+    pub(crate) repeating: Option<Repeating>,
     /// How it gets to memory.
     pub(crate) walks: Walks,
+}
+
+/// A repeated instruction under a breakpoint, which is stepped through: each step is an iteration.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Repeating {
+    pub(crate) at: Gpa,
+    rip: u64,
+    /// RCX, RSI and RDI before the next iteration.
+    state: [u64; 3],
+    /// Iterations until the single-step ends, and interrupts are let in. 0: it has ended. The breakpoint is met once more
+    /// then, and that is the same hit.
+    left: u16,
+}
+
+impl Repeating {
+    /// Xen lets no interrupt in while a vCPU is single-stepped. This many iterations take some ten milliseconds.
+    const STEPS: u16 = 1000;
+
+    fn new(at: Gpa, registers: &Registers) -> Self {
+        Self { at, rip: registers.rip, state: Self::state(registers), left: Self::STEPS }
+    }
+
+    fn state(registers: &Registers) -> [u64; 3] {
+        [registers.gpr[1], registers.gpr[6], registers.gpr[7]]
+    }
+
+    /// Whether a vCPU with these registers is where it was interrupted.
+    fn is_at(&self, registers: &Registers) -> bool {
+        self.rip == registers.rip && self.state == Self::state(registers)
+    }
 }
 
 /// A breakpoint that a virtual CPU is stepped over.
@@ -121,6 +153,7 @@ impl Vcpu {
             injected: false,
             interrupted: None,
             changed: None,
+            repeating: None,
             walks: Walks::NONE,
         }
     }
@@ -143,6 +176,39 @@ impl Vcpu {
     pub(crate) fn step_over(&mut self, at: Gpa, found: Located) -> Reply {
         self.over = Some(Over { at, found });
         Reply { step: self.step(), ..Reply::default() }
+    }
+
+    /// A step is over. If it was an iteration of a repeated instruction, and another is to come at once: the breakpoint that
+    /// the instruction is under.
+    #[cold]
+    pub(crate) fn next_iteration(&mut self, registers: &Registers) -> Option<Gpa> {
+        let repeating = self.repeating.as_mut().filter(|repeating| repeating.left > 0)?;
+        if repeating.rip != registers.rip {
+            self.repeating = None;
+            return None;
+        }
+        repeating.state = Repeating::state(registers);
+        repeating.left -= 1;
+        (repeating.left > 0 && self.accessing.is_none()).then_some(repeating.at)
+    }
+
+    /// Whether it has met a breakpoint again in the middle of a repeated instruction.
+    #[cold]
+    pub(crate) fn is_repeating(&mut self, at: Gpa, registers: &Registers) -> bool {
+        let same = self.repeating.is_some_and(|repeating| repeating.is_at(registers));
+        if !same {
+            self.repeating = self.repeating.filter(|repeating| repeating.at != at);
+        }
+        same && self.repeating.is_some_and(|repeating| repeating.at == at)
+    }
+
+    /// It is to be stepped through a repeated instruction under a breakpoint.
+    #[cold]
+    pub(crate) fn repeat(&mut self, at: Gpa, registers: &Registers) {
+        let begun = self.repeating.filter(|repeating| repeating.at == at && repeating.rip == registers.rip);
+        let left = begun.map_or(0, |repeating| repeating.left);
+        let new = Repeating::new(at, registers);
+        self.repeating = Some(Repeating { left: if left > 0 { left } else { new.left }, ..new });
     }
 
     /// Whether a page is to be settled.
@@ -231,12 +297,17 @@ pub(crate) fn step<H: Hypervisor>(
     vcpu: &mut Vcpu,
     placement: Placement,
     (found, breakpoint): (Located, &Breakpoint),
-    rip: u64,
+    registers: &Registers,
     reply: &mut Reply,
 ) -> Result<StepOver, H::Error> {
+    let repeats = breakpoint.displaced.form(registers.mode).repeats;
+    if repeats {
+        vcpu.repeat(breakpoint.gpa, registers);
+    }
+    let fast = !(vcpu.stepping || repeats || breakpoint.step_over == StepOver::ViewStep);
     match (placement, views) {
-        (Placement::Shadow, Some(views)) if !vcpu.stepping && breakpoint.step_over != StepOver::ViewStep => {
-            *reply = view_fast_step::begin(vcpu, views, rip);
+        (Placement::Shadow, Some(views)) if fast => {
+            *reply = view_fast_step::begin(vcpu, views, registers.rip);
             Ok(StepOver::ViewFastStep)
         }
         (Placement::Shadow, Some(views)) => {
