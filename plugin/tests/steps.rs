@@ -157,9 +157,10 @@ fn an_instruction_at_the_start_of_a_page_is_interpreted_unless_it_may_be_in_an_i
 
 /// The registers of a vCPU at a repeated instruction, with so many iterations to come.
 fn repeated(offset: u16, left: u64) -> Registers {
-    let mut registers = Registers { rip: PAGE.at(offset).0, mode: CodeMode::Bits64, rflags: 2, ..Registers::default() };
-    (registers.gpr[1], registers.gpr[6], registers.gpr[7]) = (left, 0x2000 - left, 0x4000 - left);
-    registers
+    Registers::default().with(|new| {
+        (new.rip, new.mode, new.rflags) = (PAGE.at(offset).0, CodeMode::Bits64, 2);
+        (new.gpr[1], new.gpr[6], new.gpr[7]) = (left, 0x2000 - left, 0x4000 - left);
+    })
 }
 
 /// A step runs one iteration of `rep movsb`: RIP stays, and the breakpoint must not be hit again. Xen lets no interrupt in while
@@ -172,11 +173,11 @@ fn a_repeated_instruction_is_one_hit() {
     for mechanism in Mechanism::all().filter(|mechanism| mechanism.placement() == hyperbp::Placement::InPlace) {
         let mut engine = Engine::new(&page);
         let id = engine.insert(&mut page, PAGE.at(8), mechanism).unwrap();
-        let int3 = Reason::Int3(Int3 { gpa: PAGE.at(8), length: 1 });
+        let int3 = Reason::Int3(Int3::new(PAGE.at(8), 1));
         for execution in 1..3 {
             let (mut left, mut breaks) = (LENGTH, 0);
             let mut event = |page: &mut Page, registers, reason| {
-                let event = Event { vcpu: VcpuId(0), view: ViewId::HOST, registers, reason };
+                let event = Event::new(VcpuId(0), ViewId::HOST, registers, reason);
                 engine.handle(page, &event, &mut |_, _, _| Verdict::Keep).step
             };
             assert_eq!(event(&mut page, repeated(8, left), int3), Step::On, "{mechanism}");
@@ -211,10 +212,10 @@ fn the_same_repeated_instruction_executed_again_is_another_hit() {
     page.0[8..10].copy_from_slice(&[0xf3, 0xaa]);
     let mut engine = Engine::new(&page);
     let id = engine.insert(&mut page, PAGE.at(8), Mechanism::REPAIR).unwrap();
-    let int3 = Reason::Int3(Int3 { gpa: PAGE.at(8), length: 1 });
+    let int3 = Reason::Int3(Int3::new(PAGE.at(8), 1));
     for (hits, after) in (1..).zip([10, 0x123, 10]) {
         let mut event = |registers, reason| {
-            let event = Event { vcpu: VcpuId(0), view: ViewId::HOST, registers, reason };
+            let event = Event::new(VcpuId(0), ViewId::HOST, registers, reason);
             engine.handle(&mut page, &event, &mut |_, _, _| Verdict::Keep).step
         };
         assert_eq!(event(repeated(8, 1), int3), Step::On);
