@@ -45,7 +45,7 @@ fn assert_floor(counts: &BTreeMap<String, u64>, kinds: usize) {
 fn every_kind_of_piece_action_and_reaction_is_made() {
     let debug = |value: &dyn Debug| format!("{value:?}");
     assert_floor(&count(made(piece(), MADE).map(|piece| debug(&piece))), PIECES);
-    assert_floor(&count(made(action(2), MADE).map(|action| debug(&action))), 6);
+    assert_floor(&count(made(action(2), MADE).map(|action| debug(&action))), 9);
     assert_floor(&count(made(reaction(), MADE).map(|reaction| debug(&reaction))), 5);
     let conditions = made(piece(), MADE * 10).filter_map(|piece| match piece {
         Piece::JumpIf(condition, _) => Some(format!("condition {condition}")),

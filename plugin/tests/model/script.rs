@@ -15,6 +15,9 @@ use crate::world::{Killed, World};
 
 /// How often every virtual CPU is let go on at the end.
 const ROUNDS: usize = 40;
+/// A page of code, and a part of it that holds none.
+const SCRATCH_PAGE: Gfn = Gfn(0x20);
+const SCRATCH: u16 = 0x900;
 /// A virtual CPU comes out of its step after so many rounds, or never.
 const PATIENCE: usize = 1000;
 
@@ -30,6 +33,13 @@ pub(crate) enum Action {
     Remove(u8),
     /// A page is watched: three bits for what, one for afterwards, too.
     Watch(u8, u8),
+    /// A device writes an instruction of one byte over another one: at this site, this one. Pages are compared then, or
+    /// that is left to the next hit.
+    Device(u8, u8, bool),
+    /// A device writes data into a page: at this place, this byte. Pages are compared then.
+    DeviceData(u8, u8),
+    /// All is set up again.
+    Resync,
 }
 
 /// What a subscriber does when it is told.
@@ -58,12 +68,15 @@ pub(crate) struct Script {
 pub(crate) fn action(vcpus: usize) -> impl Strategy<Value = Action> {
     let vcpu = 0..vcpus as u8;
     prop_oneof![
-        6 => vcpu.clone().prop_map(Action::Run),
-        4 => (vcpu.clone(), 2..20_u8).prop_map(|(vcpu, most)| Action::RunOn(vcpu, most)),
-        8 => (vcpu, prop::bool::weighted(0.2)).prop_map(|(vcpu, fails)| Action::Answer(vcpu, fails)),
-        2 => (any::<u8>(), any::<u8>()).prop_map(|(site, mechanism)| Action::Insert(site, mechanism)),
-        1 => any::<u8>().prop_map(Action::Remove),
-        1 => (any::<u8>(), any::<u8>()).prop_map(|(page, what)| Action::Watch(page, what)),
+        12 => vcpu.clone().prop_map(Action::Run),
+        8 => (vcpu.clone(), 2..20_u8).prop_map(|(vcpu, most)| Action::RunOn(vcpu, most)),
+        16 => (vcpu, prop::bool::weighted(0.2)).prop_map(|(vcpu, fails)| Action::Answer(vcpu, fails)),
+        4 => (any::<u8>(), any::<u8>()).prop_map(|(site, mechanism)| Action::Insert(site, mechanism)),
+        2 => any::<u8>().prop_map(Action::Remove),
+        2 => (any::<u8>(), any::<u8>()).prop_map(|(page, what)| Action::Watch(page, what)),
+        2 => (any::<u8>(), any::<u8>(), any::<bool>()).prop_map(|(site, what, late)| Action::Device(site, what, late)),
+        1 => (any::<u8>(), any::<u8>()).prop_map(|(at, byte)| Action::DeviceData(at, byte)),
+        1 => Just(Action::Resync),
     ]
 }
 
@@ -199,6 +212,14 @@ impl Session<'_> {
                 }
                 Action::Remove(which) => remove(&mut self.engine, &mut self.world, *which),
                 Action::Watch(page, what) => watch(&mut self.engine, &mut self.world, *page, *what),
+                Action::Device(site, what, late) => self.device(*site, *what, *late),
+                Action::DeviceData(at, byte) => {
+                    // In a code page, where no code is.
+                    let gpa = SCRATCH_PAGE.at(SCRATCH + u16::from(*at));
+                    self.world.device_writes(gpa, *byte);
+                    self.verify();
+                }
+                Action::Resync => drop(self.engine.resync(&mut self.world).unwrap()),
             }
             self.world.check();
         }
@@ -214,6 +235,34 @@ impl Session<'_> {
             ]);
         }
         self.leave();
+    }
+
+    /// A device writes an instruction that is as long as the one that is there.
+    fn device(&mut self, site: u8, what: u8, late: bool) {
+        const INSTRUCTIONS: [u8; 3] = [0x90, 0xf8, 0xf9];
+        let gpa = self.sites[usize::from(site) % self.sites.len()];
+        let Some(before) = self.world.twin.page(gpa.gfn()) else { return };
+        let at = usize::from(gpa.offset());
+        // Not behind a prefix.
+        if at == 0 || before[at - 1] == 0x66 || !INSTRUCTIONS.contains(&before[at]) {
+            return;
+        }
+        let hit = self.world.has_shadowed(gpa);
+        self.world.device_writes(gpa, INSTRUCTIONS[usize::from(what) % INSTRUCTIONS.len()]);
+        if !(late && hit) {
+            self.verify();
+        }
+    }
+
+    /// A round, in which no virtual CPU runs: until it is over, one could execute what was there before.
+    fn verify(&mut self) {
+        let meanwhile = std::mem::replace(&mut self.world.meanwhile, Vec::new().into_iter());
+        let pages = self.engine.page_count();
+        for _ in 0..pages {
+            self.engine.verify(&mut self.world, 1).unwrap();
+        }
+        assert_eq!(self.engine.verify(&mut self.world, pages).unwrap(), 0, "a round has left something");
+        self.world.meanwhile = meanwhile;
     }
 
     fn answer(&mut self, index: usize) {

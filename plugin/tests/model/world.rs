@@ -37,6 +37,8 @@ struct Subscriber {
     breakpoint: BreakpointId,
     /// Its placement lets it be told of everything on several virtual CPUs.
     strict: bool,
+    /// It is in a shadow.
+    shadowed: bool,
     /// For each virtual CPU: it came while an instruction was under way, of which it need not be told.
     late: Vec<bool>,
 }
@@ -176,12 +178,25 @@ impl World {
     /// A breakpoint has been set.
     pub(crate) fn subscribed(&mut self, breakpoint: BreakpointId, placement: Placement) {
         let strict = placement == Placement::Shadow || self.machine.vcpus.len() == 1;
-        self.subscribers.push(Subscriber { breakpoint, strict, late: self.begun.clone() });
+        let shadowed = placement == Placement::Shadow;
+        self.subscribers.push(Subscriber { breakpoint, strict, shadowed, late: self.begun.clone() });
     }
 
     /// It is being removed.
     pub(crate) fn unsubscribed(&mut self, breakpoint: BreakpointId) {
         self.subscribers.retain(|subscriber| subscriber.breakpoint != breakpoint);
+    }
+
+    /// Whether a breakpoint is there, in a shadow: what is under it is looked at at each hit.
+    pub(crate) fn has_shadowed(&self, gpa: Gpa) -> bool {
+        self.subscribers.iter().any(|subscriber| subscriber.breakpoint.gpa() == gpa && subscriber.shadowed)
+    }
+
+    /// A device writes to the guest's page, and nobody is told.
+    pub(crate) fn device_writes(&mut self, gpa: Gpa, byte: u8) {
+        for machine in [&mut self.machine, &mut self.twin] {
+            machine.page_mut(gpa.gfn()).expect("the guest has the page")[usize::from(gpa.offset())] = byte;
+        }
     }
 
     /// The subscribers there are.
