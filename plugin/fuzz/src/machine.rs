@@ -163,6 +163,17 @@ impl Machine {
         }
     }
 
+    /// A device writes to the guest's memory, whatever views permit. The engine cannot know of a 0xCC over its own 0xCC, so there
+    /// is none.
+    pub fn device_writes(&mut self, gpa: Gpa, bytes: &[u8]) {
+        let (Some(page), Some(own)) = (self.pages.get_mut(&gpa.gfn()), self.truth.get_mut(&gpa.gfn())) else { return };
+        for (at, byte) in (usize::from(gpa.offset())..PAGE_SIZE).zip(bytes) {
+            if page[at] != INT3 || *byte != INT3 {
+                (page[at], own[at]) = (*byte, *byte);
+            }
+        }
+    }
+
     /// A virtual CPU carries out a reply. Whether it is asked for what it already does is only known if all events
     /// so far were possible.
     pub fn carry_out(&mut self, vcpu: usize, rip: u64, reply: &Reply, possible: bool) {

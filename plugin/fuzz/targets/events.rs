@@ -46,6 +46,12 @@ enum Act {
     Write(u8, Place, [u8; 3]),
     /// The guest writes, and what comes of it is gone through to the end.
     Store(u8, Place, [u8; 3]),
+    /// A device writes: no view is asked, and there is no event.
+    DeviceWrite(Place, [u8; 3]),
+    /// So many pages are compared with what is known of them.
+    Verify(u8),
+    /// Everything is set up again.
+    Resync,
     /// So many calls from now the hypervisor begins to refuse, and so many it refuses.
     Refuse(u8, u8),
     Leave,
@@ -163,6 +169,9 @@ impl World {
                 self.machine.begin();
                 self.through(vcpu.into());
             }
+            Act::DeviceWrite(at, bytes) => machine.device_writes(at.gpa(engine), &bytes),
+            Act::Verify(pages) => drop(engine.verify(machine, usize::from(pages) % 8)),
+            Act::Resync => drop(engine.resync(machine)),
             Act::Refuse(after, times) => machine.refuse = (after, times % 8),
             Act::Leave => self.left = engine.leave(machine).is_ok(),
             // Not before.
