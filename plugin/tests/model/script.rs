@@ -152,7 +152,8 @@ impl Script {
             Session { world, engine, sites: self.sites.clone(), palette: &self.palette, reactions, failing: false };
         let mut served = Vec::new();
         let lived = catch_unwind(AssertUnwindSafe(|| session.live(&self.actions, &mut served)));
-        let Counters { reads, writes, held, discarded, reinjected, emulation_failures, .. } = session.engine.counters();
+        let Counters { reads, writes, held, discarded, resynced, reinjected, emulation_failures, .. } =
+            session.engine.counters();
         let killed = u64::from(lived.is_err());
         let mut world = session.world;
         if let Err(payload) = lived {
@@ -172,6 +173,7 @@ impl Script {
             ("writes", writes),
             ("held", held),
             ("discarded", discarded),
+            ("resynced", resynced),
             ("reinjected", reinjected),
             ("emulation failures", emulation_failures),
             ("killed", killed),
@@ -240,13 +242,14 @@ impl Session<'_> {
     /// A device writes an instruction that is as long as the one that is there.
     fn device(&mut self, site: u8, what: u8, late: bool) {
         const INSTRUCTIONS: [u8; 3] = [0x90, 0xf8, 0xf9];
-        let gpa = self.sites[usize::from(site) % self.sites.len()];
-        let Some(before) = self.world.twin.page(gpa.gfn()) else { return };
-        let at = usize::from(gpa.offset());
-        // Not behind a prefix.
-        if at == 0 || before[at - 1] == 0x66 || !INSTRUCTIONS.contains(&before[at]) {
-            return;
-        }
+        let is_short = |gpa: &&Gpa| {
+            let Some(before) = self.world.twin.page(gpa.gfn()) else { return false };
+            let at = usize::from(gpa.offset());
+            // Not behind a prefix.
+            at > 0 && before[at - 1] != 0x66 && INSTRUCTIONS.contains(&before[at])
+        };
+        let sites = self.sites.iter().cycle().skip(usize::from(site)).take(self.sites.len());
+        let Some(gpa) = sites.copied().find(|gpa| is_short(&gpa)) else { return };
         let hit = self.world.has_shadowed(gpa);
         self.world.device_writes(gpa, INSTRUCTIONS[usize::from(what) % INSTRUCTIONS.len()]);
         if !(late && hit) {
