@@ -41,9 +41,9 @@ impl Engine {
         reply: &mut Reply,
     ) {
         *reply = Reply::default();
-        let Some((index, stepping)) = self.slot(hv, event) else { return };
+        let Some((index, in_the_middle)) = self.slot(hv, event) else { return };
         if let Reason::Int3(int3) = &event.reason
-            && let Some(met) = self.meet(hv, index, stepping, event, int3)
+            && let Some(met) = self.meet(hv, index, in_the_middle, event, int3)
         {
             self.telling = true;
             self.tell_of(hv, event, &met, on_hit);
@@ -78,9 +78,9 @@ impl Engine {
     #[must_use = "Engine::end must follow, unless it is Answered"]
     pub fn begin<H: Hypervisor>(&mut self, hv: &mut H, event: &Event, reply: &mut Reply) -> Observed {
         *reply = Reply::default();
-        let Some((index, stepping)) = self.slot(hv, event) else { return Observed::Answered };
+        let Some((index, in_the_middle)) = self.slot(hv, event) else { return Observed::Answered };
         if let Reason::Int3(int3) = &event.reason
-            && let Some(met) = self.meet(hv, index, stepping, event, int3)
+            && let Some(met) = self.meet(hv, index, in_the_middle, event, int3)
         {
             self.telling = true;
             self.met = Some(met);
@@ -216,7 +216,8 @@ impl Engine {
         self.conclude(hv, index, 0, reply);
     }
 
-    /// The slot of the event's virtual CPU, with a fast step that is over forgotten, and whether it is being stepped.
+    /// The slot of the event's vCPU, and whether that is in the middle of an instruction under a breakpoint: it is being
+    /// stepped, or interrupts are let in between iterations. A fast step that is over is forgotten.
     #[inline]
     fn slot<H: Hypervisor>(&mut self, hv: &mut H, event: &Event) -> Option<(usize, bool)> {
         let index = usize::from(event.vcpu.0);
@@ -225,21 +226,22 @@ impl Engine {
             return None;
         };
         // Xen may have dropped an emulation; then a later failure, elsewhere or of another's, is not that of ours.
-        let answered = vcpu.answered.take();
-        if !matches!(event.reason, Reason::EmulationFailed) || answered != Some(event.registers.rip) {
-            vcpu.emulating = None;
+        let (answered, rip) = (vcpu.answered.take(), Some(event.registers.rip));
+        match &event.reason {
+            Reason::EmulationFailed if answered == rip => {}
+            Reason::Access(access) => {
+                vcpu.emulating = None;
+                let delivering = (answered == rip && vcpu.injected) || vcpu.interrupted == rip;
+                vcpu.interrupted = rip.filter(|_| delivering && !access.execute);
+            }
+            _ => vcpu.emulating = None,
         }
-        if let Reason::Access(access) = &event.reason {
-            let rip = Some(event.registers.rip);
-            let delivering = (answered == rip && vcpu.injected) || vcpu.interrupted == rip;
-            vcpu.interrupted = rip.filter(|_| delivering && !access.execute);
-        }
-        let stepping = vcpu.stepping;
+        let in_the_middle = vcpu.stepping || vcpu.repeating.is_some();
         // Still at the instruction, it may not be through.
         if vcpu.fast.take() == Some(event.registers.rip) {
             self.interrupted(hv, index, event);
         }
-        Some((index, stepping))
+        Some((index, in_the_middle))
     }
 
     /// If a virtual CPU is still at an instruction that it steps fast, and still on the guest's own pages, the instruction
@@ -258,9 +260,9 @@ impl Engine {
     /// The last of an answer to a virtual CPU that is at `rip`.
     #[inline(always)]
     fn conclude<H: Hypervisor>(&mut self, hv: &mut H, index: usize, rip: u64, reply: &mut Reply) {
-        let late = self.is_late(index);
         let vcpu = &mut self.vcpus[index];
-        if late {
+        let away = vcpu.home && !vcpu.stepping;
+        if vcpu.unmappings != self.unmappings_noted {
             vcpu.unmappings = self.unmappings_noted;
             if !matches!(reply.action, Action::Resume | Action::SetRegisters(_)) {
                 // It tries again, and then it is not too late any more.
@@ -281,8 +283,7 @@ impl Engine {
                 self.note_pending(index);
             }
         }
-        let vcpu = &self.vcpus[index];
-        if vcpu.home && !vcpu.stepping {
+        if away {
             self.bring_home(index, reply);
         }
         if self.chores != 0 && matches!(reply.action, Action::Resume) {

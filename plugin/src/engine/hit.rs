@@ -1,6 +1,6 @@
 //! A breakpoint was hit: its subscribers are told, and it is stepped over.
 
-use super::{Engine, Hit, VACANT, Verdict, resync};
+use super::{Engine, Hit, VACANT, Verdict};
 use crate::breakpoint::Located;
 use crate::dr7::{self, Dr7};
 use crate::placement::{self, INT3};
@@ -26,16 +26,12 @@ impl Engine {
         &mut self,
         hv: &mut H,
         index: usize,
-        stepping: bool,
+        in_the_middle: bool,
         event: &Event,
         int3: &Int3,
     ) -> Option<Met> {
         let at = int3.gpa;
-        if int3.length > 1 || (stepping && self.is_same_hit(hv, index, event, at)) {
-            return None;
-        }
-        let vcpu = &mut self.vcpus[index];
-        if vcpu.repeating.is_some() && vcpu.is_repeating(at, &event.registers) {
+        if int3.length > 1 || (in_the_middle && self.is_same_hit(hv, index, event, at)) {
             return None;
         }
         let views = self.views.as_ref();
@@ -48,10 +44,16 @@ impl Engine {
         Some(Met { at, found, first, last })
     }
 
-    /// Whether a virtual CPU that is stepped has met the breakpoint again that it is stepped over. If it has met another one,
-    /// that step is over.
+    /// Whether a vCPU that is in the middle of an instruction has met the breakpoint again that this is under.
     #[cold]
     fn is_same_hit<H: Hypervisor>(&mut self, hv: &mut H, index: usize, event: &Event, at: Gpa) -> bool {
+        (self.vcpus[index].stepping && self.is_same_step(hv, index, event, at))
+            || self.vcpus[index].is_repeating(at, &event.registers)
+    }
+
+    /// Whether a vCPU that is stepped has met the breakpoint again that it is stepped over. If it has met another one, that
+    /// step is over.
+    fn is_same_step<H: Hypervisor>(&mut self, hv: &mut H, index: usize, event: &Event, at: Gpa) -> bool {
         let Some(found) = self.locate_met(at, event) else { return false };
         let Vcpu { over, interrupted, .. } = &mut self.vcpus[index];
         if over.is_some_and(|over| over.at == at) {
@@ -194,56 +196,94 @@ impl Engine {
         changed: Option<&Registers>,
         reply: &mut Reply,
     ) -> Result<(), H::Error> {
-        let registers = changed.unwrap_or(&event.registers);
-        // With new registers, and with what to emulate, Xen may be late. If many pages wait to be given back, that is done
-        // now: after an answer that it is not late with.
-        let crowded = self.chores >= VACANT && changed.is_none();
-        let late = self.is_late(index);
+        self.step_over_displaced::<_, true>(hv, index, found, event, changed, reply)
+    }
+
+    /// The same, after something that is no event has written another instruction there.
+    #[cold]
+    fn step_over_another<H: Hypervisor>(
+        &mut self,
+        hv: &mut H,
+        index: usize,
+        found: Located,
+        event: &Event,
+        changed: Option<&Registers>,
+        reply: &mut Reply,
+    ) -> Result<(), H::Error> {
+        self.resync_found(hv, found)?;
+        self.step_over_displaced::<_, false>(hv, index, found, event, changed, reply)
+    }
+
+    /// Lets the instruction under a breakpoint run, which is compared with memory if `COMPARE`.
+    #[inline(always)]
+    fn step_over_displaced<H: Hypervisor, const COMPARE: bool>(
+        &mut self,
+        hv: &mut H,
+        index: usize,
+        found: Located,
+        event: &Event,
+        changed: Option<&Registers>,
+        reply: &mut Reply,
+    ) -> Result<(), H::Error> {
         let (page, spot, claims) = self.registry.parts(found);
-        if !placement::is_current(hv, page, &page.breakpoints[spot]) {
-            resync::page(hv, self.views.as_ref(), page, &self.vcpus, &mut self.counters)?;
-        }
-        let (vcpu, views) = (&mut self.vcpus[index], self.views.as_ref());
+        let (placement, lifted) = (page.placement, page.lifted > 0);
         let breakpoint = &mut page.breakpoints[spot];
-        let at = breakpoint.gpa;
-        let ask = page.placement == Placement::InPlace || breakpoint.step_over != StepOver::Auto;
-        let dr7 = Dr7 { vcpu: event.vcpu, trust_event: self.trust_event_dr7, ask };
+        if COMPARE && !placement::is_current(hv, placement, breakpoint) {
+            return self.step_over_another(hv, index, found, event, changed, reply);
+        }
+        let registers = changed.unwrap_or(&event.registers);
+        let (vcpu, views) = (&mut self.vcpus[index], self.views.as_ref());
         if breakpoint.displaced.byte() == INT3 {
+            let at = breakpoint.gpa;
             *reply = self.reinjected_after_hit(index, at, found);
             return Ok(());
         }
-        let at_once = match breakpoint.step_over.steps() || late || crowded {
-            true => None,
-            false => step::at_once(hv, views, vcpu, claims, (page.placement, breakpoint), (registers, dr7), reply),
-        };
-        // A response has room for new registers or for what to emulate, but not for both.
-        let fits = changed.is_none() || matches!(reply.action, Action::SetRegisters(_));
-        let served = match at_once.filter(|_| fits) {
-            Some(served) => served,
-            None if page.lifted > 0 => {
-                // Its byte is not there now, and nobody may execute the page: this virtual CPU joins the one that
-                // the page is lifted for.
-                vcpu.over = Some(Over { at: breakpoint.gpa, found });
-                *reply = conceal::on_own_bytes(hv, views, vcpu, page, registers, false)?;
-                page.breakpoints[spot].count(registers, StepOver::Repair);
-                self.set_resume_flag(index, registers, reply);
-                return Ok(());
-            }
-            None => {
-                let at = (found, &*breakpoint);
-                let served = step::step(hv, views, vcpu, page.placement, at, registers, reply)?;
+        // With new registers, and with what to emulate, Xen may be late. If many pages wait to be given back, that is done
+        // now: after an answer that it is not late with.
+        let crowded = self.chores >= VACANT && changed.is_none();
+        let steps = breakpoint.step_over.steps() || crowded;
+        if !steps && vcpu.unmappings == self.unmappings_noted {
+            let ask = placement == Placement::InPlace || breakpoint.step_over != StepOver::Auto;
+            let dr7 = Dr7 { vcpu: event.vcpu, trust_event: self.trust_event_dr7, ask };
+            let served = step::at_once(hv, views, vcpu, claims, (placement, breakpoint), (registers, dr7), reply);
+            // A response has room for new registers or for what to emulate, but not for both.
+            let fits = changed.is_none() || matches!(reply.action, Action::SetRegisters(_));
+            if let Some(served) = served.filter(|_| fits) {
                 breakpoint.count(registers, served);
-                // Always setting it would cost the step-overs that always step more than it is worth: only if the event shows
-                // a breakpoint of the guest's. With other registers nobody could tell that a jump to itself has resumed.
-                let steps = breakpoint.step_over.steps() || crowded;
-                let waits = breakpoint.displaced.form(registers.mode).jumps_to_itself;
-                if !(steps || waits) || dr7::is_on(registers.dr7) {
-                    self.set_resume_flag(index, registers, reply);
-                }
                 return Ok(());
             }
-        };
+        }
+        if lifted {
+            return self.step_while_lifted(hv, index, found, registers, reply);
+        }
+        let served = step::step(hv, views, vcpu, placement, (found, breakpoint), registers, reply)?;
         breakpoint.count(registers, served);
+        // Always setting it would cost the step-overs that always step more than it is worth: only if the event shows a
+        // breakpoint of the guest's. With other registers nobody could tell that a jump to itself has resumed.
+        let waits = || breakpoint.displaced.form(registers.mode).jumps_to_itself;
+        if dr7::is_on(registers.dr7) || !(steps || waits()) {
+            self.set_resume_flag(index, registers, reply);
+        }
+        Ok(())
+    }
+
+    /// The byte of a breakpoint that was hit is not there now, and nobody may execute the page: this vCPU joins the one that
+    /// the page is lifted for.
+    #[cold]
+    fn step_while_lifted<H: Hypervisor>(
+        &mut self,
+        hv: &mut H,
+        index: usize,
+        found: Located,
+        registers: &Registers,
+        reply: &mut Reply,
+    ) -> Result<(), H::Error> {
+        let (page, spot, _) = self.registry.parts(found);
+        let (vcpu, views) = (&mut self.vcpus[index], self.views.as_ref());
+        vcpu.over = Some(Over { at: page.breakpoints[spot].gpa, found });
+        *reply = conceal::on_own_bytes(hv, views, vcpu, page, registers, false)?;
+        page.breakpoints[spot].count(registers, StepOver::Repair);
+        self.set_resume_flag(index, registers, reply);
         Ok(())
     }
 

@@ -117,7 +117,7 @@ impl Engine {
     /// If memory has not the instruction any more that a breakpoint has displaced, the page is compared.
     pub(super) fn check_current<H: Hypervisor>(&mut self, hv: &mut H, found: Located) -> Result<(), H::Error> {
         let (page, breakpoint) = self.registry.located(found);
-        if placement::is_current(hv, page, breakpoint) { Ok(()) } else { self.resync_found(hv, found) }
+        if placement::is_current(hv, page.placement, breakpoint) { Ok(()) } else { self.resync_found(hv, found) }
     }
 
     #[cold]

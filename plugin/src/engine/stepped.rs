@@ -103,7 +103,7 @@ impl Engine {
     }
 
     /// Sets a breakpoint again that a virtual CPU has been stepped over.
-    #[inline]
+    #[inline(always)]
     pub(super) fn arm_again<H: Hypervisor>(&mut self, hv: &mut H, over: Over) {
         let Some(found) = self.find_again(over.at, over.found) else { return };
         let (page, breakpoint) = self.registry.located(found);
@@ -111,7 +111,7 @@ impl Engine {
             return;
         }
         // While it was out, a device may have written there.
-        let armed = match page.shadow.is_some() || placement::is_current(hv, page, breakpoint) {
+        let armed = match page.shadow.is_some() || placement::is_current(hv, page.placement, breakpoint) {
             true => placement::arm(hv, page, over.at, breakpoint.displaced.byte()),
             false => self.resync_found(hv, found),
         };

@@ -158,11 +158,7 @@ impl Displaced {
 
     /// The instruction in this mode.
     pub(crate) const fn form(&self, mode: CodeMode) -> &Form {
-        match mode {
-            CodeMode::Bits16 => &self.forms[0],
-            CodeMode::Bits32 => &self.forms[1],
-            CodeMode::Bits64 => &self.forms[2],
-        }
+        &self.forms[mode as usize]
     }
 }
 

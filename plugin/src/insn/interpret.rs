@@ -377,13 +377,13 @@ impl Op {
     #[inline(always)]
     pub(crate) fn operands(&self, registers: &Registers) -> Option<[Option<Operand>; 2]> {
         let accesses = self.reads.is_some() || self.writes.is_some();
-        let usual = accesses && self.is_usual(registers) && is_unchecked(registers);
+        if !(accesses && self.is_usual(registers) && is_unchecked(registers)) {
+            return None;
+        }
         let at = |linear, size, intent| Operand { linear, size, intent };
-        usual.then(|| {
-            let read = self.reads.map(|size| at(self.memory.of(registers), size, Intent::Read));
-            let write = self.writes.map(|size| at(self.written(registers), size, Intent::Write));
-            [read, write]
-        })
+        let read = self.reads.map(|size| at(self.memory.of(registers), size, Intent::Read));
+        let write = self.writes.map(|size| at(self.written(registers), size, Intent::Write));
+        Some([read, write])
     }
 
     /// The address that it writes to.

@@ -75,24 +75,19 @@ pub(crate) fn disarm<H: Hypervisor>(hv: &mut H, page: &Page, gpa: Gpa, original:
 ///
 /// This is asked at each hit: it is one load for most instructions.
 #[inline(always)]
-pub(crate) fn is_current<H: Hypervisor>(hv: &mut H, page: &Page, breakpoint: &Breakpoint) -> bool {
+pub(crate) fn is_current<H: Hypervisor>(hv: &mut H, placement: Placement, breakpoint: &Breakpoint) -> bool {
     let (gpa, displaced) = (breakpoint.gpa, &breakpoint.displaced);
     // If the guest has no page there any more, nothing can be taken over.
     let Ok(word) = hv.read_word(Gpa(gpa.0 & !7)) else { return true };
     let changed = displaced.changed_bits(word);
-    (changed == 0 && !displaced.is_split()) || is_current_in_place(hv, page, breakpoint, changed)
+    let in_place = placement == Placement::InPlace;
+    let is_first = changed == 0 || (in_place && changed == displaced.bits_of(INT3, breakpoint.offset()));
+    is_first && (!displaced.is_split() || is_rest_current(hv, breakpoint))
 }
 
-/// The same where our 0xCC is in memory, or the instruction does not end in the aligned eight bytes it begins in.
+/// The same of the bytes of the instruction that are not in the aligned eight bytes that it begins in.
 #[inline(never)]
-fn is_current_in_place<H: Hypervisor>(hv: &mut H, page: &Page, breakpoint: &Breakpoint, changed: u64) -> bool {
-    let displaced = &breakpoint.displaced;
-    if changed != 0 && (page.shadow.is_some() || changed != displaced.bits_of(INT3, breakpoint.offset())) {
-        return false;
-    }
-    if !displaced.is_split() {
-        return true;
-    }
+fn is_rest_current<H: Hypervisor>(hv: &mut H, breakpoint: &Breakpoint) -> bool {
     let expected = breakpoint.displaced.after_word(breakpoint.offset());
     let (mut bytes, at) = ([0; INSTRUCTION_BYTES], Gpa((breakpoint.gpa.0 | 7) + 1));
     let bytes = &mut bytes[..expected.len()];

@@ -61,8 +61,7 @@ impl<H: Hypervisor> Guest<'_, H> {
             // It is not tried: what can be read there is memory.
             Intent::Write => {
                 let gpa = self.locate(linear, size, Intent::Write);
-                gpa.is_some_and(|gpa| [0; 8].get_mut(..size).is_some_and(|into| self.hv.read(gpa, into).is_ok()))
-                    && self.is_unwatched()
+                gpa.is_some_and(|gpa| self.hv.read_word(Gpa(gpa.0 & !7)).is_ok()) && self.is_unwatched()
             }
         }
     }

@@ -193,7 +193,6 @@ impl Vcpu {
     }
 
     /// Whether it has met a breakpoint again in the middle of a repeated instruction.
-    #[cold]
     pub(crate) fn is_repeating(&mut self, at: Gpa, registers: &Registers) -> bool {
         let same = self.repeating.is_some_and(|repeating| repeating.is_at(registers));
         if !same {
