@@ -11,7 +11,7 @@ use crate::install::Install;
 use crate::steps::Steps;
 
 /// Programs of [`tools::CPP`]: where they are all there, nothing is installed.
-const PROGRAMS: [&str; 6] = ["c++", "clang-format", "cmake", "make", "meson", "pkg-config"];
+const PROGRAMS: [&str; 7] = ["c++", "clang-format", "cmake", "make", "meson", "pkg-config", "shellcheck"];
 /// And a header of its.
 const GTEST: &str = "usr/include/gtest/gtest.h";
 
@@ -25,6 +25,7 @@ pub(crate) fn run(steps: &Steps) -> Result<()> {
         // bindgen's are among the lab's.
         tools::install(&host, &[tools::CPP, tools::TOOLS].concat(), &Progress::new(), &log)?;
     }
+    steps.time("shellcheck", crate::shell::check)?;
     steps.time("format of the C++", format)?;
     packages(steps, "fault-injection")?;
     steps.time("libvmi-sys without LibVMI", || missing_libvmi(&dir))?;

@@ -27,6 +27,7 @@ mod install;
 mod pair;
 mod recover;
 mod report;
+mod shell;
 mod smartvmi;
 mod steps;
 mod storm;

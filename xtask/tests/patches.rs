@@ -116,7 +116,7 @@ impl Fake {
         let fake = Self { dir };
         fs::create_dir_all(fake.tree().join("dir"))?;
         fs::create_dir_all(fake.dir.join("patches"))?;
-        fs::copy(repo().join("drakvuf-patches/apply.sh"), fake.dir.join("patches/apply.sh"))?;
+        fs::copy(repo().join("cpp-shim/patches/apply.sh"), fake.dir.join("patches/apply.sh"))?;
         fake.patch("upstream", UPSTREAM)?;
         fake.patch("blobs", BLOBS)?;
         fake.patch("1.patch", FIRST)?;
@@ -388,7 +388,7 @@ fn what_lies_beside_the_script_must_be_there() -> Result<()> {
 fn what_is_generated_can_be_applied() -> Result<()> {
     let fake = Fake::new("regenerate")?;
     let (tree, patches_dir) = (fake.tree(), fake.dir.join("patches"));
-    fs::copy(repo().join("drakvuf-patches/regenerate.sh"), patches_dir.join("regenerate.sh"))?;
+    fs::copy(repo().join("cpp-shim/patches/regenerate.sh"), patches_dir.join("regenerate.sh"))?;
     let commit = |message: &str| -> Result<()> {
         fake.git(&tree, &["add", "."])?;
         let who = ["-c", "user.name=nobody", "-c", "user.email=nobody", "-c", "commit.gpgSign=false"];

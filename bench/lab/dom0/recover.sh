@@ -21,7 +21,7 @@ checks() {
             # Before anybody has recovered it, no monitor attaches. (One that had not begun yet has left nothing: then this is
             # one storm more.)
             again=""
-            if [ -e /run/hyperbp/*.ledger ]; then
+            if ls /run/hyperbp/*.ledger >/dev/null 2>&1; then
                 hyperbp-bench storm --domain bench --count $calls --mechanism auto >/tmp/again 2>&1
                 case $? in
                 6 | 0) ;;

@@ -21,8 +21,8 @@ pub const TOOLS: &[&str] = &[
     "xz-utils",               // Bochs, the kernel
 ];
 
-/// What the C++ side, and its tests, need.
-pub const CPP: &[&str] = &["clang-format", "cmake", "g++", "libgtest-dev", "make", "meson", "pkg-config"];
+/// What the C++ side, its tests, and the check of the scripts need.
+pub const CPP: &[&str] = &["clang-format", "cmake", "g++", "libgtest-dev", "make", "meson", "pkg-config", "shellcheck"];
 
 /// Held by who installs: apt lets one at a time.
 static INSTALLING: Mutex<()> = Mutex::new(());
