@@ -96,6 +96,16 @@ pub trait Hypervisor {
     /// If there is no memory or no room left.
     fn add_shadow_gfn(&mut self) -> Result<Gfn, Self::Error>;
 
+    /// Adds the page at such a frame number once more, if the guest has given it back. Whether it had: then the new page has no
+    /// particular contents. Does nothing where that is not known: then breakpoints in the page that it was for are gone.
+    ///
+    /// # Errors
+    /// If there is no memory or no room left.
+    fn restore_shadow_gfn(&mut self, gfn: Gfn) -> Result<bool, Self::Error> {
+        let _ = gfn;
+        Ok(false)
+    }
+
     /// Takes such a page away again.
     ///
     /// # Errors

@@ -156,6 +156,7 @@ impl Views {
     /// guest could see the shadow: no virtual CPU may run.
     pub(crate) fn show_again<H: Hypervisor>(&mut self, hv: &mut H, shadow: Gfn, at: Gfn) -> Result<(), H::Error> {
         self.unmappings += 1;
+        hv.restore_shadow_gfn(shadow)?;
         // Where the execute view shows the sink, nothing can be remapped to the shadow.
         hv.remap(self.exec, shadow, None)?;
         self.show(hv, shadow, at)
@@ -163,6 +164,7 @@ impl Views {
 
     /// Lets all views show again what they are to show at our own frames, apart from those of shadows in use.
     pub(crate) fn restore<H: Hypervisor>(&self, hv: &mut H) -> Result<(), H::Error> {
+        self.regain(hv)?;
         hv.write(self.sink.at(0), &[0xff; PAGE_SIZE])?;
         hv.remap(self.exec, self.spill, Some(self.sink))?;
         hv.remap(self.own, self.spill, Some(self.sink))?;
@@ -175,6 +177,13 @@ impl Views {
             self.seal(hv, *gfn)?;
         }
         Ok(())
+    }
+
+    /// Adds the pages of frames of ours again that the guest has given back, apart from those of shadows in use. Whether there
+    /// were any: then all views are to be [restored](Self::restore).
+    pub(crate) fn regain<H: Hypervisor>(&self, hv: &mut H) -> Result<bool, H::Error> {
+        let mut all = [self.sink, self.spill].into_iter().chain(self.free.iter().copied());
+        all.try_fold(false, |any, gfn| Ok(hv.restore_shadow_gfn(gfn)? || any))
     }
 
     /// Lets all views show the page itself again.

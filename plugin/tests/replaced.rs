@@ -10,6 +10,8 @@ use hyperbp::{
 const PAGE: Gfn = Gfn(7);
 const AT: u16 = 0x40;
 const PUSH: u8 = 0x55;
+/// Our frames begin here.
+const OURS: u64 = 100;
 
 #[derive(Debug, thiserror::Error)]
 #[error("there is no such page")]
@@ -46,6 +48,12 @@ impl Xen {
         for view in self.views.values_mut() {
             view.entry(gfn).and_modify(|own| *own = entry);
         }
+    }
+
+    /// XENMEM_decrease_reservation of all pages of ours, which lie between those that views are remapped to.
+    fn drop_ours(&mut self) {
+        self.host.retain(|gfn, _| gfn.0 < OURS);
+        self.reset_views();
     }
 
     /// XENMEM_decrease_reservation of a page that lies between ours (`p2m_reset_altp2m`).
@@ -102,9 +110,18 @@ impl Hypervisor for Xen {
     }
 
     fn add_shadow_gfn(&mut self) -> Result<Gfn, NoPage> {
-        let gfn = Gfn(100 + self.frames.len() as u64);
+        let gfn = Gfn(OURS + self.frames.len() as u64);
         self.replace(gfn, 0);
         Ok(gfn)
+    }
+
+    fn restore_shadow_gfn(&mut self, gfn: Gfn) -> Result<bool, NoPage> {
+        assert!(gfn.0 >= OURS);
+        let lost = !self.host.contains_key(&gfn);
+        if lost {
+            self.replace(gfn, 0);
+        }
+        Ok(lost)
     }
 
     fn drop_shadow_gfn(&mut self, gfn: Gfn) -> Result<(), NoPage> {
@@ -126,6 +143,9 @@ impl Hypervisor for Xen {
     }
 
     fn remap(&mut self, view: ViewId, gfn: Gfn, to: Option<Gfn>) -> Result<(), NoPage> {
+        if to.is_some_and(|to| !self.host.contains_key(&to)) || !self.host.contains_key(&gfn) {
+            return Err(NoPage);
+        }
         let entry = to.map(|to| self.entry(view, to));
         let view = self.views.get_mut(&view).ok_or(NoPage)?;
         match entry {
@@ -213,6 +233,37 @@ fn a_replaced_page_and_a_reset_view_are_not_executed_without_breakpoints() {
         engine.finish(&mut xen).unwrap();
         assert_eq!((xen.default, xen.host[&PAGE].1), (Rights::All, Rights::All), "{mechanism}: nothing is left");
     }
+}
+
+/// A guest that may make hypercalls finds the frames of shadows, and gives them back.
+#[test]
+fn frames_that_the_guest_gives_back_are_added_again() {
+    let mut xen = Xen::new();
+    let mut engine = Engine::new(&xen);
+    let pages = [PAGE, Gfn(9)];
+    xen.replace(Gfn(9), PUSH);
+    for page in pages {
+        engine.insert(&mut xen, page.at(AT), Mechanism::AUTO).unwrap();
+    }
+    for time in 1..4 {
+        xen.drop_ours();
+        assert!(pages.iter().all(|page| !xen.is_executable(*page)));
+        assert_eq!(handle(&mut engine, &mut xen, fetch(pages[1])).action, Action::Resume);
+        // With one page, all are set up again.
+        for page in pages {
+            assert!(xen.is_executable(page));
+            let (frame, _) = xen.entry(xen.exec(), page);
+            assert_eq!((xen.frames[frame][usize::from(AT)], xen.own()), (0xcc, PUSH), "time {time}");
+        }
+        // Nobody sees a frame of ours.
+        for gfn in xen.host.keys().filter(|gfn| gfn.0 >= OURS) {
+            let (frame, _) = xen.entry(xen.exec(), *gfn);
+            assert_eq!(xen.frames[frame], [0xff; PAGE_SIZE], "{gfn}");
+        }
+        assert_eq!(engine.counters().failures, 0);
+    }
+    engine.leave(&mut xen).unwrap();
+    engine.finish(&mut xen).unwrap();
 }
 
 #[test]

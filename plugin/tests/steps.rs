@@ -3,8 +3,8 @@
 use std::convert::Infallible;
 
 use hyperbp::{
-    Action, CodeMode, Engine, Event, Gfn, Gpa, Hypervisor, Int3, Mechanism, PAGE_SIZE, Reason, Registers, Reply,
-    Rights, Step, VcpuId, Verdict, ViewId,
+    Access, Accesses, Action, CodeMode, Engine, Event, Gfn, Gpa, Hypervisor, Int3, Mechanism, PAGE_SIZE, Reason,
+    Registers, Reply, Rights, Step, VcpuId, Verdict, ViewId,
 };
 
 const PAGE: Gfn = Gfn(7);
@@ -205,21 +205,62 @@ fn a_repeated_instruction_is_one_hit() {
     }
 }
 
-/// Whatever makes it leave the instruction ends it: then it is a hit again, although the registers are those of before.
+/// An exception, or a single-step trap of the guest's, comes between two iterations: when its handler returns, that is the same
+/// execution. One that begins anew is another, although all registers are those of before.
 #[test]
-fn the_same_repeated_instruction_executed_again_is_another_hit() {
+fn a_repeated_instruction_that_is_interrupted_is_one_hit() {
     let mut page = Page([0x90; PAGE_SIZE]);
     page.0[8..10].copy_from_slice(&[0xf3, 0xaa]);
     let mut engine = Engine::new(&page);
     let id = engine.insert(&mut page, PAGE.at(8), Mechanism::REPAIR).unwrap();
     let int3 = Reason::Int3(Int3::new(PAGE.at(8), 1));
-    for (hits, after) in (1..).zip([10, 0x123, 10]) {
-        let mut event = |registers, reason| {
-            let event = Event::new(VcpuId(0), ViewId::HOST, registers, reason);
-            engine.handle(&mut page, &event, &mut |_, _, _| Verdict::Keep).step
-        };
-        assert_eq!(event(repeated(8, 1), int3), Step::On);
-        assert_eq!(event(repeated(after, 1), Reason::Step), Step::Off);
-        assert_eq!(engine.figures(id).unwrap().hits, hits);
+    let (behind, handler) = (10, 0x123);
+    for (reason, rip, left, step, hits) in [
+        (int3, 8, 1, Step::On, 1),
+        (Reason::Step, behind, 0, Step::Off, 1),
+        (int3, 8, 1, Step::On, 2),
+        (Reason::Step, handler, 1, Step::Off, 2),
+        (int3, 8, 1, Step::On, 2),
+        (Reason::Step, behind, 0, Step::Off, 2),
+        (int3, 8, 3, Step::On, 3),
+        (Reason::Step, 8, 2, Step::Keep, 3),
+        (Reason::Step, handler, 1, Step::Off, 3),
+        (int3, 8, 2, Step::On, 4),
+    ] {
+        let event = Event::new(VcpuId(0), ViewId::HOST, repeated(rip, left), reason);
+        let reply = engine.handle(&mut page, &event, &mut |_, _, _| Verdict::Keep);
+        assert_eq!((reply.step, engine.figures(id).unwrap().hits), (step, hits), "{rip:#x}, {left} left");
+    }
+}
+
+/// The page table that maps the code is in the page with the code. The CPU walks it to fetch the instruction under a breakpoint,
+/// and the breakpoint is out while it does.
+#[test]
+fn an_instruction_that_is_fetched_by_way_of_its_own_page_is_a_hit() {
+    for displaced in [0x90, 0xcc] {
+        for mechanism in Mechanism::all().filter(|mechanism| mechanism.placement() == hyperbp::Placement::InPlace) {
+            let mut page = Page([0x90; PAGE_SIZE]);
+            page.0[8] = displaced;
+            let mut engine = Engine::new(&page);
+            let id = engine.insert(&mut page, PAGE.at(8), mechanism).unwrap();
+            let walk = Access::new(PAGE.at(0x800), Accesses::READ).with_page_walk(true);
+            for hits in 1..3 {
+                assert_eq!(handle(&mut engine, &mut page, 8, Reason::Access(walk)).step, Step::On, "{mechanism}");
+                assert_eq!(page.0[8], displaced, "{mechanism}: the guest's own byte");
+                assert_eq!(engine.figures(id).unwrap().hits, hits, "{mechanism}");
+                if displaced == 0xcc {
+                    let own = handle(&mut engine, &mut page, 8, Reason::Int3(Int3::new(PAGE.at(8), 1)));
+                    assert_eq!(own.action, Action::Reinject, "{mechanism}");
+                }
+                // And what is walked for the instruction after it is no hit.
+                assert_eq!(handle(&mut engine, &mut page, 9, Reason::Step).step, Step::Off, "{mechanism}");
+                assert_eq!(page.0[8], 0xcc, "{mechanism}");
+                assert_eq!(handle(&mut engine, &mut page, 9, Reason::Access(walk)).step, Step::On, "{mechanism}");
+                assert_eq!(handle(&mut engine, &mut page, 10, Reason::Step).step, Step::Off, "{mechanism}");
+                assert_eq!(engine.figures(id).unwrap().hits, hits, "{mechanism}");
+            }
+            engine.leave(&mut page).unwrap();
+            assert!(engine.is_idle(&mut page));
+        }
     }
 }

@@ -386,6 +386,10 @@ impl Hypervisor for Domain {
         self.allocate_gfn()
     }
 
+    fn restore_shadow_gfn(&mut self, gfn: Gfn) -> Result<bool, Error> {
+        self.restore_gfn(gfn)
+    }
+
     fn drop_shadow_gfn(&mut self, gfn: Gfn) -> Result<(), Error> {
         self.free_gfn(gfn)
     }

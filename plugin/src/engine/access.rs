@@ -4,6 +4,7 @@ use super::{Engine, Observed};
 use crate::breakpoint::Page;
 use crate::dr7::Dr7;
 use crate::insn::paging;
+use crate::step::Over;
 use crate::views::Views;
 use crate::{Access, Action, Event, Gfn, Gpa, Hypervisor, Registers, Reply, Rights, ViewId, conceal, placement, step};
 
@@ -32,6 +33,14 @@ impl Engine {
     ) -> Result<Observed, H::Error> {
         let gfn = access.gpa.gfn();
         let exec = self.views.as_ref().map(|views| views.exec);
+        if let Some(at) = self.walked_in_place(hv, index, event, access) {
+            self.counters.hits += 1;
+            self.hit_at = hv.now();
+            self.registry.located_mut(at.found).figures.hits += 1;
+            // Its own INT3, if it is one, is that hit.
+            self.vcpus[index].over = Some(at);
+            return Ok(Observed::Hit(at.at));
+        }
         if Some(event.view) != exec {
             return reply.answered(self.on_guarded(hv, index, event, access));
         }
@@ -99,7 +108,14 @@ impl Engine {
     pub(super) fn rearm<H: Hypervisor>(&mut self, hv: &mut H, gfn: Gfn) -> Result<(), H::Error> {
         let (Some(page), views) = (self.registry.page_mut(gfn), self.views.as_ref()) else { return Ok(()) };
         hv.pause()?;
-        let rearmed = placement::rearm(hv, views, page).and_then(|gone| self.restrict(hv, gfn).map(|()| gone));
+        let lost = placement::regain(hv, views, page);
+        let rearmed = lost.and_then(|lost| {
+            // What else has gone with a frame of ours, views show again soon.
+            self.resync_pending |= lost;
+            placement::rearm(hv, views, page)
+        });
+        let rearmed = rearmed.and_then(|gone| self.restrict(hv, gfn).map(|()| gone));
+        self.count_chores();
         hv.resume()?;
         if rearmed? {
             self.counters.rearmed += 1;
@@ -124,6 +140,27 @@ impl Engine {
         self.registry.at(at).filter(|(page, _)| page.shadow.is_some()).map(|_| at)
     }
 
+    /// The breakpoint in place whose instruction is to be fetched by way of a page table in the same page. The breakpoints of
+    /// that page are out while the CPU walks, and so is this one.
+    #[inline(always)]
+    fn walked_in_place<H: Hypervisor>(
+        &mut self,
+        hv: &mut H,
+        index: usize,
+        event: &Event,
+        access: &Access,
+    ) -> Option<Over> {
+        if !access.page_walk {
+            return None;
+        }
+        let page = self.registry.page(access.gpa.gfn()).filter(|page| page.shadow.is_none() && page.lifted == 0)?;
+        let (gfn, registers) = (page.gfn, &event.registers);
+        let at = paging::translate(hv, registers, registers.cs_base.wrapping_add(registers.rip))?;
+        let found = self.registry.locate(at).filter(|_| at.gfn() == gfn)?;
+        let vcpu = &self.vcpus[index];
+        (!vcpu.is_over(at) && vcpu.interrupted.is_none()).then_some(Over { at, found })
+    }
+
     /// Lets an access that was reported, or whose instruction was the `hit` of a breakpoint, be made: by the guest itself, for
     /// Xen emulates only what is still denied.
     pub(super) fn permit<H: Hypervisor>(
@@ -137,7 +174,7 @@ impl Engine {
     ) -> Result<Reply, H::Error> {
         let registers = changed.unwrap_or(&event.registers);
         // A fast step would run one iteration, and the next one would be a hit.
-        let repeated = hit.filter(|at| self.repeats_at(*at, registers));
+        let repeated = hit.filter(|at| self.repeated_at(*at, registers).is_some());
         if let Some(at) = repeated {
             self.vcpus[index].repeat(at, registers);
         }

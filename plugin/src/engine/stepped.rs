@@ -1,7 +1,7 @@
 //! A monitored single-step is over: what was owed is done.
 
 use super::{Engine, Observed};
-use crate::step::{Over, Pages};
+use crate::step::{Over, Pages, Repeating};
 use crate::{Event, Gpa, Hypervisor, Registers, Reply, Step, placement};
 
 impl Engine {
@@ -35,10 +35,16 @@ impl Engine {
         event: &Event,
         reply: &mut Reply,
     ) -> Result<Observed, H::Error> {
-        let next = self.vcpus[index].next_iteration(&event.registers);
-        let Some(at) = next.filter(|at| !self.leaving && self.repeats_at(*at, &event.registers)) else {
+        let Some(Repeating { at, .. }) = self.vcpus[index].repeating else { return Ok(self.on_step(hv, index, reply)) };
+        // It may have been removed, or the guest may have written to it.
+        let length = self.repeated_at(at, &event.registers);
+        if length.is_none() {
+            self.vcpus[index].repeating = None;
+        }
+        let goes_on = length.is_some_and(|length| self.vcpus[index].has_next_iteration(&event.registers, length));
+        if !goes_on || self.leaving {
             return Ok(self.on_step(hv, index, reply));
-        };
+        }
         if !self.vcpus[index].pages.is_empty() {
             let pages = std::mem::take(&mut self.vcpus[index].pages);
             self.settle(hv, &pages);
@@ -46,9 +52,10 @@ impl Engine {
         reply.answered(self.step_again(hv, index, at, event))
     }
 
-    /// Whether a repeated instruction is under a breakpoint there. It may have been removed, or the guest may have written to it.
-    pub(super) fn repeats_at(&self, at: Gpa, registers: &Registers) -> bool {
-        self.registry.at(at).is_some_and(|(_, breakpoint)| breakpoint.displaced.form(registers.mode).repeats)
+    /// The length of the repeated instruction that is under a breakpoint there, if it is one.
+    pub(super) fn repeated_at(&self, at: Gpa, registers: &Registers) -> Option<u8> {
+        let displaced = &self.registry.at(at)?.1.displaced;
+        displaced.form(registers.mode).repeats.then_some(displaced.length())
     }
 
     /// Does what is owed to pages and breakpoints after a step.

@@ -141,6 +141,11 @@ impl Displaced {
         self.bytes[0]
     }
 
+    /// How many bytes it has, in the mode in which it has most.
+    pub(crate) const fn length(&self) -> u8 {
+        self.length
+    }
+
     /// What Xen's emulator wants to be given.
     pub(crate) const fn bytes(&self) -> [u8; INSTRUCTION_BYTES] {
         self.bytes

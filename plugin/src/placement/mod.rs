@@ -113,7 +113,7 @@ pub(crate) fn resync<H: Hypervisor>(
 }
 
 /// Xen may have lost what was set up for a page: because the guest got another page there, or a view was reset. Sets it up
-/// again. No virtual CPU may run. With a shadow, a view lets go of a page.
+/// again. No virtual CPU may run. With a shadow, a view lets go of a page, and what the shadow has is to be compared.
 pub(crate) fn restore<H: Hypervisor>(hv: &mut H, views: Option<&mut Views>, page: &Page) -> Result<(), H::Error> {
     match (page.shadow, views) {
         (Some(shadow), Some(views)) => views.show_again(hv, shadow, page.gfn),
@@ -121,6 +121,17 @@ pub(crate) fn restore<H: Hypervisor>(hv: &mut H, views: Option<&mut Views>, page
         (_, views) if page.lifted == 0 && !page.unsettled => in_place::guard(hv, views.as_deref(), page.gfn),
         _ => Ok(()),
     }
+}
+
+/// Adds the pages of frames of ours again that are needed to [set up](rearm) a page, and that the guest has given back. No
+/// virtual CPU may run. Whether it had.
+pub(crate) fn regain<H: Hypervisor>(hv: &mut H, views: Option<&Views>, page: &Page) -> Result<bool, H::Error> {
+    let (Some(shadow), Some(views)) = (page.shadow, views) else { return Ok(false) };
+    let lost = views.regain(hv)?;
+    if lost {
+        views.restore(hv)?;
+    }
+    Ok(hv.restore_shadow_gfn(shadow)? || lost)
 }
 
 /// A page that should not be executable without its breakpoints is executed: the guest has put another page there, or Xen has

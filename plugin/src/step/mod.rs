@@ -93,10 +93,10 @@ pub(crate) struct Vcpu {
 pub(crate) struct Repeating {
     pub(crate) at: Gpa,
     rip: u64,
-    /// RCX, RSI and RDI before the next iteration.
-    state: [u64; 3],
-    /// Iterations until the single-step ends, and interrupts are let in. 0: it has ended. The breakpoint is met once more
-    /// then, and that is the same hit.
+    /// RCX, RSI, RDI and CR3 before the next iteration.
+    state: [u64; 4],
+    /// Iterations until the single-step ends, and interrupts are let in. 0: it has ended, or something else has interrupted the
+    /// instruction. The breakpoint is met once more when it goes on, and that is the same hit.
     left: u16,
 }
 
@@ -108,8 +108,8 @@ impl Repeating {
         Self { at, rip: registers.rip, state: Self::state(registers), left: Self::STEPS }
     }
 
-    fn state(registers: &Registers) -> [u64; 3] {
-        [registers.gpr[1], registers.gpr[6], registers.gpr[7]]
+    fn state(registers: &Registers) -> [u64; 4] {
+        [registers.gpr[1], registers.gpr[6], registers.gpr[7], registers.cr3]
     }
 
     /// Whether a vCPU with these registers is where it was interrupted.
@@ -178,18 +178,19 @@ impl Vcpu {
         Reply { step: self.step(), ..Reply::default() }
     }
 
-    /// A step is over. If it was an iteration of a repeated instruction, and another is to come at once: the breakpoint that
-    /// the instruction is under.
+    /// A step is over. If it was an iteration of a repeated instruction of this length, whether another is to come at once.
     #[cold]
-    pub(crate) fn next_iteration(&mut self, registers: &Registers) -> Option<Gpa> {
-        let repeating = self.repeating.as_mut().filter(|repeating| repeating.left > 0)?;
-        if repeating.rip != registers.rip {
+    pub(crate) fn has_next_iteration(&mut self, registers: &Registers, length: u8) -> bool {
+        let Some(repeating) = self.repeating.as_mut().filter(|repeating| repeating.left > 0) else { return false };
+        if registers.rip == repeating.rip.wrapping_add(length.into()) {
             self.repeating = None;
-            return None;
+            return false;
         }
+        // Elsewhere it is in the handler of an exception, which returns to the instruction.
+        let interrupted = registers.rip != repeating.rip || self.accessing.is_some();
+        repeating.left = if interrupted { 0 } else { repeating.left - 1 };
         repeating.state = Repeating::state(registers);
-        repeating.left -= 1;
-        (repeating.left > 0 && self.accessing.is_none()).then_some(repeating.at)
+        repeating.left > 0
     }
 
     /// Whether it has met a breakpoint again in the middle of a repeated instruction.

@@ -82,6 +82,20 @@ impl Domain {
         Ok(gfn)
     }
 
+    /// Adds a page of ours again, if the guest has given it back.
+    pub(super) fn restore_gfn(&mut self, gfn: Gfn) -> Result<bool, Error> {
+        if !self.is_unused(gfn)? {
+            return Ok(false);
+        }
+        log::debug!("the guest has given back the shadow page at {gfn}: it gets another one");
+        // The old one is still mapped, and goes with that.
+        self.pages.forget(gfn);
+        self.erase(Note::Frame(gfn));
+        self.populate(gfn)?;
+        self.pages.add_own(gfn)?;
+        Ok(true)
+    }
+
     pub(super) fn free_gfn(&mut self, gfn: Gfn) -> Result<(), Error> {
         self.with_frames(|frames, domain| frames.release(domain, gfn))
     }
