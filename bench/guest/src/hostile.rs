@@ -20,7 +20,7 @@ use core::arch::global_asm;
 use hyperbp_bench_abi::PAGE_SIZE;
 
 use crate::page::{ForeignPage, PageAligned, write_word};
-use crate::privilege::{self, Cpu, DI, EXIT, Flow, Handler, OPEN, Ring, SI, SP, SYSCALL, TF};
+use crate::privilege::{self, Cpu, DI, EXIT, Flow, OPEN, Ring, SI, SP, SYSCALL, TF};
 use log::{executed, note, note_cpu, note_memory};
 
 global_asm!(include_str!("hostile.s"));
@@ -75,8 +75,8 @@ static PROBES: &[Probe] = &[
     // Single steps.
     probe("step-plain-ring0", || run_block(plain(), Ring::Kernel, TF)),
     probe("step-plain-ring3", || run_block(plain(), Ring::User, TF)),
-    probe("step-prefixes-ring0", || debug::step_strings(Ring::Kernel)),
-    probe("step-prefixes-ring3", || debug::step_strings(Ring::User)),
+    probe("step-prefixes-ring0", || run_block(prefixes(), Ring::Kernel, TF)),
+    probe("step-prefixes-ring3", || run_block(prefixes(), Ring::User, TF)),
     probe("step-middle-ring3", || run_block(middle(), Ring::User, TF)),
     probe("step-int3-ring0", || run_block(int3s(), Ring::Kernel, TF)),
     probe("step-int3-ring3", || run_block(int3s(), Ring::User, TF)),
@@ -92,7 +92,7 @@ static PROBES: &[Probe] = &[
     probe("step-mov-ss-ring3", || run_block(mov_ss(), Ring::User, TF)),
     probe("sti-ring0", || run_block(sti_shadow(), Ring::Kernel, 0)),
     probe("step-sti-ring0", || run_block(sti_shadow(), Ring::Kernel, TF)),
-    probe("branch-step-ring0", || run_block(branch_step(), Ring::Kernel, 0)),
+    probe("branch-step-ring0", debug::branch_step),
     // Debug registers.
     probe("debug-execute-ring0", || debug::execute(Ring::Kernel)),
     probe("debug-execute-ring3", || debug::execute(Ring::User)),
@@ -157,7 +157,7 @@ macro_rules! symbols {
 
 symbols! {
     plain prefixes middle straddling straddling_push straddling_call int3s faults privileged system_call page_faults fetch_fault
-    popf_tf mov_ss sti_shadow branch_step unaligned dr7_at_once time_stamps self_modifying read_widths read_strings digest
+    popf_tf mov_ss sti_shadow branch_step branch_step_there unaligned dr7_at_once time_stamps self_modifying read_widths read_strings digest
     shared_page in_shared_page modified
 }
 
@@ -198,14 +198,9 @@ fn prepare(cpu: &mut Cpu, ring: Ring, entry: u64, flags: u64) {
 
 /// Executes a block once, and notes what it leaves.
 fn run_block(block: u64, ring: Ring, flags: u64) {
-    run_block_with(block, ring, flags, usual);
-}
-
-/// The same with another handler.
-fn run_block_with(block: u64, ring: Ring, flags: u64, handler: Handler) {
     let cpu = privilege::cpu(0);
     prepare(cpu, ring, block, flags);
-    privilege::run(cpu, handler);
+    privilege::run(cpu, usual);
     note_end(cpu);
     executed(block, 1);
 }

@@ -706,36 +706,37 @@ shared_page:
         jb 2b
         done
 
-        block read_strings              # the page at R12, by way of that at RDI
+        .set WINDOW, 160
+        block read_strings              # WINDOW bytes from R12 on, by way of those at RDI
         mov r10, rdi
         mov rsi, r12
-        mov ecx, 512
+        mov ecx, WINDOW / 8
         rep movsq
         mov rsi, r12
-        mov ecx, 4096
+        mov ecx, WINDOW
 3:      lodsb
         mix
         loop 3b
         mov rsi, r12
         mov rdi, r10
-        mov ecx, 4096
+        mov ecx, WINDOW
         repe cmpsb
         mov rax, rcx
         mix
         mov rdi, r12
-        mov ecx, 4096
+        mov ecx, WINDOW
         mov al, 0xcc
         repne scasb
         mov rax, rcx
         mix
         std
-        lea rsi, [r12 + 4095]
-        lea rdi, [r10 + 4095]
-        mov ecx, 4096
+        lea rsi, [r12 + WINDOW - 1]
+        lea rdi, [r10 + WINDOW - 1]
+        mov ecx, WINDOW
         rep movsb
         cld
         mov rsi, r10
-        mov ecx, 512
+        mov ecx, WINDOW / 8
 3:      lodsq
         mix
         loop 3b
@@ -774,6 +775,27 @@ shared_page:
 3:      site
         ret
 4:      pushfq
+        and qword ptr [rsp], -0x101
+        popfq
+        faulting
+        mov ecx, 0x1d9
+        xor eax, eax
+        xor edx, edx
+        wrmsr
+9:      done
+
+# Whether the CPU has them: then nothing of this is stepped.
+        block branch_step_there
+        faulting
+        mov ecx, 0x1d9
+        mov eax, 2
+        xor edx, edx
+        wrmsr
+9:      pushfq
+        or qword ptr [rsp], 0x100
+        popfq
+        nop
+        pushfq
         and qword ptr [rsp], -0x101
         popfq
         faulting

@@ -43,6 +43,7 @@ pub(crate) const FIRST_TSS: u16 = 0x28;
 pub(crate) const FLAGS: u64 = 2;
 pub(crate) const TF: u64 = 1 << 8;
 pub(crate) const IF: u64 = 1 << 9;
+pub(crate) const RF: u64 = 1 << 16;
 /// DR6 without any breakpoint.
 const DR6_CLEAR: u64 = 0xffff_0ff0;
 
@@ -87,6 +88,8 @@ pub(crate) type Handler = fn(&mut Cpu) -> Flow;
 pub(crate) struct Cpu {
     /// RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R8 to R15.
     pub(crate) gpr: [u64; 16],
+    /// XMM0: handlers may use it.
+    xmm0: [u64; 2],
     pub(crate) rip: u64,
     pub(crate) cs: u64,
     pub(crate) flags: u64,
@@ -121,6 +124,7 @@ impl Cpu {
     const fn new() -> Self {
         Self {
             gpr: [0; 16],
+            xmm0: [0; 2],
             rip: 0,
             cs: 0,
             flags: 0,
@@ -434,6 +438,7 @@ unsafe extern "C" fn resume() -> ! {
         "mov r13, gs:[104]",
         "mov r14, gs:[112]",
         "mov r15, gs:[120]",
+        "movups xmm0, gs:[128]",
         "mov qword ptr gs:[{active}], 1",
         "iretq",
         rip = const offset_of!(Cpu, rip),
@@ -503,6 +508,7 @@ unsafe extern "C" fn store() -> ! {
         "mov gs:[104], r13",
         "mov gs:[112], r14",
         "mov gs:[120], r15",
+        "movups gs:[128], xmm0",
         "mov rsp, gs:[{host_stack}]",
         "mov rdi, gs:[{this}]",
         "cld",

@@ -41,6 +41,9 @@ pub struct Probe {
     pub doubled: u64,
     /// How much the guest saw that is otherwise without breakpoints.
     pub seen: u64,
+    /// How long it took with breakpoints, in milliseconds of the machine that it ran on.
+    #[serde(default)]
+    pub milliseconds: u64,
     /// Some of what is wrong, for people.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub differences: Vec<String>,

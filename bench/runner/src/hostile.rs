@@ -174,9 +174,9 @@ fn names(probes: &[Listed]) -> String {
 }
 
 /// What has come of the probes under a mechanism so far.
-struct State<'p> {
-    left: std::slice::Iter<'p, (Listed, Seen)>,
-    current: Option<&'p (Listed, Seen)>,
+struct State {
+    left: std::vec::IntoIter<(Listed, Seen)>,
+    current: Option<(Listed, Seen)>,
     since: Instant,
     /// Hits of each site since the current probe began.
     hits: Vec<u64>,
@@ -194,10 +194,10 @@ fn one<'a>(mut target: Target<'a>, mechanism: Mechanism, probes: &[(Listed, Seen
         failures: 0,
         unexplained: 0,
     };
-    let (mut left, mut deaths) = (probes, 0);
+    let (mut left, mut deaths) = (probes.to_vec(), 0);
     while !left.is_empty() {
         let state = RefCell::new(State {
-            left: left.iter(),
+            left: left.clone().into_iter(),
             current: None,
             since: Instant::now(),
             hits: vec![0; target.sites.len()],
@@ -214,22 +214,26 @@ fn one<'a>(mut target: Target<'a>, mechanism: Mechanism, probes: &[(Listed, Seen
             }
             Err(error) => Some(format!("{error:#}")),
         };
-        left = &left[done.len()..];
+        left.drain(..done.len());
         result.probes.extend(done);
         if let Some(ended) = ended {
             // Not even the breakpoints could be set, or taken out again.
-            let name = current.or(left.first()).map_or("(leaving)", |(probe, _)| &*probe.name);
+            let name = current.or(left.first().cloned()).map_or("(leaving)".to_owned(), |(probe, _)| probe.name);
             eprintln!("{mechanism}: {name}: {ended}");
-            result.probes.push(Probe { name: name.to_owned(), ended: Some(ended), ..Probe::default() });
-            left = left.get(1..).unwrap_or_default();
+            result.probes.push(Probe { name, ended: Some(ended), ..Probe::default() });
+            left.drain(..left.len().min(1));
             deaths += 1;
             if deaths >= DEATHS {
                 let ended = format!("it was not tried, for the guest had died {deaths} times before");
                 let rest = left.iter().map(|(probe, _)| probe.name.clone());
                 result.probes.extend(rest.map(|name| Probe { name, ended: Some(ended.clone()), ..Probe::default() }));
-                left = &[];
+                left.clear();
             }
             target = target.again()?;
+            // It has other memory than the one before.
+            for (probe, expected) in &mut left {
+                *expected = target.alone(probe)?;
+            }
         }
     }
     Ok((result, target))
@@ -245,7 +249,7 @@ fn end_of(target: &Target<'_>) -> String {
 }
 
 /// Serves the breakpoints until all probes that are left have ended, or one does not.
-fn attempt<'p>(target: &mut Target<'_>, mechanism: Mechanism, state: &RefCell<State<'p>>) -> Result<Outcome> {
+fn attempt(target: &mut Target<'_>, mechanism: Mechanism, state: &RefCell<State>) -> Result<Outcome> {
     // Only to look whether the domain has crashed: the other handle serves it.
     let other = Domain::connect(&target.name)?;
     let mut monitor = Monitor::attach(&target.domain).context("cannot monitor the domain")?;
@@ -262,13 +266,14 @@ fn attempt<'p>(target: &mut Target<'_>, mechanism: Mechanism, state: &RefCell<St
             return (!state.stuck).then_some(PATIENCE);
         }
         if let Some((probe, expected)) = state.current.take() {
-            let result = compare(&probe.name, expected, &seen(guest, sites.len()), &state.hits, sites);
+            let mut result = compare(&probe.name, &expected, &seen(guest, sites.len()), &state.hits, sites);
+            result.milliseconds = u64::try_from(state.since.elapsed().as_millis()).unwrap_or(u64::MAX);
             state.done.push(result);
         }
         let next = state.left.next()?;
+        guest.request(Workload::Hostile, next.0.number);
         (state.current, state.since) = (Some(next), Instant::now());
         state.hits.fill(0);
-        guest.request(Workload::Hostile, next.0.number);
         Some(PATIENCE)
     };
     let mut on_hit = |site: usize, _: &dyn Fn() -> Result<Outcome>| state.borrow_mut().hits[site] += 1;
@@ -307,6 +312,7 @@ fn compare(name: &str, expected: &Seen, seen: &Seen, hits: &[u64], sites: &[Gpa]
         lost: counted().map(|(executed, hits)| executed.saturating_sub(hits)).sum(),
         doubled: counted().map(|(executed, hits)| hits.saturating_sub(executed)).sum(),
         seen: different(expected, seen),
+        milliseconds: 0,
         differences,
         ended: None,
     }

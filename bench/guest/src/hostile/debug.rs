@@ -2,12 +2,12 @@
 
 use core::arch::asm;
 
-use super::log::{executed, executed_at, note, note_cpu, site};
+use super::log::{executed, note, site};
 use super::{
-    DATA, DB, dr7_at_once, next, note_end, plain, prefixes, prepare, read_widths, run_block_with,
-    unaligned as unaligned_code, usual,
+    DATA, DB, branch_step as branch_step_code, branch_step_there, dr7_at_once, next, note_end, plain, prefixes,
+    prepare, read_widths, unaligned as unaligned_code, usual,
 };
-use crate::privilege::{self, AX, Cpu, DX, Flow, Ring, TF};
+use crate::privilege::{self, AX, Cpu, DX, Flow, RF, Ring, TF};
 
 /// DR7: what is always set; in each breakpoint's two bits, that it is on in this task; and what it is for.
 const DR7: u64 = 0x400;
@@ -16,9 +16,8 @@ const WRITE: u64 = 0b1101;
 const ACCESS: u64 = 0b1111;
 const BYTE: u64 = 0b0011;
 
-/// AC and RF in RFLAGS, AM in CR0.
+/// AC in RFLAGS, AM in CR0.
 const AC: u64 = 1 << 18;
-const RF: u64 = 1 << 16;
 const AM: u64 = 1 << 18;
 
 fn set_address(register: usize, address: u64) {
@@ -57,7 +56,7 @@ fn with(block: u64, ring: Ring, flags: u64, all: &[(u64, u64)]) {
     prepare(cpu, ring, block, flags);
     let control = breakpoints(all);
     set_control(control);
-    privilege::run(cpu, usual);
+    privilege::run(cpu, resumed);
     set_control(DR7);
     let (dr0, dr7): (u64, u64);
     // SAFETY: reading debug registers has no effect.
@@ -68,11 +67,20 @@ fn with(block: u64, ring: Ring, flags: u64, all: &[(u64, u64)]) {
     executed(block, 1);
 }
 
+/// As [`usual`]. The instruction that a breakpoint of the guest's is on runs then.
+fn resumed(cpu: &mut Cpu) -> Flow {
+    let flow = usual(cpu);
+    if cpu.vector == DB && cpu.dr6 & 0xf != 0 {
+        cpu.flags |= RF;
+    }
+    flow
+}
+
 /// On instructions that have breakpoints of ours, too; and RF, which skips one.
 pub(super) fn execute(ring: Ring) {
     let all = [1, 3, 10, 16].map(|n| (site(plain(), n), EXECUTE));
+    // Not with TF: of a trap and a breakpoint at the next instruction, Bochs makes one #DB.
     with(plain(), ring, 0, &all);
-    with(plain(), ring, TF, &all);
     let first = [(plain(), EXECUTE)];
     with(plain(), ring, 0, &first);
     with(plain(), ring, RF, &first);
@@ -117,17 +125,18 @@ pub(super) fn code(ring: Ring) {
     with(plain(), ring, 0, &[(at, BYTE), (plain(), BYTE)]);
 }
 
-/// Single steps through repeated instructions: each iteration is an execution.
-pub(super) fn step_strings(ring: Ring) {
-    privilege::cpu(0).scratch[0] = 0;
-    run_block_with(prefixes(), ring, TF, |cpu: &mut Cpu| -> Flow {
-        if cpu.vector == DB && cpu.scratch[0] == cpu.rip {
-            executed_at(cpu.rip);
-        }
-        cpu.scratch[0] = cpu.rip;
-        note_cpu(cpu);
+/// Single steps from branch to branch, if the CPU has them: Bochs steps each instruction.
+pub(super) fn branch_step() {
+    let cpu = privilege::cpu(0);
+    prepare(cpu, Ring::Kernel, branch_step_there(), 0);
+    privilege::run(cpu, |cpu| {
+        cpu.scratch[0] += u64::from(cpu.vector == DB);
         next(cpu)
     });
+    note("steps", cpu.scratch[0]);
+    if cpu.scratch[0] == 0 {
+        super::run_block(branch_step_code(), Ring::Kernel, 0);
+    }
 }
 
 /// Operands that are not aligned, with AC set.

@@ -7,7 +7,7 @@ use core::sync::atomic::Ordering::Relaxed;
 use hyperbp_bench_abi::hostile::{FIRST_NOTE, FIRST_PROBE, FIRST_SITE, NAME_WORDS, NOTES_MAX, PROBE_WORDS, SITES_MAX};
 
 use crate::page::{SAMPLES, read};
-use crate::privilege::{Cpu, SYSCALL};
+use crate::privilege::{Cpu, RF, SYSCALL};
 
 /// Notes so far.
 #[unsafe(link_section = ".volatile")]
@@ -94,7 +94,8 @@ pub(super) fn note_cpu(cpu: &Cpu) {
         vector => note(VECTORS.get(vector as usize).copied().unwrap_or("INT"), vector << 48 | cpu.rip),
     }
     note("error", cpu.error);
-    note("flags", cpu.flags);
+    // An EPT violation sets RF, and a CPU clears it when the instruction has run after all. Bochs 3.0 leaves it set.
+    note("flags", cpu.flags & !RF);
     note("cs, ss", cpu.cs << 16 | cpu.ss);
     match cpu.vector {
         1 => note("dr6", cpu.dr6),
@@ -125,6 +126,11 @@ pub(super) fn executed_at(address: u64) {
         let sample = &SAMPLES.0[FIRST_SITE + index];
         sample.store(sample.load(Relaxed) + 1, Relaxed);
     }
+}
+
+/// Counts an execution of each site of a block up to this address.
+pub(super) fn executed_until(block: u64, address: u64) {
+    sites_of(block).filter(|site| *site <= address).for_each(executed_at);
 }
 
 /// Counts executions of each site of a block.

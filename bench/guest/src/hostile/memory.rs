@@ -4,9 +4,9 @@ use hyperbp_bench_abi::{CONTROL_GPA, PAGE_SIZE, SAMPLES_MAX};
 use hyperbp_bench_guest::LARGE_PAGES;
 
 use super::log::{self, executed, note, note_cpu, note_memory};
-use super::{PF, UD, digest, fetch_fault, next, note_end, page_faults as page_faults_code, prepare};
+use super::{GP, PF, UD, digest, fetch_fault, next, note_end, page_faults as page_faults_code, prepare};
 use crate::page::{ForeignPage, PageAligned, SAMPLES, read, write_word};
-use crate::privilege::{self, CX, Cpu, Flow, Ring, SI};
+use crate::privilege::{self, CX, Cpu, EXIT, Flow, Ring, SI};
 use crate::{STACK_SIZE, xen};
 
 const PAGE: u64 = PAGE_SIZE as u64;
@@ -46,7 +46,11 @@ pub(super) fn page_faults(ring: Ring, bits: u64) {
         note_memory("page", page + PAGE - 8, 1);
     }
     note_end(cpu);
-    executed(page_faults_code(), 1);
+    // A stack that is not there ends it, at CPL 0: the CPU can push no frame there.
+    match cpu.vector {
+        EXIT => executed(page_faults_code(), 1),
+        _ => log::executed_until(page_faults_code(), cpu.rip),
+    }
 }
 
 /// Code whose page has an entry with only these bits.
@@ -72,8 +76,9 @@ fn add_bits(cpu: &mut Cpu) -> Flow {
     note("entry", read(entry));
     write_word(entry, read(entry) | 7);
     privilege::invalidate(cpu.cr2);
-    // What could not be fetched has not been executed.
-    if cpu.cr2 & !(PAGE - 1) != cpu.rip & !(PAGE - 1) {
+    // What could not be fetched has not been executed, and what is repeated (REP) goes on where it was.
+    let fetched = cpu.cr2 & !(PAGE - 1) != cpu.rip & !(PAGE - 1);
+    if fetched && read(cpu.rip) as u8 != 0xf3 {
         log::executed_at(cpu.rip);
     }
     Flow::Resume
@@ -133,9 +138,9 @@ pub(super) fn frames(ring: Ring) {
         found += u64::from(read(at + 0x10) != u64::MAX);
         let cpu = privilege::cpu(0);
         prepare(cpu, ring, at, 0);
-        // It ends with a #UD, behind which there is nothing.
+        // Xen raises #GP where there is nothing, and 0xFF is no instruction: see docs/threat-model.md.
         privilege::run(cpu, stop);
-        found += u64::from(cpu.vector != UD || cpu.rip != at);
+        found += u64::from(!matches!(cpu.vector, UD | GP) || cpu.rip != at);
     }
     note("found", found);
     // A second mapping shows the same.
