@@ -217,6 +217,9 @@ fn hostile(arguments: &cli::Hostile) -> anyhow::Result<()> {
         &plan,
         &mut |done, total, text| arguments.progress.report(done, total, text),
         &mut |results| {
+            if let (Progress::Lines, Some(last)) = (arguments.progress, results.last()) {
+                print!("{}", hyperbp_report::hostile_details(std::slice::from_ref(last)));
+            }
             let Some(dir) = &arguments.out else { return Ok(()) };
             let (file, whole) = (dir.join("hostile.json"), dir.join("hostile.json.new"));
             std::fs::write(&whole, hyperbp_report::hostile_to_json(results)?)
@@ -224,9 +227,8 @@ fn hostile(arguments: &cli::Hostile) -> anyhow::Result<()> {
                 .with_context(|| format!("cannot write {}", file.display()))
         },
     )?;
-    match arguments.progress {
-        Progress::Text => println!("{}", hyperbp_report::hostile_table(&results)),
-        Progress::Lines => print!("{}", hyperbp_report::hostile_details(&results)),
+    if arguments.progress == Progress::Text {
+        println!("{}", hyperbp_report::hostile_table(&results));
     }
     let wrong: Vec<_> = results.iter().filter(|result| !result.is_right()).map(|result| &*result.mechanism).collect();
     anyhow::ensure!(wrong.is_empty(), "the guest has found something under {}", wrong.join(", "));
