@@ -569,7 +569,7 @@ hostile_blocks:
         .byte 0x41, 0x5e                # pop r14
         done
         .balign 4096
-        .fill 4091, 1, 0x90
+        .fill 4093, 1, 0x90
         block straddling_call
         site
         call 2f

@@ -230,6 +230,8 @@ pub(super) fn is_done_wrong(instruction: &Instruction) -> bool {
         Mul | Div | Idiv => true,
         // IMUL with an immediate is computed in the same way (opcodes 0x69 and 0x6b go to the label `imul`).
         Imul => instruction.op_count() != 2,
+        // It looks at TF afterwards; not all CPUs do.
+        Syscall | Sysenter | Sysexit | Sysexitq | Sysret | Sysretq => true,
         // Debug registers are not known to it.
         Mov => instruction.op0_register().is_dr() || instruction.op1_register().is_dr(),
         _ => false,
@@ -432,6 +434,7 @@ mod tests {
         assert!(!emulable(&[0x48, 0xcf]), "iretq");
         assert!(emulable(&[0x0f, 0xae, 0x27]), "xsave [rdi]: that is reported");
         assert!(!emulable(&[0x0f, 0x23, 0xf8]), "mov dr7, rax");
+        assert!(!emulable(&[0x0f, 0x05]), "syscall: no single-step trap");
         assert!(emulable(&[0x0f, 0x22, 0xd8]), "mov cr3, rax");
         assert!(emulable(&[0x0f, 0xae, 0xe8]), "lfence");
         assert!(!emulable(&[0x48, 0xf7, 0xe3]), "mul rbx: other flags");

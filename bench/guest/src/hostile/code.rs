@@ -44,8 +44,10 @@ fn make_present(cpu: &mut Cpu) -> Flow {
     let entry = privilege::page_entry(page);
     crate::page::write_word(entry, read(entry) | 1);
     privilege::invalidate(page);
-    // The instruction runs again.
-    log::executed_at(cpu.rip);
+    // The instruction runs again, if its first byte was fetched.
+    if cpu.rip & !(PAGE - 1) != page {
+        log::executed_at(cpu.rip);
+    }
     Flow::Resume
 }
 
