@@ -73,7 +73,27 @@ pub(crate) fn check(domain: &mut Domain, guest: &Guest, mechanism: Mechanism, se
     ensure!(int3s == own, "{int3s} of the guest's own INT3s arrived, not {own}");
     ensure!(seen.code == expected.code, "the code is another than it was");
     unknown_to_xen(mechanism, &sites, &outcome)?;
+    is_what_was_chosen(mechanism, &outcome)?;
     Ok(figures(&outcome))
+}
+
+/// The chosen step-over serves most hits. Otherwise something is left to a step that need not be, and what this check is about
+/// is not checked.
+fn is_what_was_chosen(mechanism: Mechanism, outcome: &Outcome) -> Result<()> {
+    let served = storm::served(outcome);
+    let (serves, percent) = match (mechanism.step_over(), mechanism.placement()) {
+        (StepOver::Emulate, _) => (served.emulate, 75),
+        (StepOver::Interpret, _) | (StepOver::Auto, Placement::InPlace) => (served.interpret, 60),
+        // What accesses memory is fast-stepped.
+        (StepOver::Auto, Placement::Shadow) => (served.interpret, 40),
+        _ => return Ok(()),
+    };
+    let hits = outcome.hits();
+    ensure!(
+        serves * 100 >= hits * percent,
+        "only {serves} of {hits} hits were not stepped, of which {percent} % are to be"
+    );
+    Ok(())
 }
 
 /// What goes to Xen's emulator and is nothing it knows must come back, once, and be stepped from then on.
