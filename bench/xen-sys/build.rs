@@ -10,13 +10,15 @@ const LIBRARIES: [&str; 5] = ["xencall", "xenctrl", "xenevtchn", "xenforeignmemo
 
 const FUNCTIONS: &[&str] = &[
     "xc_interface_(open|close)",
-    "xc_domain_(getinfolist|pause|unpause|maximum_gpfn|setmaxmem|debug_control|get_tsc_info)",
+    "xc_domain_(getinfolist|pause|unpause|shutdown|maximum_gpfn|setmaxmem|debug_control|get_tsc_info)",
     "xc_domain_hvm_getcontext_partial",
     "xc_domain_(populate_physmap|decrease_reservation)_exact",
     "xc_hvm_(param_get|inject_trap)",
     "xc_physinfo",
     "xc_(maximum_ram_page|machphys_mfn_list)",
-    "xc_hvm_modified_memory",
+    "xc_hvm_(modified_memory|set_mem_type)",
+    "xc_logdirty_control",
+    "xc__hypercall_buffer_(alloc|free)_pages",
     "xc_get_(mem_access|paging_mempool_size)",
     "xc_altp2m_([gs]et_domain_state|get_vcpu_p2m_idx|set_visibility|create_view|destroy_view|switch_to_view|change_gfn)",
     "xc_altp2m_[gs]et_mem_access",
@@ -27,7 +29,7 @@ const FUNCTIONS: &[&str] = &[
     "xenevtchn_(open|close|fd|bind_interdomain|unbind|notify|pending|unmask)",
     "xenforeignmemory_(open|close|map|unmap)",
     "xc_evtchn_status",
-    "xs_(open|close|read|directory)",
+    "xs_(open|close|read|write|directory|watch|(read|check)_watch)",
 ];
 
 const TYPES: &[&str] = &[
@@ -45,7 +47,8 @@ const CONSTANTS: &[&str] = &[
     "XEN_ALTP2M_.*",
     "__HYPERVISOR_hvm_op",
     "HVMOP_get_mem_type",
-    "HVMMEM_ram_rw",
+    "HVMMEM_ram_r[wo]",
+    "XEN_DOMCTL_SHADOW_OP_(OFF|CLEAN|PEEK|ENABLE_LOGDIRTY)",
     "XEN_DOMCTL_DEBUG_OP_SINGLE_STEP_OFF",
     "XEN_DOMINF_(dying|hvm_guest|paused|shutdown.*)",
     "SHUTDOWN_(crash|suspend)",

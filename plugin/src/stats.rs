@@ -152,6 +152,13 @@ impl HandlingTime {
         self
     }
 
+    /// What has been counted in both: by two engines, one after the other, for instance.
+    #[must_use]
+    pub fn plus(mut self, other: &Self) -> Self {
+        self.0.iter_mut().zip(other.0.iter()).for_each(|(one, other)| *one = one.saturating_add(*other));
+        self
+    }
+
     /// The usual figures.
     #[must_use]
     pub fn summary(&self) -> LatencySummary {

@@ -59,6 +59,33 @@ impl Outcome {
         self
     }
 
+    /// What has come of the same breakpoints, with what had come of them `before` they were set again.
+    pub(crate) fn after(mut self, before: &Self) -> Self {
+        for (now, before) in self.figures.iter_mut().zip(&before.figures) {
+            now.hits += before.hits;
+            now.fallbacks += before.fallbacks;
+            now.rewritten += before.rewritten;
+            let (now, before) = (&mut now.served, before.served);
+            now.repair += before.repair;
+            now.view_step += before.view_step;
+            now.view_fast_step += before.view_fast_step;
+            now.emulate += before.emulate;
+            now.interpret += before.interpret;
+        }
+        self.counters.hits += before.counters.hits;
+        self.counters.reads += before.counters.reads;
+        self.counters.writes += before.counters.writes;
+        self.counters.held += before.counters.held;
+        self.counters.discarded += before.counters.discarded;
+        self.counters.rearmed += before.counters.rearmed;
+        self.counters.resynced += before.counters.resynced;
+        self.counters.reinjected += before.counters.reinjected;
+        self.counters.unexplained += before.counters.unexplained;
+        self.counters.failures += before.counters.failures;
+        self.handling = self.handling.plus(&before.handling);
+        self
+    }
+
     /// Hits of all breakpoints.
     pub(crate) fn hits(&self) -> u64 {
         self.figures.iter().map(|figures| figures.hits).sum()
@@ -161,7 +188,7 @@ fn serve_all(
 
 /// Pages are compared with what is known of them so often, and so many at a time: with 160 pages, what a device has written
 /// to any is found within half a second. It takes a thousandth of a CPU.
-const VERIFY_EVERY: Duration = Duration::from_millis(50);
+pub(crate) const VERIFY_EVERY: Duration = Duration::from_millis(50);
 const VERIFY_PAGES: usize = 16;
 
 /// Looks whether a device, or another domain, has written to pages with breakpoints.

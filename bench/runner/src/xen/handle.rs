@@ -208,7 +208,7 @@ impl std::fmt::Display for State {
             Self::Paused => "the domain is paused",
             Self::Suspended => "the domain has been suspended",
             Self::Crashed => "the domain has crashed: `xl dmesg` may show why",
-            Self::ShutDown => "the domain has shut down",
+            Self::ShutDown => "the domain has shut down, or starts again, as after a triple fault",
             Self::Gone => "the domain is gone",
         })
     }

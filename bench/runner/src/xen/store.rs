@@ -55,18 +55,37 @@ pub(crate) struct Requests {
 }
 
 impl Requests {
-    /// Those to this domain.
+    /// Those to this domain, from now on.
     ///
     /// # Errors
     /// If there is no xenstore.
     pub(crate) fn of(id: u32) -> Result<Self, Error> {
         let node = CString::new(format!("/local/domain/{id}/control/shutdown")).unwrap_or_default();
-        Ok(Self { store: Store::open()?, node })
+        let store = Store::open()?;
+        store.watch(&node)?;
+        Ok(Self { store, node })
     }
 
-    /// Whether it is asked to suspend itself. It does so milliseconds later at the earliest, and answers by emptying the node.
+    /// Whether it was asked to suspend itself since the last call. It does so milliseconds later at the earliest. Costs a
+    /// system call while nothing changes.
+    pub(crate) fn was_asked(&self) -> bool {
+        // The guest's driver answers at once, by emptying the node or by removing it. What it was asked is not known then: to
+        // shut down, perhaps, and that is no reason to stay either.
+        self.store.has_changed()
+            && self.store.read(&self.node).is_none_or(|value| value.is_empty() || value == b"suspend")
+    }
+
+    /// Whether it is asked to suspend itself, and has not answered yet.
     pub(crate) fn is_to_suspend(&self) -> bool {
         self.store.read(&self.node).is_some_and(|value| value == b"suspend")
+    }
+
+    /// Answers in place of the guest's driver: it has heard.
+    ///
+    /// # Errors
+    /// If xenstore refuses.
+    pub(crate) fn acknowledge(&self) -> Result<(), Error> {
+        self.store.write(&self.node, b"")
     }
 }
 
@@ -99,6 +118,37 @@ impl Store {
         let value = Allocated::new(value)?;
         // SAFETY: the call returns `length` bytes (and a NUL).
         Some(unsafe { std::slice::from_raw_parts(value.0.as_ptr().cast::<u8>(), length as usize) }.to_vec())
+    }
+
+    fn write(&self, path: &CStr, value: &[u8]) -> Result<(), Error> {
+        let (data, length) = (value.as_ptr().cast(), value.len() as u32);
+        // SAFETY: the handle is open, the path ends in NUL, and `data` has `length` bytes.
+        let written = unsafe { sys::xs_write(self.0.as_ptr(), 0, path.as_ptr(), data, length) };
+        if written { Ok(()) } else { Err(Error::last("xs_write")) }
+    }
+
+    /// Has [`has_changed`](Self::has_changed) tell of changes of a node.
+    fn watch(&self, path: &CStr) -> Result<(), Error> {
+        // SAFETY: the handle is open, and both strings end in NUL.
+        let watched = unsafe { sys::xs_watch(self.0.as_ptr(), path.as_ptr(), c"".as_ptr()) };
+        if !watched {
+            return Err(Error::last("xs_watch"));
+        }
+        let mut count = 0;
+        // It fires once at the start.
+        // SAFETY: the handle is open, and `count` outlives the call. What it returns is one allocation.
+        let fired = Allocated::new(unsafe { sys::xs_read_watch(self.0.as_ptr(), &mut count) });
+        fired.map(drop).ok_or_else(|| Error::last("xs_read_watch"))
+    }
+
+    /// Whether what is watched has changed since the last call. Does not wait.
+    fn has_changed(&self) -> bool {
+        let mut changed = false;
+        // SAFETY: the handle is open. What it returns is one allocation.
+        while let Some(_event) = Allocated::new(unsafe { sys::xs_check_watch(self.0.as_ptr()) }) {
+            changed = true;
+        }
+        changed
     }
 }
 
