@@ -246,9 +246,11 @@ hostile_blocks:
         xor ecx, ecx
         .byte 0x0f, 0x01, 0xd4          # VMFUNC: into the first view
 9:      faulting
-        mov ecx, 1
-        .byte 0x0f, 0x01, 0xd4
+        .irp view, 1, 2, 3, 4, 5, 6, 7, 8, 9
+        mov ecx, \view
+        .byte 0x0f, 0x01, 0xd4          # and into each of the others there can be
 9:      faulting
+        .endr
         site
         .byte 0x0f, 0x01, 0xd4
 9:      done
