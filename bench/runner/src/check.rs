@@ -6,8 +6,8 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use hyperbp::Mechanism;
-use hyperbp_bench_abi::{SITES, Workload};
+use hyperbp::{Mechanism, Placement};
+use hyperbp_bench_abi::{BREAKPOINT_OFFSET, SITES, TARGET, Workload};
 
 use crate::balloon;
 use crate::bench::Subject;
@@ -15,6 +15,7 @@ use crate::cli::{Backend, Host};
 use crate::core::{self, Idle, OnHit, Outcome};
 use crate::elsewhere::{self, Original, Program};
 use crate::guest::Guest;
+use crate::patch::{self, CODE, Patch};
 use crate::recover::Traces;
 use crate::ring::{Monitor, PATIENCE};
 use crate::xen::Domain;
@@ -61,6 +62,11 @@ pub(crate) fn all(domain: &mut Domain, programs: &[Program<'_>], only: Option<&s
     for mechanism in Mechanism::all() {
         report(&format!("{mechanism} counts every hit, hides, and leaves nothing"), &mut || {
             one(domain, &guest, Subject::Core(mechanism)).map(nothing)
+        });
+    }
+    for mechanism in Mechanism::all() {
+        report(&format!("what dom0 writes to the page is executed under {mechanism}"), &mut || {
+            device_writes(domain, &guest, mechanism).map(nothing)
         });
     }
     for (seed, mechanism) in (1..).zip(Mechanism::all()) {
@@ -125,6 +131,74 @@ pub(crate) fn balloon(domain: &mut Domain, rounds: u32) -> Result<usize> {
         }
     }
     Ok(failed)
+}
+
+/// Writes code to the page under test as a device does: through a mapping of dom0's, while the breakpoint is set. No view is
+/// asked, and there is no event. The guest must execute what was written: at once what is under the breakpoint in a shadow,
+/// and after a round of [`Engine::verify`](hyperbp::Engine::verify) the rest.
+fn device_writes(domain: &mut Domain, guest: &Guest, mechanism: Mechanism) -> Result<()> {
+    const CALLS: u32 = 3;
+    enum Act {
+        Write(usize, Vec<u8>),
+        /// Pages are compared meanwhile.
+        Wait,
+        /// The guest executes the breakpoint, and this number is what the code leaves.
+        Call(u32),
+    }
+    guest.wait_until_done(STUCK)?;
+    let patch = Patch::new(domain, guest)?;
+    let code = |number| patch::store(patch::mark(), number);
+    let under = |bytes: &[u8]| match mechanism.placement() {
+        Placement::Shadow => vec![Act::Write(BREAKPOINT_OFFSET, bytes.to_vec())],
+        // It is the breakpoint itself that is written over.
+        _ => vec![Act::Write(BREAKPOINT_OFFSET, bytes.to_vec()), Act::Wait],
+    };
+    // The breakpoint's NOP becomes a jump, over five bytes.
+    let jump = patch::jump();
+    let mut acts = VecDeque::from([Act::Call(0), Act::Write(CODE, code(1))]);
+    acts.extend(under(&jump));
+    acts.extend([Act::Call(1), Act::Write(CODE, code(2)), Act::Wait, Act::Call(2)]);
+    // And back again, as it was.
+    acts.extend(under(&TARGET[BREAKPOINT_OFFSET..][..jump.len()]));
+    acts.extend([Act::Write(CODE, TARGET[CODE..][..code(0).len()].to_vec()), Act::Call(2), Act::Wait]);
+    let calls = acts.iter().filter(|act| matches!(act, Act::Call(_))).count() as u64 * u64::from(CALLS);
+
+    let (mut since, mut wait, mut expected, mut wrong) = (Instant::now(), false, 0, Vec::new());
+    let mut idle = || {
+        if !guest.is_done() {
+            return (since.elapsed() < STUCK).then_some(PATIENCE);
+        }
+        if wait && since.elapsed() < 4 * core::VERIFY_EVERY {
+            return Some(PATIENCE);
+        }
+        let mark = patch.mark();
+        if mark != expected {
+            wrong.push(format!("{mark}, not {expected}"));
+            expected = mark;
+        }
+        (since, wait) = (Instant::now(), false);
+        match acts.pop_front()? {
+            Act::Write(at, bytes) => patch.write(at, &bytes),
+            Act::Wait => wait = true,
+            Act::Call(number) => {
+                expected = number;
+                guest.request(Workload::ExecBp, CALLS);
+            }
+        }
+        Some(Duration::ZERO)
+    };
+    let mut monitor = Monitor::attach(domain).context("cannot monitor the domain")?;
+    let outcome = core::run(domain, &mut monitor, mechanism, &[guest.breakpoint()], &mut idle)?;
+    drop(monitor);
+    ensure!(guest.is_done(), "the guest does not come back");
+    // Whatever came of it, the page is to be as it was.
+    drop(patch);
+    ensure!(wrong.is_empty(), "the guest executes other code than memory has: it has left {}", wrong.join(", "));
+    ensure!(outcome.hits() == calls, "{calls} executions, {} hits", outcome.hits());
+    // In place, what is written beside the breakpoint changes nothing of ours.
+    let least = if mechanism.placement() == Placement::Shadow { 3 } else { 2 };
+    ensure!(outcome.counters.resynced >= least, "the page was taken over {} times", outcome.counters.resynced);
+    guest.check(domain)
 }
 
 /// Has DRAKVUF watch the page of the breakpoint, too, while the guest reads, writes and executes it.

@@ -180,6 +180,14 @@ pub(crate) struct CheckDomain {
     #[arg(long, value_name = "N", default_value_t = 1000)]
     pub(crate) pages: u64,
 
+    /// The image that a domain is saved to
+    #[arg(long, value_name = "FILE", default_value = "/tmp/image")]
+    pub(crate) image: PathBuf,
+
+    /// How the breakpoints of a domain that is saved work
+    #[arg(long, value_name = "M", default_value = "auto")]
+    pub(crate) mechanism: String,
+
     /// From one of these pages to the next, in pages
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub(crate) stride: u64,
@@ -198,6 +206,20 @@ pub(crate) enum DomainCheck {
     Pages,
     /// Only set breakpoints in so many pages
     Insert,
+    /// Interpreted writes to a ROM are dropped
+    Rom,
+    /// Interpreted writes are in Xen's record of written pages
+    LogDirty,
+    /// A virtual CPU goes on whose own INT3 Xen does not deliver
+    RefusedInjection,
+    /// A trace of a domain that crashes ends, with its counts. The guest does not survive this
+    Crash,
+    /// The same for a triple fault
+    TripleFault,
+    /// `xl save` of a domain that is traced. It is gone then
+    Save,
+    /// `xl save -c` of a domain that is traced: the trace comes back
+    SaveAndResume,
 }
 
 #[derive(Debug, Args)]

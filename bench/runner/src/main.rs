@@ -10,6 +10,7 @@ mod elsewhere;
 mod floor;
 mod guest;
 mod hostile;
+mod patch;
 mod program;
 mod recover;
 mod ring;
@@ -18,7 +19,9 @@ mod storm;
 mod symbols;
 mod system_page;
 mod trace;
+mod trace_checks;
 mod waiting;
+mod write_checks;
 mod xen;
 
 use std::process::ExitCode;
@@ -121,14 +124,24 @@ fn recover(arguments: &cli::Recover) -> anyhow::Result<()> {
 
 fn check_domain(arguments: &cli::CheckDomain, allow_guest_altp2m: bool) -> anyhow::Result<()> {
     let ram = arguments.ram.iter().map(|gfn| Ok(hyperbp::Gfn(frame(gfn)?))).collect::<Result<Vec<_>, Usage>>()?;
-    let domain = &mut Domain::open(&arguments.domain, allow_guest_altp2m)?;
+    let open = || Domain::open(&arguments.domain, allow_guest_altp2m);
     let other = || Domain::connect(&arguments.domain);
+    let (pages, stride) = (arguments.pages, arguments.stride);
+    let (mechanism, image) = (&*arguments.mechanism, &*arguments.image);
     match arguments.what {
-        cli::DomainCheck::Memory => domain_checks::memory(domain, &ram),
-        cli::DomainCheck::Views => domain_checks::views(domain, &mut other()?),
-        cli::DomainCheck::Limit => domain_checks::limit(domain, &other()?),
-        cli::DomainCheck::Pages => domain_checks::pages(domain, arguments.pages, arguments.stride),
-        cli::DomainCheck::Insert => domain_checks::insert(domain, arguments.pages, arguments.stride),
+        cli::DomainCheck::Memory => domain_checks::memory(&mut open()?, &ram),
+        cli::DomainCheck::Views => domain_checks::views(&mut open()?, &mut other()?),
+        cli::DomainCheck::Limit => domain_checks::limit(&mut open()?, &other()?),
+        cli::DomainCheck::Pages => domain_checks::pages(&mut open()?, pages, stride),
+        cli::DomainCheck::Insert => domain_checks::insert(&mut open()?, pages, stride),
+        cli::DomainCheck::Rom => write_checks::rom(&mut open()?, &other()?),
+        cli::DomainCheck::LogDirty => write_checks::log_dirty(&mut open()?, &other()?),
+        cli::DomainCheck::RefusedInjection => write_checks::refused_injection(&mut open()?, &mut other()?),
+        // The others have a trace in another process.
+        cli::DomainCheck::Crash => trace_checks::crash(&other()?, false),
+        cli::DomainCheck::TripleFault => trace_checks::crash(&other()?, true),
+        cli::DomainCheck::Save => trace_checks::save(&other()?, mechanism, image, false),
+        cli::DomainCheck::SaveAndResume => trace_checks::save(&other()?, mechanism, image, true),
     }
 }
 
