@@ -110,7 +110,7 @@ pub const BALLOON_CODE: [u8; 8] = [0x48, 0x8b, 0x07, 0x55, 0x31, 0xed, 0x5d, 0xc
 pub const BALLOON_SITES: [usize; 2] = [BALLOON_OFFSET, BALLOON_OFFSET + 3];
 
 /// Runs of that code for each of the `count` rounds of [`Workload::Balloon`].
-pub const BALLOON_RUNS: u32 = 4;
+pub const BALLOON_RUNS: u32 = 5;
 
 /// What the guest is asked to do `count` times. The numbers are the wire format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -17,6 +17,10 @@ const ENTRY: u64 = 0x63;
 /// The GiB of virtual addresses that `boot.s` leaves to us.
 const VIRTUAL: u64 = 2 << 30;
 
+/// Where hyperbp's runner has its first frames in a guest of this size: the sinks and the shadow.
+const MONITORS: u64 = 0x14_0000;
+const MONITORS_FRAMES: u64 = 3;
+
 const fn page() -> PageAligned<ForeignPage> {
     PageAligned(ForeignPage::new([0; PAGE_SIZE]))
 }
@@ -98,6 +102,9 @@ fn lead(count: u64) {
         execute(&mut random, VIRTUAL, Wrong::PoppedThroughTables);
         replace(&CODE);
         prepare();
+        execute(&mut random, STACKS[1].0.address(), Wrong::Popped);
+        // What the guest does not know of: a monitor's frames, another one each time. Xen resets views then.
+        xen::give_back(MONITORS + round % MONITORS_FRAMES);
         execute(&mut random, STACKS[1].0.address(), Wrong::Popped);
     }
     ORDER.store(u64::MAX, Release);
