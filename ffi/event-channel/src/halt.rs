@@ -1,11 +1,8 @@
 //! Waiting in Xen.
 
-use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
-use std::ptr::{self, NonNull};
 
-use hyperbp::PAGE_SIZE;
+use hyperbp_privcmd::{Buffer, Privcmd};
 
 use crate::{Halting, Port};
 
@@ -16,67 +13,22 @@ const SCHED_OP: u64 = 29;
 /// event is delivered to it, as the timer's is.
 const POLL: u64 = 3;
 
-/// `struct privcmd_hypercall` (Linux, `include/uapi/xen/privcmd.h`).
-#[repr(C)]
-struct Hypercall {
-    operation: u64,
-    arguments: [u64; 5],
-}
-
-/// `IOCTL_PRIVCMD_HYPERCALL`, `_IOC(_IOC_NONE, 'P', 0, sizeof(struct privcmd_hypercall))`.
-const HYPERCALL: libc::c_ulong = (size_of::<Hypercall>() as libc::c_ulong) << 16 | (b'P' as libc::c_ulong) << 8;
-
-/// `struct sched_poll`, and the port that it points to.
-#[repr(C)]
-struct Poll {
-    ports: u64,
-    number_of_ports: u32,
-    /// None, if it is 0.
-    timeout: u64,
-    port: Port,
-}
-
-/// A page that a hypercall can read: the kernel keeps it where it is.
-#[derive(Debug)]
-struct Buffer(NonNull<Poll>);
-
-impl Buffer {
-    fn new() -> io::Result<Self> {
-        // A device for just that, of Linux 4.18 and newer.
-        let device = open("/dev/xen/hypercall")?;
-        let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED);
-        // SAFETY: a new mapping, wherever there is room.
-        let address = unsafe { libc::mmap(ptr::null_mut(), PAGE_SIZE, protection, flags, device.as_raw_fd(), 0) };
-        match NonNull::new(address.cast()) {
-            Some(poll) if address != libc::MAP_FAILED => Ok(Self(poll)),
-            _ => Err(io::Error::last_os_error()),
-        }
-    }
-}
-
-impl Drop for Buffer {
-    fn drop(&mut self) {
-        // SAFETY: mapped in `new`, and nobody else knows of it.
-        unsafe { libc::munmap(self.0.as_ptr().cast(), PAGE_SIZE) };
-    }
-}
+/// `struct sched_poll`, in words: where the ports are, how many, and no timeout. The port is behind it.
+const PORT: usize = 3;
 
 /// Has Xen wait.
 #[derive(Debug)]
 pub(crate) struct Halt {
-    privcmd: File,
+    privcmd: Privcmd,
     buffer: Buffer,
 }
-
-// SAFETY: the page is this value's alone.
-unsafe impl Send for Halt {}
 
 impl Halt {
     /// None if this domain has other virtual CPUs: the port may be delivered to one of them.
     pub(crate) fn new() -> io::Result<Option<Self>> {
         // SAFETY: no pointer.
         match unsafe { libc::sysconf(libc::_SC_NPROCESSORS_ONLN) } {
-            1 => Ok(Some(Self { privcmd: open("/dev/xen/privcmd")?, buffer: Buffer::new()? })),
+            1 => Ok(Some(Self { privcmd: Privcmd::open()?, buffer: Buffer::new(1)? })),
             _ => Ok(None),
         }
     }
@@ -84,24 +36,8 @@ impl Halt {
 
 impl Halting for Halt {
     fn halt(&mut self, port: Port) -> io::Result<()> {
-        let poll = self.buffer.0.as_ptr();
-        // SAFETY: the page is mapped, and large enough.
-        let ports = unsafe { &raw const (*poll).port } as u64;
-        // SAFETY: as above; Xen reads it in the call below only.
-        unsafe { poll.write_volatile(Poll { ports, number_of_ports: 1, timeout: 0, port }) };
-        hypercall(self.privcmd.as_raw_fd(), SCHED_OP, [POLL, poll as u64])
+        let Self { privcmd, buffer } = self;
+        buffer.fill(&[buffer.address_of(PORT), 1, 0, port.into()]);
+        privcmd.call(SCHED_OP, &[POLL, buffer.address_of(0)]).map(drop)
     }
-}
-
-fn hypercall(privcmd: RawFd, operation: u64, [first, second]: [u64; 2]) -> io::Result<()> {
-    let mut call = Hypercall { operation, arguments: [first, second, 0, 0, 0] };
-    // SAFETY: the structure is what this request is for; what its arguments point to is mapped.
-    match unsafe { libc::ioctl(privcmd, HYPERCALL, &raw mut call) } {
-        0.. => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
-}
-
-fn open(path: &str) -> io::Result<File> {
-    OpenOptions::new().read(true).write(true).open(path)
 }

@@ -5,6 +5,7 @@
 
 mod cache;
 mod m2p;
+mod pages;
 
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering::Relaxed};
@@ -12,6 +13,7 @@ use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering::Rel
 pub use cache::PageCache;
 use hyperbp::PAGE_SIZE;
 pub use m2p::{Frames, M2p};
+pub use pages::{Pages, Source};
 
 /// A page of a guest, mapped readable and writable. `M` keeps it so, and ends that when it is dropped.
 #[derive(Debug)]

@@ -8,8 +8,6 @@ use std::collections::HashSet;
 
 use hyperbp::{Gfn, PAGE_SIZE};
 
-use super::Error;
-
 /// Frames in 1 GiB.
 const GIB: u64 = (1 << 30) / PAGE_SIZE as u64;
 /// The first frame above all that a machine has below 4 GiB.
@@ -17,50 +15,75 @@ const ABOVE_DEVICES: u64 = 4 * GIB;
 /// The first frame that no page table of Xen's reaches: its EPT has four levels.
 const END: u64 = 1 << 36;
 /// KiB in a page.
-pub(super) const PAGE_KIB: u64 = PAGE_SIZE as u64 / 1024;
+pub const PAGE_KIB: u64 = PAGE_SIZE as u64 / 1024;
+
+/// Why there is no frame to be had, or to be given back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FrameError {
+    /// The domain has something at all numbers.
+    NoneLeft,
+    /// This one was not taken.
+    NotOurs(Gfn),
+}
+
+impl std::fmt::Display for FrameError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::NoneLeft => {
+                write!(f, "no frame number is left for a shadow page, below {END:#x} and above all of the domain's")
+            }
+            Self::NotOurs(gfn) => write!(f, "{gfn} is no shadow page"),
+        }
+    }
+}
+
+impl std::error::Error for FrameError {}
 
 /// What Xen says about a domain's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Usage {
+pub struct Usage {
     /// Pages it has.
-    pub(super) pages: u64,
+    pub pages: u64,
     /// Pages it may have.
-    pub(super) limit: u64,
+    pub limit: u64,
 }
 
 /// A domain's memory, as Xen lets it be changed.
-pub(super) trait GuestMemory {
+pub trait GuestMemory {
+    /// Why it was refused.
+    type Error: From<FrameError> + std::fmt::Display;
+
     /// What it has and may have.
-    fn usage(&self) -> Result<Usage, Error>;
+    fn usage(&self) -> Result<Usage, Self::Error>;
 
     /// The highest number of a frame that it has had.
-    fn last_gfn(&self) -> Result<u64, Error>;
+    fn last_gfn(&self) -> Result<u64, Self::Error>;
 
     /// Pages that the toolstack will let it have at most. The limit may be below that for now.
-    fn most(&self) -> Result<u64, Error>;
+    fn most(&self) -> Result<u64, Self::Error>;
 
     /// Whether nothing at all is at this number.
-    fn is_unused(&self, gfn: Gfn) -> Result<bool, Error>;
+    fn is_unused(&self, gfn: Gfn) -> Result<bool, Self::Error>;
 
     /// Sets how many pages it may have, in place of `found`, which is another's.
-    fn raise_limit(&mut self, found: u64, limit: u64) -> Result<(), Error>;
+    fn raise_limit(&mut self, found: u64, limit: u64) -> Result<(), Self::Error>;
 
     /// Puts the limit back that is another's, or, if there is none, only forgets ours.
-    fn restore_limit(&mut self, found: Option<u64>) -> Result<(), Error>;
+    fn restore_limit(&mut self, found: Option<u64>) -> Result<(), Self::Error>;
 
     /// Adds a page of memory at a number where nothing is.
-    fn populate(&mut self, gfn: Gfn) -> Result<(), Error>;
+    fn populate(&mut self, gfn: Gfn) -> Result<(), Self::Error>;
 
     /// Takes such a page away again.
-    fn depopulate(&mut self, gfn: Gfn) -> Result<(), Error>;
+    fn depopulate(&mut self, gfn: Gfn) -> Result<(), Self::Error>;
 
     /// Why [`populate`](Self::populate) has failed, `before` being what the domain had.
-    fn explain(&self, error: Error, before: Usage) -> Error;
+    fn explain(&self, error: Self::Error, before: Usage) -> Self::Error;
 }
 
 /// The frames that are ours.
 #[derive(Debug, Default)]
-pub(super) struct Frames {
+pub struct Frames {
     taken: HashSet<Gfn>,
     /// Numbers that were ours, and had nothing when they were given back.
     free: Vec<Gfn>,
@@ -74,7 +97,7 @@ impl Frames {
     ///
     /// # Errors
     /// If no number is free, or Xen refuses.
-    pub(super) fn allocate(&mut self, memory: &mut impl GuestMemory) -> Result<Gfn, Error> {
+    pub fn allocate<M: GuestMemory>(&mut self, memory: &mut M) -> Result<Gfn, M::Error> {
         let usage = memory.usage()?;
         let gfn = self.find(memory, usage)?;
         let limit = self.limit.raised(usage.limit, self.taken.len() as u64 + 1);
@@ -98,9 +121,9 @@ impl Frames {
     ///
     /// # Errors
     /// If it is none of ours, or Xen refuses.
-    pub(super) fn release(&mut self, memory: &mut impl GuestMemory, gfn: Gfn) -> Result<(), Error> {
+    pub fn release<M: GuestMemory>(&mut self, memory: &mut M, gfn: Gfn) -> Result<(), M::Error> {
         if !self.taken.contains(&gfn) {
-            return Err(Error::invalid("free a shadow page's frame", format!("{gfn} is no shadow page")));
+            return Err(FrameError::NotOurs(gfn).into());
         }
         memory.depopulate(gfn)?;
         self.taken.remove(&gfn);
@@ -109,7 +132,7 @@ impl Frames {
     }
 
     /// All that are ours now.
-    pub(super) fn all(&self) -> Vec<Gfn> {
+    pub fn all(&self) -> Vec<Gfn> {
         self.taken.iter().copied().collect()
     }
 
@@ -117,12 +140,12 @@ impl Frames {
     ///
     /// # Errors
     /// If none is free, or Xen does not tell.
-    pub(super) fn first(memory: &impl GuestMemory) -> Result<Gfn, Error> {
+    pub fn first<M: GuestMemory>(memory: &M) -> Result<Gfn, M::Error> {
         Self::default().find(memory, memory.usage()?)
     }
 
     /// A number where nothing is.
-    fn find(&mut self, memory: &impl GuestMemory, usage: Usage) -> Result<Gfn, Error> {
+    fn find<M: GuestMemory>(&mut self, memory: &M, usage: Usage) -> Result<Gfn, M::Error> {
         while let Some(gfn) = self.free.pop() {
             if memory.is_unused(gfn)? {
                 return Ok(gfn);
@@ -137,15 +160,13 @@ impl Frames {
             next = align(memory.last_gfn()?.max(next).saturating_add(1));
         }
         if next >= END || !memory.is_unused(Gfn(next))? {
-            let problem =
-                format!("no frame number is left for a shadow page, below {END:#x} and above all of the domain's");
-            return Err(Error::invalid("find a frame for a shadow page", problem));
+            return Err(FrameError::NoneLeft.into());
         }
         self.next = Some(next + 1);
         Ok(Gfn(next))
     }
 
-    fn restore_limit(&mut self, memory: &mut impl GuestMemory) -> Result<(), Error> {
+    fn restore_limit<M: GuestMemory>(&mut self, memory: &mut M) -> Result<(), M::Error> {
         if self.limit.set.is_some() {
             let back = self.limit.put_back(memory.usage()?.limit);
             memory.restore_limit(back)?;
@@ -195,6 +216,22 @@ impl Limit {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// No room, or what `Frames` says.
+    #[derive(Debug)]
+    struct Error(String);
+
+    impl From<FrameError> for Error {
+        fn from(error: FrameError) -> Self {
+            Self(error.to_string())
+        }
+    }
+
+    impl std::fmt::Display for Error {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str(&self.0)
+        }
+    }
     use std::cell::Cell;
     use std::collections::BTreeSet;
 
@@ -229,6 +266,8 @@ mod tests {
     }
 
     impl GuestMemory for Guest {
+        type Error = Error;
+
         fn usage(&self) -> Result<Usage, Error> {
             self.called();
             Ok(Usage { pages: (self.own.len() + self.ours.len()) as u64, limit: self.limit })
@@ -266,7 +305,7 @@ mod tests {
             self.called();
             assert!(!self.own.contains(&gfn.0), "the guest has lost {gfn}");
             if self.room == 0 {
-                return Err(Error::invalid("populate", "no room".to_owned()));
+                return Err(Error("no room".to_owned()));
             }
             self.room -= 1;
             assert!(self.ours.insert(gfn.0));
