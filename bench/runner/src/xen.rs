@@ -1,6 +1,5 @@
 //! One Xen domain, through libxenctrl: memory, views and rights, everything undone when it is dropped.
 
-mod allocator;
 mod channels;
 mod error;
 mod frames;
@@ -23,14 +22,15 @@ use hyperbp::ledger::{self, Ledger, Note};
 use hyperbp::{Gfn, Gpa, Hypervisor, Rights, VcpuId, ViewId};
 use hyperbp_debug_control::DebugControl;
 use hyperbp_event_channel::Ways;
+use hyperbp_xen_domain::{Frames, PAGE_KIB};
 use hyperbp_xen_sys as sys;
 
-use allocator::{Frames, PAGE_KIB};
 pub(crate) use error::{Error, OpenError, check};
 pub(crate) use handle::{CpuTime, Interface, Page, State};
 use handle::{ForeignMemory, Mapping, MemTypes, PRIVCMD, info, map, state};
+use hyperbp_guest_page::Pages;
 pub(crate) use operator::Shutdown;
-use pages::Pages;
+use pages::Source;
 pub(crate) use store::Requests;
 use store::id_of;
 pub(crate) use views::VIEWS;
@@ -58,7 +58,7 @@ pub(crate) struct Domain {
     /// `HVM_PARAM_ALTP2M`.
     altp2m: u64,
     vcpus: u16,
-    pages: Pages,
+    pages: Pages<Source>,
     /// When [`look_around`](Self::look_around) last did.
     looked_around: u64,
     /// How altp2m was before it was needed; `None` while it is not.
@@ -141,7 +141,7 @@ impl Domain {
             ledger: None,
             ways: Ways::default(),
             debug_control: None,
-            pages: Pages::new(&xc, &memory, id)?,
+            pages: pages::new(&xc, &memory, id)?,
             looked_around: 0,
             mem_types: MemTypes::open(id)?,
             xc,

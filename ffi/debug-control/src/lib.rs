@@ -47,8 +47,7 @@ impl DebugControl {
     /// # Errors
     /// If this is no dom0 with Linux 4.18 or newer, or Xen refuses.
     pub fn open(domain: u16) -> io::Result<Self> {
-        let mut control =
-            Self { privcmd: Privcmd::open()?, buffer: Buffer::new(1)?, domain, interface_version: 0 };
+        let mut control = Self { privcmd: Privcmd::open()?, buffer: Buffer::new(1)?, domain, interface_version: 0 };
         for version in INTERFACE_VERSIONS {
             control.interface_version = version;
             match control.get(VcpuId(0)) {

@@ -7,8 +7,6 @@ use hyperbp::Gfn;
 
 use crate::{Frames, GuestPage, M2p, PageCache};
 
-/// Of the time since the table was searched, the part that the search may have taken.
-const SEARCH_SHARE: u32 = 16;
 /// Most gfns that are searched for at once.
 const WANTED: usize = 64;
 /// Most gfns whose candidates are remembered.
@@ -51,8 +49,10 @@ pub struct Pages<S: Source> {
     known: HashMap<Gfn, Frames>,
     /// What is to be searched for.
     wanted: Vec<Gfn>,
-    /// When a search was over last, and how long it took.
-    searched: Option<(Instant, Duration)>,
+    /// How long a search of the table takes: an estimate before the first.
+    search_takes: Duration,
+    /// How long mapping pages took since the last search whose candidates were not known.
+    mapping_took: Duration,
     /// How long the type of a page is taken for what it was, in the caller's unit of time. Xen has no notice when a toolstack
     /// or a device model changes it.
     type_age: u64,
@@ -74,6 +74,7 @@ impl<S: Source> Pages<S> {
     /// None is mapped yet. Without the table, each access maps its page anew.
     #[must_use]
     pub fn new(source: S, m2p: Option<M2p<S::Table>>, type_age: u64) -> Self {
+        let entries = m2p.as_ref().map_or(0, M2p::len) as u64;
         Self {
             source,
             cache: PageCache::default(),
@@ -82,7 +83,8 @@ impl<S: Source> Pages<S> {
             first_own: Gfn(u64::MAX),
             known: HashMap::new(),
             wanted: Vec::new(),
-            searched: None,
+            search_takes: Duration::from_nanos(entries),
+            mapping_took: Duration::ZERO,
             type_age,
             written: Vec::new(),
         }
@@ -91,6 +93,13 @@ impl<S: Source> Pages<S> {
     /// What maps them.
     pub fn source(&mut self) -> &mut S {
         &mut self.source
+    }
+
+    /// How long the type of a page is taken for what it was.
+    #[inline(always)]
+    #[must_use]
+    pub fn type_age(&self) -> u64 {
+        self.type_age
     }
 
     /// The page that is at this number now.
@@ -107,30 +116,30 @@ impl<S: Source> Pages<S> {
 
     #[inline(always)]
     fn kept(&mut self, gfn: Gfn) -> Result<&mut Kept<S::Mapping>, S::Error> {
-        let Self { source, cache, m2p, known, wanted, .. } = self;
+        let Self { source, cache, m2p, known, wanted, mapping_took, .. } = self;
         let is_there = |kept: &Kept<S::Mapping>| m2p.as_ref().is_some_and(|m2p| m2p.is_at(&kept.frames, gfn));
         cache.get_if(gfn, is_there, || {
             // The candidates are of before, and none has moved: so what is mapped is one of them.
             let before = known.get(&gfn).copied();
+            let start = Instant::now();
             let page = source.map(gfn)?;
             let frames = before.filter(|frames| m2p.as_ref().is_some_and(|m2p| m2p.is_at(frames, gfn)));
-            if frames.is_none() && wanted.len() < WANTED && !wanted.contains(&gfn) {
-                wanted.push(gfn);
+            if frames.is_none() {
+                *mapping_took += start.elapsed();
+                if wanted.len() < WANTED && !wanted.contains(&gfn) {
+                    wanted.push(gfn);
+                }
             }
             Ok(Kept { page, frames: frames.unwrap_or(Frames::NONE), ram: None })
         })
     }
 
-    /// Whether the table is to be [searched](Self::search) now.
+    /// Whether the table is to be [searched](Self::search) now: as soon as mapping pages again and again has taken as long as a
+    /// search. So both together take at most twice what the better of them would have taken, whatever the guest does.
     #[inline(always)]
     #[must_use]
     pub fn wants_search(&self) -> bool {
-        !self.wanted.is_empty() && self.may_search()
-    }
-
-    #[cold]
-    fn may_search(&self) -> bool {
-        self.m2p.is_some() && self.searched.is_none_or(|(at, took)| at.elapsed() >= took * SEARCH_SHARE)
+        self.m2p.is_some() && !self.wanted.is_empty() && self.mapping_took >= self.search_takes
     }
 
     /// Searches the table. The domain must not run.
@@ -142,7 +151,7 @@ impl<S: Source> Pages<S> {
         }
         let found = m2p.find(&self.wanted);
         self.known.extend(self.wanted.drain(..).zip(found));
-        self.searched = Some((Instant::now(), start.elapsed()));
+        (self.search_takes, self.mapping_took) = (start.elapsed(), Duration::ZERO);
     }
 
     /// Keeps a frame of ours mapped.

@@ -29,9 +29,7 @@ impl Buffer {
         // SAFETY: a new mapping, wherever there is room.
         let address = unsafe { libc::mmap(ptr::null_mut(), length, protection, flags, device.as_raw_fd(), 0) };
         match NonNull::new(address.cast()) {
-            Some(start) if address != libc::MAP_FAILED => {
-                Ok(Self { address: start, words: length / size_of::<u64>() })
-            }
+            Some(start) if address != libc::MAP_FAILED => Ok(Self { address: start, words: length / size_of::<u64>() }),
             _ => Err(io::Error::last_os_error()),
         }
     }

@@ -79,7 +79,10 @@ mod tests {
     #[test]
     fn a_number_is_read() {
         let (asked, read) = ask(READ, 6, b"524288");
-        assert_eq!(asked, [[2, 0, 0, 0], [0; 4], [0; 4], [3, 0, 0, 0]].concat().into_iter().chain(*b"/a\0").collect::<Vec<_>>());
+        assert_eq!(
+            asked,
+            [[2, 0, 0, 0], [0; 4], [0; 4], [3, 0, 0, 0]].concat().into_iter().chain(*b"/a\0").collect::<Vec<_>>()
+        );
         assert_eq!(read.unwrap(), Some(524_288));
     }
 

@@ -4,6 +4,7 @@ use std::ffi::c_int;
 use std::io;
 
 use hyperbp::ledger;
+use hyperbp_xen_domain::FrameError;
 
 use super::handle::PRIVCMD;
 
@@ -65,6 +66,16 @@ impl Error {
 
     pub(super) fn invalid(call: &'static str, problem: String) -> Self {
         Self { call, source: io::Error::other(problem) }
+    }
+}
+
+impl From<FrameError> for Error {
+    fn from(error: FrameError) -> Self {
+        let call = match error {
+            FrameError::NoneLeft => "find a frame for a shadow page",
+            FrameError::NotOurs(_) => "free a shadow page's frame",
+        };
+        Self { call, source: io::Error::other(error) }
     }
 }
 

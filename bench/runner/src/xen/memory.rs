@@ -2,9 +2,9 @@
 
 use hyperbp::Gfn;
 use hyperbp::ledger::{Limits, MemoryLimit, Note};
+use hyperbp_xen_domain::{Frames, GuestMemory, PAGE_KIB, Usage};
 use hyperbp_xen_sys as sys;
 
-use super::allocator::{Frames, GuestMemory, PAGE_KIB, Usage};
 use super::handle::{GETINFO, info};
 use super::store::most_memory;
 use super::{Domain, Error, check};
@@ -134,6 +134,8 @@ impl Domain {
 }
 
 impl GuestMemory for Domain {
+    type Error = Error;
+
     fn usage(&self) -> Result<Usage, Error> {
         let info = info(&self.xc, self.id)?;
         let info = info.ok_or_else(|| Error::invalid(GETINFO, "the domain is gone".to_owned()))?;
