@@ -114,6 +114,11 @@ class HostMemory final : public hyperbp::Memory
 public:
     explicit HostMemory(const hyperbp_memory_t& memory) : memory_(memory) {}
 
+    bool adds_pages() const noexcept override
+    {
+        return memory_.add_page != nullptr;
+    }
+
     std::uint64_t add_page() override
     {
         std::uint64_t gfn = 0;
@@ -218,9 +223,13 @@ bool hyperbp_check_mechanism(const char* name) noexcept
 hyperbp_session_t* hyperbp_open(vmi_instance_t vmi, const char* mechanism, const hyperbp_memory_t* memory) noexcept
 {
     return guarded(static_cast<hyperbp_session_t*>(nullptr), [&] {
-        if (vmi == nullptr || memory == nullptr || memory->add_page == nullptr || memory->drop_page == nullptr)
-            throw std::invalid_argument(
-                "hyperbp_open needs an instance of LibVMI, and both functions of hyperbp_memory_t");
+        const hyperbp_memory_t nothing {};
+        if (memory == nullptr)
+            memory = &nothing;
+        if (vmi == nullptr)
+            throw std::invalid_argument("hyperbp_open needs an instance of LibVMI: NULL was given");
+        if ((memory->add_page == nullptr) != (memory->drop_page == nullptr))
+            throw std::invalid_argument("hyperbp_memory_t has to have both add_page and drop_page, or neither");
         const char* name = mechanism != nullptr ? mechanism : "auto";
         auto opened = ffi::open_libvmi(vmi, std::make_unique<HostMemory>(*memory), name);
         std::string canonical(opened->mechanism());
@@ -278,6 +287,14 @@ bool hyperbp_watch(hyperbp_session_t* session, uint64_t gfn, vmi_mem_access_t ac
 {
     return with(session, false, [&] {
         session->session->watch(gfn, hyperbp::accesses_of(access), after);
+        return true;
+    });
+}
+
+bool hyperbp_verify(hyperbp_session_t* session) noexcept
+{
+    return with(session, false, [&] {
+        session->session->verify();
         return true;
     });
 }
@@ -384,6 +401,8 @@ bool hyperbp_counters(const hyperbp_session_t* session, hyperbp_counters_t* into
                  from.writes,
                  from.held,
                  from.discarded,
+                 from.resynced,
+                 from.rearmed,
                  from.reinjected,
                  from.emulation_failures,
                  from.unexplained,

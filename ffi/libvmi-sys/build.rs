@@ -8,6 +8,7 @@ const LATE: &str = "vmi_mmap_guest_pa";
 
 const FUNCTIONS: &[&str] = &[
     "vmi_get_num_vcpus",
+    "vmi_get_vmid",
     "vmi_are_events_pending",
     LATE,
     "vmi_get_vcpureg",

@@ -153,7 +153,7 @@ pub(crate) mod ffi {
     }
 
     /// What a view permits on a page.
-    #[derive(Debug)]
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     enum Rights {
         All,
         Execute,
@@ -171,6 +171,8 @@ pub(crate) mod ffi {
         writes: u64,
         held: u64,
         discarded: u64,
+        resynced: u64,
+        rearmed: u64,
         reinjected: u64,
         emulation_failures: u64,
         unexplained: u64,
@@ -237,6 +239,9 @@ pub(crate) mod ffi {
         fn insert(self: &Session, pa: u64) -> Result<()>;
         fn remove(self: &Session, pa: u64) -> Result<()>;
         fn watch(self: &Session, gfn: u64, accesses: Accesses, after: bool) -> Result<()>;
+        /// To be called every 50 ms or so: compares the next 16 pages that have breakpoints with what is known of them, and
+        /// sets breakpoints again that are not there any more. Returns how many were not the same.
+        fn verify(self: &Session) -> Result<usize>;
         fn begin(self: &Session, event: &Event, reply: &mut Reply) -> Observed;
         fn hits_need_registers(self: &Session) -> bool;
         fn begin_int3(self: &Session, vcpu: u16, view: u16, gpa: u64, rip: u64, reply: &mut Reply) -> Observed;
@@ -283,12 +288,17 @@ pub(crate) mod ffi {
         fn remap(self: Pin<&mut Hypervisor>, view: u16, gfn: u64, to: u64) -> Result<()>;
         fn unmap(self: Pin<&mut Hypervisor>, view: u16, gfn: u64) -> Result<()>;
         fn set_rights(self: Pin<&mut Hypervisor>, view: u16, gfn: u64, rights: Rights) -> Result<()>;
+        fn write_ram(self: Pin<&mut Hypervisor>, gpa: u64, bytes: &[u8]) -> Result<bool>;
+        fn rights(self: Pin<&mut Hypervisor>, view: u16, gfn: u64, into: &mut Rights) -> Result<bool>;
+        fn set_default_rights(self: Pin<&mut Hypervisor>, rights: Rights) -> Result<()>;
+        fn debug_control(self: Pin<&mut Hypervisor>, vcpu: u16, dr7: &mut u64) -> Result<bool>;
         fn rip(self: Pin<&mut Hypervisor>, vcpu: u16) -> Result<u64>;
         fn stop_step(self: Pin<&mut Hypervisor>, vcpu: u16) -> Result<()>;
         fn pause(self: Pin<&mut Hypervisor>) -> Result<()>;
         fn resume(self: Pin<&mut Hypervisor>) -> Result<()>;
 
         type Memory;
+        fn adds_pages(self: &Memory) -> bool;
         fn add_page(self: Pin<&mut Memory>) -> Result<u64>;
         fn drop_page(self: Pin<&mut Memory>, gfn: u64) -> Result<()>;
         fn maps_pages(self: &Memory) -> bool;

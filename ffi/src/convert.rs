@@ -106,6 +106,12 @@ pub(crate) fn rights(rights: Rights) -> ffi::Rights {
     }
 }
 
+/// What C++ says of rights. None if it is none of them.
+pub(crate) fn rights_of(from: ffi::Rights) -> Option<Rights> {
+    let all = [Rights::All, Rights::Execute, Rights::ReadWrite, Rights::ReadExecute, Rights::Read, Rights::None];
+    all.into_iter().find(|known| rights(*known) == from)
+}
+
 /// What a breakpoint has done.
 pub(crate) fn figures(pa: Gpa, figures: &Figures) -> ffi::Figures {
     ffi::Figures {

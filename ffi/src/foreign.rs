@@ -46,7 +46,7 @@ impl Hypervisor for Foreign {
     }
 
     fn write_ram(&mut self, gpa: Gpa, bytes: &[u8]) -> Result<bool, Error> {
-        self.write(gpa, bytes).map(|()| true)
+        Ok(self.it().write_ram(gpa.0, bytes)?)
     }
 
     fn now(&self) -> u64 {
@@ -82,6 +82,20 @@ impl Hypervisor for Foreign {
 
     fn set_rights(&mut self, view: ViewId, gfn: Gfn, rights: Rights) -> Result<(), Error> {
         Ok(self.it().set_rights(view.0, gfn.0, convert::rights(rights))?)
+    }
+
+    fn rights(&mut self, view: ViewId, gfn: Gfn) -> Result<Option<Rights>, Error> {
+        let mut rights = ffi::Rights::All;
+        Ok(self.it().rights(view.0, gfn.0, &mut rights)?.then(|| convert::rights_of(rights)).flatten())
+    }
+
+    fn set_default_rights(&mut self, rights: Rights) -> Result<(), Error> {
+        Ok(self.it().set_default_rights(convert::rights(rights))?)
+    }
+
+    fn debug_control(&mut self, vcpu: VcpuId) -> Result<Option<u64>, Error> {
+        let mut dr7 = 0;
+        Ok(self.it().debug_control(vcpu.0, &mut dr7)?.then_some(dr7))
     }
 
     fn rip(&mut self, vcpu: VcpuId) -> Result<u64, Error> {

@@ -23,6 +23,38 @@ pub(crate) enum Error {
     #[cfg(feature = "libvmi")]
     #[error("this LibVMI has no vmi_mmap_guest_pa: the host program is to have a map_page")]
     NoMapping,
+    /// Nor does LibVMI add any.
+    #[cfg(feature = "libvmi")]
+    #[error(
+        "nobody adds pages to the domain: run the program as root in dom0, with Linux 4.18 or newer, or have it give both \
+         add_page and drop_page of hyperbp_memory_t"
+    )]
+    NoMemory,
+    /// A hypercall of our own failed.
+    #[cfg(feature = "libvmi")]
+    #[error("{call}: {source}")]
+    Xen {
+        /// Which.
+        call: &'static str,
+        /// What Xen says.
+        source: std::io::Error,
+    },
+    /// There is no page to be had.
+    #[cfg(feature = "libvmi")]
+    #[error(transparent)]
+    Frame(#[from] hyperbp_xen_domain::Error),
+    /// Breakpoints are in views that the guest can leave.
+    #[cfg(feature = "libvmi")]
+    #[error(
+        "domain {domain} has altp2m=\"{mode}\": the guest may make and switch views itself, and so leave those with the \
+         breakpoints; put altp2m=\"external\" into its configuration"
+    )]
+    GuestAltp2m {
+        /// Its number.
+        domain: u16,
+        /// As its configuration has it.
+        mode: &'static str,
+    },
     /// Guest memory is accessed page by page.
     #[cfg(feature = "libvmi")]
     #[error("{1} bytes at {0} are in two pages")]
@@ -33,11 +65,19 @@ pub(crate) enum Error {
     TooManyVcpus(u32),
 }
 
+#[cfg(feature = "libvmi")]
+impl Error {
+    /// Makes one of what Xen says of a call.
+    pub(crate) fn of(call: &'static str) -> impl FnOnce(std::io::Error) -> Self {
+        move |source| Self::Xen { call, source }
+    }
+}
+
 /// A hypervisor.
 pub(crate) enum Machine {
     Foreign(Foreign),
     #[cfg(feature = "libvmi")]
-    LibVmi(Domain),
+    LibVmi(Box<Domain>),
 }
 
 /// Calls a method of whichever it is.
@@ -55,6 +95,15 @@ impl Machine {
     /// Whether [`now`](Hypervisor::now) counts nanoseconds. If not, it counts at a rate that is constant.
     pub(crate) const fn has_nanoseconds(&self) -> bool {
         matches!(self, Self::Foreign(_))
+    }
+
+    /// Looks after what no event tells. To be called now and then.
+    pub(crate) fn look_around(&mut self) {
+        match self {
+            Self::Foreign(_) => {}
+            #[cfg(feature = "libvmi")]
+            Self::LibVmi(domain) => domain.look_around(),
+        }
     }
 }
 
@@ -111,6 +160,18 @@ impl Hypervisor for Machine {
 
     fn set_rights(&mut self, view: ViewId, gfn: Gfn, rights: Rights) -> Result<(), Error> {
         whichever!(self, it => it.set_rights(view, gfn, rights))
+    }
+
+    fn rights(&mut self, view: ViewId, gfn: Gfn) -> Result<Option<Rights>, Error> {
+        whichever!(self, it => it.rights(view, gfn))
+    }
+
+    fn set_default_rights(&mut self, rights: Rights) -> Result<(), Error> {
+        whichever!(self, it => it.set_default_rights(rights))
+    }
+
+    fn debug_control(&mut self, vcpu: VcpuId) -> Result<Option<u64>, Error> {
+        whichever!(self, it => it.debug_control(vcpu))
     }
 
     fn rip(&mut self, vcpu: VcpuId) -> Result<u64, Error> {

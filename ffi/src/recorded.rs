@@ -18,6 +18,8 @@ pub(crate) struct Recorded<H> {
     /// Bytes of the guest's own pages that are 0xCC, and what they were. `repair` changes this twice a hit. The host chooses
     /// what is in it, not the guest.
     displaced: HashMap<Gpa, u8, FxBuildHasher>,
+    /// New pages of the host view are restricted.
+    restricts_new: bool,
     /// Calls of `pause` without their `resume`.
     pauses: u32,
 }
@@ -31,6 +33,7 @@ impl<H: Hypervisor> Recorded<H> {
             frames: Vec::new(),
             guarded: HashSet::default(),
             displaced: HashMap::default(),
+            restricts_new: false,
             pauses: 0,
         }
     }
@@ -40,10 +43,16 @@ impl<H: Hypervisor> Recorded<H> {
         &self.inner
     }
 
+    /// The same, to do with it what leaves nothing to undo.
+    pub(crate) const fn inner_mut(&mut self) -> &mut H {
+        &mut self.inner
+    }
+
     /// Whether nothing is left to [undo](Self::undo).
     pub(crate) fn is_clean(&self) -> bool {
-        let Self { views, frames, guarded, displaced, pauses, .. } = self;
-        views.is_empty() && frames.is_empty() && guarded.is_empty() && displaced.is_empty() && *pauses == 0
+        let Self { views, frames, guarded, displaced, restricts_new, pauses, .. } = self;
+        let bare = !restricts_new && *pauses == 0;
+        bare && views.is_empty() && frames.is_empty() && guarded.is_empty() && displaced.is_empty()
     }
 
     /// Undoes everything: the guest runs on as if nobody had been there. It may be paused or not.
@@ -70,7 +79,7 @@ impl<H: Hypervisor> Recorded<H> {
     fn undo_paused(&mut self) -> Result<(), H::Error> {
         let mut result = Ok(());
         let mut first = |done: Result<(), H::Error>| done.map_err(|error| result = Err(error)).is_ok();
-        let Self { inner, views, frames, guarded, displaced, .. } = self;
+        let Self { inner, views, frames, guarded, displaced, restricts_new, .. } = self;
         displaced.retain(|gpa, original| !first(put_back(inner, *gpa, *original)));
         for vcpu in 0..inner.vcpus() {
             first(inner.stop_step(VcpuId(vcpu)));
@@ -80,6 +89,7 @@ impl<H: Hypervisor> Recorded<H> {
             first(inner.switch_view(ViewId::HOST));
         }
         views.retain(|view| !first(inner.drop_view(*view)));
+        *restricts_new = *restricts_new && !first(inner.set_default_rights(Rights::All));
         guarded.retain(|gfn| !first(inner.set_rights(ViewId::HOST, *gfn, Rights::All)));
         frames.retain(|gfn| !first(inner.drop_shadow_gfn(*gfn)));
         result
@@ -169,6 +179,22 @@ impl<H: Hypervisor> Hypervisor for Recorded<H> {
             self.guarded.remove(&gfn);
         }
         Ok(())
+    }
+
+    fn rights(&mut self, view: ViewId, gfn: Gfn) -> Result<Option<Rights>, H::Error> {
+        self.inner.rights(view, gfn)
+    }
+
+    fn set_default_rights(&mut self, rights: Rights) -> Result<(), H::Error> {
+        // Before it is done: it may be done and nevertheless fail.
+        self.restricts_new |= rights != Rights::All;
+        self.inner.set_default_rights(rights)?;
+        self.restricts_new = rights != Rights::All;
+        Ok(())
+    }
+
+    fn debug_control(&mut self, vcpu: VcpuId) -> Result<Option<u64>, H::Error> {
+        self.inner.debug_control(vcpu)
     }
 
     fn rip(&mut self, vcpu: VcpuId) -> Result<u64, H::Error> {

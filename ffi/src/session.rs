@@ -26,6 +26,8 @@ const INT3: u8 = 0xcc;
 /// How long a virtual CPU may take to go on with what it was answered, and how often it is looked after meanwhile.
 const PATIENCE: Duration = Duration::from_secs(1);
 const LOOKS: u32 = 1000;
+/// How many pages are compared at a time.
+const VERIFIED: usize = 16;
 
 /// Why a call failed.
 #[derive(Debug, thiserror::Error)]
@@ -138,6 +140,11 @@ impl Session {
     /// See [`Inner::watch`].
     pub(crate) fn watch(&self, gfn: u64, accesses: ffi::Accesses, after: bool) -> Result<(), Error> {
         self.enter()?.watch(gfn, accesses, after)
+    }
+
+    /// See [`Inner::verify`].
+    pub(crate) fn verify(&self) -> Result<usize, Error> {
+        self.enter()?.verify()
     }
 
     /// See [`Inner::monitor`].
@@ -281,7 +288,7 @@ pub(crate) unsafe fn open_libvmi(
     without_panic(|| {
         // SAFETY: by this function's contract.
         let domain = unsafe { crate::libvmi::Domain::new(vmi.cast(), memory) }?;
-        Session::new(Machine::LibVmi(domain), mechanism)
+        Session::new(Machine::LibVmi(Box::new(domain)), mechanism)
     })
 }
 
@@ -429,6 +436,18 @@ impl Inner {
     pub(crate) fn watch(&mut self, gfn: u64, accesses: ffi::Accesses, after: bool) -> Result<(), Error> {
         self.attempt(|session| {
             Ok(session.engine.watch(&mut session.machine, Gfn(gfn), convert::accesses(accesses), after)?)
+        })
+    }
+
+    /// Looks after what no event tells: compares the next pages with breakpoints with what is known of them. Returns how many
+    /// were not the same.
+    ///
+    /// # Errors
+    /// Those of [`Engine::verify`].
+    pub(crate) fn verify(&mut self) -> Result<usize, Error> {
+        self.attempt(|session| {
+            session.machine.inner_mut().look_around();
+            if session.left { Ok(0) } else { Ok(session.engine.verify(&mut session.machine, VERIFIED)?) }
         })
     }
 
@@ -585,6 +604,8 @@ impl Inner {
             writes: counters.writes,
             held: counters.held,
             discarded: counters.discarded,
+            resynced: counters.resynced,
+            rearmed: counters.rearmed,
             reinjected: counters.reinjected,
             emulation_failures: counters.emulation_failures,
             unexplained: counters.unexplained,

@@ -43,21 +43,20 @@ extern "C" {
 /* The breakpoints and watches of one domain. */
 typedef struct hyperbp_session hyperbp_session_t;
 
-/* What LibVMI cannot do for us, or some of its forks not rightly. All are called with `data`, and may be called from
- * within any function here. Those that return a bool say whether they have succeeded. */
+/* What a program does itself of what LibVMI cannot do, or some of its forks not rightly. A function that is NULL hyperbp
+ * does by hypercalls of its own, which needs a dom0 with Linux 4.18 or newer: so most programs need none of them. All are
+ * called with `data`, and may be called from within any function here. Those that return a bool say whether they have
+ * succeeded. */
 typedef struct hyperbp_memory
 {
     void* data;
-    /* Adds a page to the domain, at a frame number that the guest does not use, and says which. */
+    /* Adds a page to the domain, at a frame number where nothing is, and says which. Xen replaces what is there. */
     bool (*add_page)(void* data, uint64_t* gfn);
     /* Takes such a page away again. */
     bool (*drop_page)(void* data, uint64_t gfn);
-    /* Maps a page of the domain's memory for reading and writing, until munmap() of that one page; NULL if it fails.
-     * Only a LibVMI without vmi_mmap_guest_pa needs it: GDATA's fork, or one from before September 2024. */
+    /* Maps a page of the domain's memory for reading and writing, until munmap() of that one page; NULL if it fails. */
     void* (*map_page)(void* data, uint64_t gfn);
-    /* Makes a view (altp2m) in which the guest may do everything, and says which. Only a LibVMI whose vmi_slat_create
-     * has Xen make views whose pages may only be read needs it, such as GDATA's fork: Xen 4.17 does not do what it is
-     * asked there, 4.20 does. Leave it NULL with others. LibVMI destroys the view. */
+    /* Makes a view (altp2m) in which the guest may do everything, and says which. LibVMI destroys the view. */
     bool (*create_view)(void* data, uint16_t* view);
 } hyperbp_memory_t;
 
@@ -101,6 +100,10 @@ typedef struct hyperbp_counters
     uint64_t held;
     /* The guest wrote to a frame where there is none of its own. */
     uint64_t discarded;
+    /* A page with breakpoints had been written to, and by no virtual CPU: a device has, or another domain. */
+    uint64_t resynced;
+    /* Another page was where breakpoints were, or Xen had reset the views: they were set again. */
+    uint64_t rearmed;
     /* The guest's own INT3s were delivered to it. */
     uint64_t reinjected;
     /* Xen could not emulate an instruction; it was stepped. */
@@ -149,7 +152,10 @@ bool hyperbp_check_mechanism(const char* name) HYPERBP_NOEXCEPT;
  * registered, and, for each virtual CPU, one for single-steps with `enable` 0. Those for INT3s, memory and single-steps
  * are to be given to the session. The one for failed emulations is registered here, and answered here.
  *
- * `mechanism` is one for all breakpoints; NULL means "auto". `memory` is copied. NULL if it fails. */
+ * A domain with altp2m="mixed" or "limited" is refused: its guest could leave the view with the breakpoints.
+ *
+ * `mechanism` is one for all breakpoints; NULL means "auto". `memory` is copied; NULL stands for one without functions.
+ * NULL if it fails. */
 hyperbp_session_t* hyperbp_open(vmi_instance_t vmi, const char* mechanism,
                                 const hyperbp_memory_t* memory) HYPERBP_NOEXCEPT;
 
@@ -177,6 +183,14 @@ bool hyperbp_remove(hyperbp_session_t* session, uint64_t pa) HYPERBP_NOEXCEPT;
 /* Reports the guest's accesses of these kinds to a page: before, and, if `after`, also when they have been made.
  * Replaces the watch there; VMI_MEMACCESS_N ends it. */
 bool hyperbp_watch(hyperbp_session_t* session, uint64_t gfn, vmi_mem_access_t access, bool after) HYPERBP_NOEXCEPT;
+
+/* Looks after what no event tells. A program calls it every HYPERBP_VERIFY_MS milliseconds or so, whether there are
+ * events or not, and not from within a callback. What a device, or another domain, writes to a page with breakpoints is
+ * no event: until the page is compared, which this does for the next 16 of them, the guest executes what was there
+ * before. False if a page could not be compared: the guest may have given it back, and hyperbp goes on. */
+bool hyperbp_verify(hyperbp_session_t* session) HYPERBP_NOEXCEPT;
+
+#define HYPERBP_VERIFY_MS 50
 
 /* First half: what an event is (of an INT3, of memory, of a single-step). If that is HYPERBP_ANSWERED or
  * HYPERBP_FAILED,

@@ -32,13 +32,24 @@ public:
     /// The time in nanoseconds, from any start. Called twice a hit. Must not throw.
     virtual std::uint64_t now() const noexcept = 0;
 
-    /// Reads guest memory. The range lies within one page.
+    /// Reads guest memory: what a virtual CPU would read at this moment, also if the guest has put another page there
+    /// since the last access. The range lies within one page.
     virtual void read(std::uint64_t gpa, rust::Slice<std::uint8_t> into) = 0;
 
     /// Writes guest memory, whatever a view permits. The range lies within one page.
     virtual void write(std::uint64_t gpa, rust::Slice<const std::uint8_t> bytes) = 0;
 
-    /// Adds a page of memory to the domain, at a frame number that the guest does not use, and returns that.
+    /// Writes what an instruction of the guest would write, if the page is plain memory: readable, writable, and nobody
+    /// keeps a record of what is written to it (a ROM, log-dirty mode). False, and nothing is written, if it is not, or if
+    /// that is not known: then the instruction is stepped.
+    virtual bool write_ram(std::uint64_t gpa, rust::Slice<const std::uint8_t> bytes)
+    {
+        (void)gpa;
+        (void)bytes;
+        return false;
+    }
+
+    /// Adds a page of memory to the domain, at a frame number where nothing is, and returns that.
     virtual std::uint64_t add_page() = 0;
 
     /// Takes such a page away again.
@@ -62,6 +73,31 @@ public:
     /// Sets what a view permits on a page.
     virtual void set_rights(std::uint16_t view, std::uint64_t gfn, ffi::Rights rights) = 0;
 
+    /// What a view permits on a page. False if that is not known.
+    virtual bool rights(std::uint16_t view, std::uint64_t gfn, ffi::Rights& into)
+    {
+        (void)view;
+        (void)gfn;
+        (void)into;
+        return false;
+    }
+
+    /// Sets what the host view permits on every page that the guest gets, or moves, from now on. Where it does nothing,
+    /// breakpoints in a page that the guest replaces are gone.
+    virtual void set_default_rights(ffi::Rights rights)
+    {
+        (void)rights;
+    }
+
+    /// DR7 as a virtual CPU that waits has it now: what an event says of it may be older. False if that is not known:
+    /// then instructions that access memory are stepped.
+    virtual bool debug_control(std::uint16_t vcpu, std::uint64_t& dr7)
+    {
+        (void)vcpu;
+        (void)dr7;
+        return false;
+    }
+
     /// The instruction pointer of a virtual CPU. What a reply says counts only when it has gone on: until then it is
     /// that of the event.
     virtual std::uint64_t rip(std::uint16_t vcpu) = 0;
@@ -76,19 +112,33 @@ public:
     virtual void resume() = 0;
 };
 
-/// What LibVMI cannot do, or some of its forks not rightly, for `hyperbp::ffi::open_libvmi`.
+/// What a host does itself of what LibVMI cannot do, or some of its forks not rightly, for `hyperbp::ffi::open_libvmi`.
+/// What it does not, hyperbp does by hypercalls of its own, in a dom0 with Linux 4.18 or newer.
 class Memory
 {
 public:
     virtual ~Memory() = default;
 
-    /// Adds a page of memory to the domain, at a frame number that the guest does not use, and returns that.
-    virtual std::uint64_t add_page() = 0;
+    /// Whether `add_page` and `drop_page` add pages and take them away.
+    virtual bool adds_pages() const noexcept
+    {
+        return false;
+    }
+
+    /// Adds a page of memory to the domain, at a frame number where nothing is, and returns that.
+    virtual std::uint64_t add_page()
+    {
+        throw std::logic_error("there is no add_page");
+    }
 
     /// Takes such a page away again.
-    virtual void drop_page(std::uint64_t gfn) = 0;
+    virtual void drop_page(std::uint64_t gfn)
+    {
+        (void)gfn;
+        throw std::logic_error("there is no drop_page");
+    }
 
-    /// Whether `map_page` maps pages. If not, LibVMI does, with vmi_mmap_guest_pa.
+    /// Whether `map_page` maps pages.
     virtual bool maps_pages() const noexcept
     {
         return false;
@@ -101,7 +151,7 @@ public:
         throw std::logic_error("there is no map_page");
     }
 
-    /// Whether `create_view` makes views. If not, LibVMI does, with vmi_slat_create.
+    /// Whether `create_view` makes views.
     virtual bool creates_views() const noexcept
     {
         return false;

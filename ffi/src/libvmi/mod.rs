@@ -2,40 +2,47 @@
 
 mod page;
 
-use std::pin::Pin;
-
 use cxx::UniquePtr;
 use hyperbp::{Gfn, Gpa, Hypervisor, PAGE_SIZE, Rights, VcpuId, ViewId};
-use hyperbp_guest_page::PageCache;
+use hyperbp_debug_control::DebugControl;
+use hyperbp_guest_page::{GuestPage, Pages};
+use hyperbp_xen_domain::{self as xen, Altp2m, Frames};
 use libvmi_sys as sys;
 
 use crate::bridge::ffi;
 use crate::machine::Error;
-use page::Page;
+use page::{Mapper, Mapping};
 
 /// LibVMI's way to say that a view shows a frame's own page again: Xen's `INVALID_GFN`.
 const OWN: sys::addr_t = sys::addr_t::MAX;
+
+/// How long the type of a page is taken for what it was, in ticks of the time-stamp counter: 100 ms at the most, for none counts
+/// at less than 1 GHz.
+const TYPE_AGE: u64 = 100_000_000;
 
 /// A domain. Altp2m must be on, a generic handler for memory events registered, and one for the single-steps of each
 /// virtual CPU.
 pub(crate) struct Domain {
     vmi: sys::vmi_instance_t,
     vcpus: u16,
-    /// LibVMI does not tell which frames are free, nor raise the memory limit: the host does.
-    memory: UniquePtr<ffi::Memory>,
-    pages: PageCache<Page>,
+    pages: Pages<Mapper>,
+    /// The frames that we have added, and not the host.
+    frames: Frames,
+    /// None if hypercalls of our own are not to be had.
+    debug_control: Option<DebugControl>,
 }
 
 impl Domain {
     /// The domain of an instance of LibVMI.
     ///
     /// # Errors
-    /// If there is no `memory`, the domain has more virtual CPUs than LibVMI steps, or nobody maps its pages.
+    /// If the domain has more virtual CPUs than LibVMI steps, its guest may switch views itself, or nobody adds or maps its
+    /// pages.
     ///
     /// # Safety
     /// `vmi` is an instance that was initialised with events, and outlives the result.
-    pub(crate) unsafe fn new(vmi: sys::vmi_instance_t, memory: UniquePtr<ffi::Memory>) -> Result<Self, Error> {
-        if vmi.is_null() || memory.is_null() {
+    pub(crate) unsafe fn new(vmi: sys::vmi_instance_t, host: UniquePtr<ffi::Memory>) -> Result<Self, Error> {
+        if vmi.is_null() || host.is_null() {
             return Err(Error::NoHypervisor);
         }
         // SAFETY: by this function's contract.
@@ -43,27 +50,78 @@ impl Domain {
         if vcpus > sys::MAX_SINGLESTEP_VCPUS {
             return Err(Error::TooManyVcpus(vcpus));
         }
-        if !memory.maps_pages() && !cfg!(vmi_mmap_guest_pa) {
+        let vcpus = vcpus as u16;
+        // SAFETY: by this function's contract.
+        let id = unsafe { sys::vmi_get_vmid(vmi) } as u16;
+        let xen = xen::Domain::open(id).inspect_err(|error| {
+            log::warn!(
+                "no hypercalls but LibVMI's: pages are mapped for each access, and instructions that access memory are \
+                 stepped: {error}"
+            );
+        });
+        let xen = xen.ok();
+        if xen.is_none() && !host.adds_pages() {
+            return Err(Error::NoMemory);
+        }
+        if xen.is_none() && !host.maps_pages() && !cfg!(vmi_mmap_guest_pa) {
             return Err(Error::NoMapping);
         }
-        let vcpus = vcpus as u16;
-        Ok(Self { vmi, vcpus, memory, pages: PageCache::default() })
+        let (mut m2p, mut debug_control) = (None, None);
+        if let Some(xen) = &xen {
+            refuse_guests_views(id, xen.altp2m().map_err(Error::of("HVM_PARAM_ALTP2M"))?)?;
+            m2p =
+                xen.map_m2p().inspect_err(|error| log::warn!("no page of the guest can be kept mapped: {error}")).ok();
+            debug_control = DebugControl::open(id)
+                .inspect_err(|error| {
+                    log::warn!("instructions that access memory are stepped: Xen does not tell DR7: {error}");
+                })
+                .ok();
+        }
+        let pages = Pages::new(Mapper { vmi, host, xen }, m2p, TYPE_AGE);
+        Ok(Self { vmi, vcpus, pages, frames: Frames::default(), debug_control })
     }
 
-    /// A page stays mapped. If the guest puts another one there, this is still the old one: LibVMI does not tell.
-    fn page(&mut self, gpa: Gpa, length: usize) -> Result<&Page, Error> {
+    /// The page that is there now.
+    fn page(&mut self, gpa: Gpa, length: usize) -> Result<&GuestPage<Mapping>, Error> {
         if usize::from(gpa.offset()) + length > PAGE_SIZE {
             return Err(Error::TwoPages(gpa, length));
         }
-        let Self { pages, vmi, memory, .. } = self;
-        // SAFETY: `new` was promised that the instance lives.
-        let page = pages.get(gpa.gfn(), || unsafe { page::map(*vmi, memory.pin_mut(), gpa.gfn()) });
-        page.map(|page| &*page)
+        if self.pages.wants_search() {
+            self.search_frames()?;
+        }
+        self.pages.get(gpa.gfn())
     }
 
-    fn memory(&mut self) -> Pin<&mut ffi::Memory> {
-        self.memory.pin_mut()
+    /// Finds out which machine frames pages may have that were mapped once.
+    #[cold]
+    fn search_frames(&mut self) -> Result<(), Error> {
+        // One virtual CPU waits for an answer to its event. Another could move frames meanwhile; and there may be no event.
+        self.pause()?;
+        self.pages.search();
+        self.resume()
     }
+
+    /// Tells Xen of what was written to pages that log-dirty mode watches since. To be called now and then.
+    pub(crate) fn look_around(&mut self) {
+        let now = self.now();
+        self.pages.report_written(now, |mapper, gfn| {
+            if let Some(xen) = &mapper.xen
+                && let Err(error) = xen.report_written(gfn)
+            {
+                log::warn!("a migration may miss a write to {gfn}: {error}");
+            }
+        });
+    }
+}
+
+/// Refuses a domain whose guest may leave the views with the breakpoints.
+fn refuse_guests_views(domain: u16, altp2m: Altp2m) -> Result<(), Error> {
+    let mode = match altp2m {
+        Altp2m::Mixed => "mixed",
+        Altp2m::Limited => "limited",
+        Altp2m::Disabled | Altp2m::External | Altp2m::Unknown(_) => return Ok(()),
+    };
+    Err(Error::GuestAltp2m { domain, mode })
 }
 
 /// What LibVMI says of a call.
@@ -105,6 +163,10 @@ impl Hypervisor for Domain {
     }
 
     fn write_ram(&mut self, gpa: Gpa, bytes: &[u8]) -> Result<bool, Error> {
+        let now = self.now();
+        if !self.pages.is_ram(gpa.gfn(), now)? {
+            return Ok(false);
+        }
         self.write(gpa, bytes).map(|()| true)
     }
 
@@ -114,21 +176,35 @@ impl Hypervisor for Domain {
     }
 
     fn add_shadow_gfn(&mut self) -> Result<Gfn, Error> {
-        let gfn = Gfn(self.memory().add_page()?);
+        let mapper = self.pages.source();
+        let gfn = match mapper.host.adds_pages() {
+            true => Gfn(mapper.host().add_page()?),
+            false => self.frames.allocate(mapper.xen()?)?,
+        };
         // If there was another page there before, that is not it.
         self.pages.forget(gfn);
+        // It stays mapped: that is the page which views show, whatever the guest puts there.
+        self.pages.add_own(gfn).or_else(|error| self.drop_shadow_gfn(gfn).and(Err(error)))?;
         Ok(gfn)
     }
 
     fn drop_shadow_gfn(&mut self, gfn: Gfn) -> Result<(), Error> {
         // A mapping would keep the page with the domain.
         self.pages.forget(gfn);
-        Ok(self.memory().drop_page(gfn.0)?)
+        let mapper = self.pages.source();
+        match mapper.host.adds_pages() {
+            true => Ok(mapper.host().drop_page(gfn.0)?),
+            false => Ok(self.frames.release(mapper.xen()?, gfn)?),
+        }
     }
 
     fn create_view(&mut self) -> Result<ViewId, Error> {
-        if self.memory.creates_views() {
-            return Ok(ViewId(self.memory().create_view()?));
+        let mapper = self.pages.source();
+        if mapper.host.creates_views() {
+            return Ok(ViewId(mapper.host().create_view()?));
+        }
+        if let Some(xen) = &mapper.xen {
+            return xen.create_view().map_err(Error::of("HVMOP_altp2m_create_p2m"));
         }
         let mut view = 0;
         // SAFETY: the instance lives, and `view` outlives the call.
@@ -156,6 +232,27 @@ impl Hypervisor for Domain {
         let access = trapped(rights) as sys::vmi_mem_access_t;
         // SAFETY: the instance lives.
         check("vmi_set_mem_event", unsafe { sys::vmi_set_mem_event(self.vmi, gfn.0, access, view.0) })
+    }
+
+    fn rights(&mut self, view: ViewId, gfn: Gfn) -> Result<Option<Rights>, Error> {
+        match &self.pages.source().xen {
+            Some(xen) if view != ViewId::HOST => {
+                xen.view_rights(view, gfn).map_err(Error::of("HVMOP_altp2m_get_mem_access"))
+            }
+            _ => Ok(None),
+        }
+    }
+
+    fn set_default_rights(&mut self, rights: Rights) -> Result<(), Error> {
+        match &self.pages.source().xen {
+            Some(xen) => xen.set_default_rights(rights).map_err(Error::of("XENMEM_access_op_set_access")),
+            None => Ok(()),
+        }
+    }
+
+    fn debug_control(&mut self, vcpu: VcpuId) -> Result<Option<u64>, Error> {
+        let dr7 = self.debug_control.as_mut().map(|control| control.get(vcpu)).transpose();
+        dr7.map_err(Error::of("XEN_DOMCTL_gethvmcontext_partial"))
     }
 
     fn rip(&mut self, vcpu: VcpuId) -> Result<u64, Error> {

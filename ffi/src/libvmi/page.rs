@@ -1,4 +1,5 @@
-//! Pages mapped by the host, or through LibVMI. (Its own functions to write memory map the page anew for each write.)
+//! Pages of the guest, mapped by the host, by hypercalls of our own, or through LibVMI. (Its own functions to write memory map
+//! the page anew for each write.)
 
 use std::ffi::c_void;
 use std::pin::Pin;
@@ -6,36 +7,74 @@ use std::pin::Pin;
 use std::ptr;
 use std::ptr::NonNull;
 
+use cxx::UniquePtr;
 use hyperbp::{Gfn, PAGE_SIZE};
-use hyperbp_guest_page::GuestPage;
+use hyperbp_guest_page::{GuestPage, Source};
+use hyperbp_xen_domain as xen;
 use libvmi_sys as sys;
 
 use crate::bridge::ffi;
 use crate::machine::Error;
 
-/// A page of a guest.
-pub(super) type Page = GuestPage<Mapping>;
-
-/// Unmaps a page when it is dropped.
+/// What keeps a page mapped.
 #[derive(Debug)]
-pub(super) struct Mapping(NonNull<c_void>);
+pub(crate) enum Mapping {
+    /// A page of this process's memory, which only it unmaps.
+    Page(NonNull<c_void>),
+    Xen {
+        _mapping: hyperbp_privcmd::Mapping,
+    },
+}
 
-/// Maps a page of the guest's own memory.
-///
-/// # Errors
-/// If there is no such page.
-///
-/// # Safety
-/// `vmi` is an instance of LibVMI that lives.
-pub(super) unsafe fn map(vmi: sys::vmi_instance_t, memory: Pin<&mut ffi::Memory>, gfn: Gfn) -> Result<Page, Error> {
-    let address = if memory.maps_pages() {
-        NonNull::new(memory.map_page(gfn.0)?.cast()).ok_or(Error::NoMapping)?
-    } else {
-        // SAFETY: by this function's contract.
-        unsafe { map_with_libvmi(vmi, gfn) }?
-    };
-    // SAFETY: it is mapped readable and writable, a page long and on a page's boundary, until `Mapping` is dropped.
-    Ok(unsafe { GuestPage::new(address.cast(), Mapping(address)) })
+/// Who maps pages, and says what they are.
+pub(crate) struct Mapper {
+    pub(super) vmi: sys::vmi_instance_t,
+    /// The host's functions.
+    pub(super) host: UniquePtr<ffi::Memory>,
+    /// None if hypercalls of our own are not to be had.
+    pub(super) xen: Option<xen::Domain>,
+}
+
+impl Mapper {
+    pub(super) fn host(&mut self) -> Pin<&mut ffi::Memory> {
+        self.host.pin_mut()
+    }
+
+    /// # Errors
+    /// If hypercalls of our own are not to be had.
+    pub(super) fn xen(&mut self) -> Result<&mut xen::Domain, Error> {
+        self.xen.as_mut().ok_or(Error::NoMemory)
+    }
+}
+
+impl Source for Mapper {
+    type Mapping = Mapping;
+    type Table = hyperbp_privcmd::Mapping;
+    type Error = Error;
+
+    fn map(&mut self, gfn: Gfn) -> Result<GuestPage<Mapping>, Error> {
+        let address = if self.host.maps_pages() {
+            NonNull::new(self.host().map_page(gfn.0)?.cast()).ok_or(Error::NoMapping)?
+        } else if let Some(xen) = &self.xen {
+            let (address, mapping) = xen.map_page(gfn).map_err(Error::of("mapping a page"))?;
+            // SAFETY: it is mapped readable and writable, a page long and on a page's boundary, until the mapping is dropped;
+            // nobody else knows of it.
+            return Ok(unsafe { GuestPage::new(address, Mapping::Xen { _mapping: mapping }) });
+        } else {
+            // SAFETY: `Domain::new` was promised that the instance lives.
+            unsafe { map_with_libvmi(self.vmi, gfn) }?
+        };
+        // SAFETY: it is mapped readable and writable, a page long and on a page's boundary, until `Mapping` is dropped.
+        Ok(unsafe { GuestPage::new(address.cast(), Mapping::Page(address)) })
+    }
+
+    fn is_ram(&mut self, gfn: Gfn) -> Result<bool, Error> {
+        match &mut self.xen {
+            Some(xen) => xen.is_ram(gfn).map_err(Error::of("HVMOP_get_mem_type")),
+            // It may be anything.
+            None => Ok(false),
+        }
+    }
 }
 
 /// # Safety
@@ -57,7 +96,9 @@ unsafe fn map_with_libvmi(_: sys::vmi_instance_t, _: Gfn) -> Result<NonNull<c_vo
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: mapped in `map` with this length, and unmapped nowhere else.
-        unsafe { libc::munmap(self.0.as_ptr(), PAGE_SIZE) };
+        if let Self::Page(address) = self {
+            // SAFETY: mapped in `map` with this length, and unmapped nowhere else.
+            unsafe { libc::munmap(address.as_ptr(), PAGE_SIZE) };
+        }
     }
 }

@@ -5,7 +5,7 @@ use std::io;
 use std::ptr::NonNull;
 
 use hyperbp::{Gfn, PAGE_SIZE, Rights, ViewId};
-use hyperbp_guest_page::{GuestPage, M2p, Source};
+use hyperbp_guest_page::M2p;
 use hyperbp_privcmd::{Buffer, Mapping, Privcmd};
 
 use crate::frames::{FrameError, GuestMemory, PAGE_KIB, Usage};
@@ -180,6 +180,23 @@ impl Domain {
         [operation | access << 8 | u64::from(self.id) << 16 | 1 << 32, gfn, 0, 0]
     }
 
+    /// Maps a page for reading and writing: where it is, on a page's boundary, and what keeps it there.
+    ///
+    /// # Errors
+    /// If there is no such page.
+    pub fn map_page(&self, gfn: Gfn) -> io::Result<(NonNull<u8>, Mapping)> {
+        let mapping = self.privcmd.map(self.id, &[gfn.0], true)?;
+        Ok((mapping.address().cast(), mapping))
+    }
+
+    /// Whether a page is plain memory. One that is read-only, or that log-dirty mode watches, is not.
+    ///
+    /// # Errors
+    /// What Xen says.
+    pub fn is_ram(&self, gfn: Gfn) -> io::Result<bool> {
+        Ok(self.mem_type(gfn)? == RAM)
+    }
+
     /// What is at a frame number, of `HVMMEM_*`.
     fn mem_type(&self, gfn: Gfn) -> io::Result<u64> {
         // `struct xen_hvm_get_mem_type`.
@@ -266,23 +283,6 @@ impl Domain {
         let entries: NonNull<u64> = mapping.address().cast();
         // SAFETY: all of its pages are mapped readable until the mapping is dropped.
         Ok(unsafe { M2p::new(entries, count, mapping) })
-    }
-}
-
-impl Source for Domain {
-    type Mapping = Mapping;
-    type Table = Mapping;
-    type Error = io::Error;
-
-    fn map(&mut self, gfn: Gfn) -> io::Result<GuestPage<Mapping>> {
-        let mapping = self.privcmd.map(self.id, &[gfn.0], true)?;
-        // SAFETY: it is mapped readable and writable, a page long and on a page's boundary, until it is dropped; nobody else
-        // knows of it.
-        Ok(unsafe { GuestPage::new(mapping.address().cast(), mapping) })
-    }
-
-    fn is_ram(&mut self, gfn: Gfn) -> io::Result<bool> {
-        Ok(self.mem_type(gfn)? == RAM)
     }
 }
 
