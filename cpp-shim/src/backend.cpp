@@ -396,21 +396,11 @@ bool hyperbp_counters(const hyperbp_session_t* session, hyperbp_counters_t* into
 {
     return with(session, false, [&] {
         const ffi::Counters from = session->session->counters();
-        *into = {from.hits,
-                 from.reads,
-                 from.writes,
-                 from.held,
-                 from.discarded,
-                 from.resynced,
-                 from.rearmed,
-                 from.reinjected,
-                 from.emulation_failures,
-                 from.unexplained,
-                 from.failures,
-                 from.p50_ns,
-                 from.p90_ns,
-                 from.p99_ns,
-                 from.max_ns};
+        *into = {from.hits,        from.reads,      from.writes,
+                 from.held,        from.discarded,  from.resynced,
+                 from.rearmed,     from.reinjected, from.emulation_failures,
+                 from.unexplained, from.failures,   from.p50_ns,
+                 from.p90_ns,      from.p99_ns,     from.max_ns};
         return true;
     });
 }

@@ -43,10 +43,10 @@ extern "C" {
 /* The breakpoints and watches of one domain. */
 typedef struct hyperbp_session hyperbp_session_t;
 
-/* What a program does itself of what LibVMI cannot do, or some of its forks not rightly. A function that is NULL hyperbp
- * does by hypercalls of its own, which needs a dom0 with Linux 4.18 or newer: so most programs need none of them. All are
- * called with `data`, and may be called from within any function here. Those that return a bool say whether they have
- * succeeded. */
+/* What a program does itself of what LibVMI cannot do, or some of its forks not rightly. A function that is NULL
+ * hyperbp does by hypercalls of its own, which needs a dom0 with Linux 4.18 or newer: so most programs need none of
+ * them. All are called with `data`, and may be called from within any function here. Those that return a bool say
+ * whether they have succeeded. */
 typedef struct hyperbp_memory
 {
     void* data;

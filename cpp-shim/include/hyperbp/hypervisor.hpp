@@ -40,8 +40,8 @@ public:
     virtual void write(std::uint64_t gpa, rust::Slice<const std::uint8_t> bytes) = 0;
 
     /// Writes what an instruction of the guest would write, if the page is plain memory: readable, writable, and nobody
-    /// keeps a record of what is written to it (a ROM, log-dirty mode). False, and nothing is written, if it is not, or if
-    /// that is not known: then the instruction is stepped.
+    /// keeps a record of what is written to it (a ROM, log-dirty mode). False, and nothing is written, if it is not, or
+    /// if that is not known: then the instruction is stepped.
     virtual bool write_ram(std::uint64_t gpa, rust::Slice<const std::uint8_t> bytes)
     {
         (void)gpa;
