@@ -177,6 +177,7 @@ void expect_refused(hyperbp_session_t* session, vmi_event_t& event, const std::s
     refused("watch", hyperbp_watch(session, 3, VMI_MEMACCESS_W, false));
     std::uint16_t view = 0;
     refused("monitor", hyperbp_monitor(session, 0, true, &view));
+    refused("verify", hyperbp_verify(session));
     refused("monitor_all", hyperbp_monitor_all(session, true));
     hyperbp_counters_t counters {};
     refused("counters", hyperbp_counters(session, &counters));
@@ -294,18 +295,38 @@ TEST_P(BackendMechanism, ReportsEveryExecutionOnceAndTheGuestDoesNotNotice)
     close();
 }
 
-TEST_P(BackendMechanism, PagesAreMappedOnce)
+TEST_P(BackendMechanism, WithoutXensTableAPageThatTheGuestReplacesIsMappedAnew)
+{
+    open(GetParam().c_str());
+    const unsigned mapped = vmi.mapped;
+    machine.replace(AT >> fake::PAGE_SHIFT, AT % fake::PAGE_SIZE, {fake::MOV_EAX, 1, 2, 3, 4});
+    ASSERT_TRUE(hyperbp_insert(session, AT));
+    EXPECT_GT(vmi.mapped, mapped);
+    run_to(AFTER);
+    EXPECT_EQ(machine.vcpu(0).general.gpr[0], 0x04030201U);
+    EXPECT_EQ(told.size(), 1U);
+    before = machine.memory();
+    ASSERT_TRUE(hyperbp_remove(session, AT));
+    EXPECT_TRUE(hyperbp_close(session)) << hyperbp_error();
+    EXPECT_EQ(machine.traces(), fake::Traces {});
+}
+
+TEST_P(BackendMechanism, WhatADeviceWritesIsFoundByVerify)
 {
     open(GetParam().c_str());
     ASSERT_TRUE(hyperbp_insert(session, AT));
+    ASSERT_TRUE(hyperbp_verify(session)) << hyperbp_error();
+    machine.write_as_device(AT, {fake::MOV_EAX, 1, 2, 3, 4});
+    ASSERT_TRUE(hyperbp_verify(session)) << hyperbp_error();
+    hyperbp_counters_t counters {};
+    ASSERT_TRUE(hyperbp_counters(session, &counters));
+    EXPECT_EQ(counters.resynced, 1U);
+    EXPECT_EQ(counters.rearmed, 0U);
     run_to(AFTER);
-    const unsigned mapped = vmi.mapped;
-    for (int n = 0; n < 100; ++n) {
-        machine.vcpu(0).general.rip = CODE;
-        run_to(AFTER);
-    }
-    EXPECT_EQ(vmi.mapped, mapped);
-    close();
+    EXPECT_EQ(machine.vcpu(0).general.gpr[0], 0x04030201U);
+    EXPECT_EQ(told.size(), 1U);
+    EXPECT_TRUE(hyperbp_close(session)) << hyperbp_error();
+    EXPECT_EQ(machine.traces(), fake::Traces {});
 }
 
 TEST_P(BackendMechanism, WhatCallbacksChangeCountsIfTheySaySo)
@@ -544,9 +565,12 @@ TEST_F(Backend, WhatIsRefusedWhenItIsClosedIsSaid)
 TEST_F(Backend, BadArgumentsAreErrors)
 {
     EXPECT_EQ(hyperbp_open(nullptr, nullptr, &host_memory), nullptr);
+    // Not on Xen, nobody else adds pages.
     EXPECT_EQ(hyperbp_open(&vmi, nullptr, nullptr), nullptr);
-    hyperbp_memory_t none {};
-    EXPECT_EQ(hyperbp_open(&vmi, nullptr, &none), nullptr);
+    EXPECT_NE(std::string(hyperbp_error()).find("hyperbp_memory_t"), std::string::npos) << hyperbp_error();
+    hyperbp_memory_t half = host_memory;
+    half.drop_page = nullptr;
+    EXPECT_EQ(hyperbp_open(&vmi, nullptr, &half), nullptr);
     EXPECT_NE(std::string(hyperbp_error()).find("hyperbp_memory_t"), std::string::npos) << hyperbp_error();
     EXPECT_EQ(hyperbp_open(&vmi, "ept", &host_memory), nullptr);
     EXPECT_FALSE(hyperbp_check_mechanism("ept"));

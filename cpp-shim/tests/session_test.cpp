@@ -566,4 +566,98 @@ TEST(Session, ASecondOneTakesItsPlace)
     EXPECT_EQ(host.told.size(), 3U);
 }
 
+/// A domain in which an instruction that accesses memory has the breakpoint.
+class OnMemory : public testing::TestWithParam<std::string>
+{
+protected:
+    OnMemory() : host(GetParam())
+    {
+        write_code(host.machine, LOAD, {fake::LOAD_AL, 0x10, 0x20, 0, 0});
+        write_code(host.machine, STORE, {fake::STORE_AL, 0, 0x40, 0, 0});
+        host.open();
+    }
+
+    ffi::Figures run(std::uint64_t at)
+    {
+        host.session().insert(at);
+        host.machine.vcpu(0).general.rip = at;
+        host.run_to(at + 5);
+        ffi::Figures figures {};
+        host.session().breakpoints({&figures, 1});
+        EXPECT_EQ(figures.hits, 1U);
+        return figures;
+    }
+
+    Host host;
+};
+
+INSTANTIATE_TEST_SUITE_P(Named, OnMemory, testing::Values("interpret"), name_of);
+
+TEST_P(OnMemory, IsInterpretedIfTheGuestHasNoDataBreakpointsNow)
+{
+    EXPECT_EQ(run(LOAD).interpret, 1U);
+    host.session().close();
+    EXPECT_EQ(host.machine.traces(), fake::Traces {});
+}
+
+TEST_P(OnMemory, IsSteppedIfTheGuestHasSwitchedOneOnSinceTheEvent)
+{
+    // On one byte, for reads and writes: DR0, enabled.
+    host.machine.set_dr7(0x30401);
+    EXPECT_EQ(run(LOAD).interpret, 0U);
+    host.session().close();
+}
+
+TEST_P(OnMemory, WritesWhatIsPlainMemoryOnly)
+{
+    host.machine.vcpu(0).general.gpr[0] = 0x5a;
+    EXPECT_EQ(run(STORE).interpret, 1U);
+    EXPECT_EQ(host.machine.shown(0, 0x4000), 0x5a);
+    host.session().close();
+}
+
+TEST_P(OnMemory, StepsAWriteToARom)
+{
+    host.machine.roms.insert(4);
+    EXPECT_EQ(run(STORE).interpret, 0U);
+    host.session().close();
+}
+
+/// Mechanisms of both placements.
+class Changed : public Mechanism
+{
+};
+
+INSTANTIATE_TEST_SUITE_P(Named, Changed, testing::Values("view-fast-step", "repair"), name_of);
+
+TEST_P(Changed, WhatADeviceWritesIsFoundByVerify)
+{
+    session().insert(AT);
+    EXPECT_EQ(session().verify(), 0U);
+    // Beside the breakpoint, and on it.
+    host.machine.write_as_device(AT, {fake::MOV_EAX, 1, 2, 3, 4});
+    EXPECT_EQ(session().verify(), 1U);
+    EXPECT_EQ(session().verify(), 0U);
+    EXPECT_EQ(session().counters().resynced, 1U);
+    general().rip = CODE;
+    host.run_to(AFTER);
+    EXPECT_EQ(general().gpr[0], 0x04030201U);
+    EXPECT_EQ(host.told.size(), 1U);
+    session().close();
+    EXPECT_EQ(host.machine.traces(), fake::Traces {});
+}
+
+TEST_P(Changed, APageThatTheGuestReplacesHasItsBreakpointsAgainBeforeItIsExecuted)
+{
+    session().insert(AT);
+    host.machine.replace(AT >> fake::PAGE_SHIFT, AT % fake::PAGE_SIZE, {fake::MOV_EAX, 1, 2, 3, 4});
+    general().rip = CODE;
+    host.run_to(AFTER);
+    EXPECT_EQ(general().gpr[0], 0x04030201U);
+    EXPECT_EQ(host.told.size(), 1U);
+    EXPECT_EQ(session().counters().rearmed, 1U);
+    session().close();
+    EXPECT_EQ(host.machine.traces(), fake::Traces {});
+}
+
 } // namespace

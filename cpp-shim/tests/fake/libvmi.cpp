@@ -176,6 +176,11 @@ unsigned int vmi_get_num_vcpus(vmi_instance_t vmi) noexcept
     return vmi->machine.vcpus();
 }
 
+uint64_t vmi_get_vmid(vmi_instance_t /*vmi*/) noexcept
+{
+    return 1;
+}
+
 int vmi_are_events_pending(vmi_instance_t vmi) noexcept
 {
     return vmi->pending ? 1 : 0;

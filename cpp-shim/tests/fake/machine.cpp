@@ -64,8 +64,8 @@ bool includes(ffi::Rights rights, bool read, bool write, bool execute)
 bool Traces::operator==(const Traces& other) const noexcept
 {
     const auto all = [](const Traces& traces) {
-        return std::tie(traces.views, traces.added, traces.restricted, traces.pauses, traces.vcpus_in_views,
-                        traces.vcpus_stepped);
+        return std::tie(traces.views, traces.added, traces.restricted, traces.restricts_new, traces.pauses,
+                        traces.vcpus_in_views, traces.vcpus_stepped);
     };
     return all(*this) == all(other);
 }
@@ -404,10 +404,59 @@ void Machine::set_rights(std::uint16_t view, std::uint64_t gfn, ffi::Rights righ
     allowed("other rights");
     must_exist(view);
     offset_of(gfn);
+    // Xen carries a change of the host view into the others: there the page is the host view's again.
+    for (std::uint16_t other = 1; view == 0 && other <= MOST_VIEWS; ++other)
+        remapped_.erase({other, gfn});
     if (rights == ffi::Rights::All)
         rights_.erase({view, gfn});
     else
         rights_[{view, gfn}] = rights;
+}
+
+ffi::Rights Machine::rights(std::uint16_t view, std::uint64_t gfn) const
+{
+    must_exist(view);
+    const auto found = rights_.find({view, gfn});
+    return found != rights_.end() ? found->second : ffi::Rights::All;
+}
+
+void Machine::set_default_rights(ffi::Rights rights)
+{
+    allowed("other rights for pages to come");
+    default_rights_.reset();
+    if (rights != ffi::Rights::All)
+        default_rights_ = rights;
+}
+
+std::uint64_t Machine::dr7()
+{
+    allowed("a debug register");
+    return dr7_;
+}
+
+void Machine::set_dr7(std::uint64_t dr7) noexcept
+{
+    dr7_ = dr7;
+}
+
+void Machine::replace(std::uint64_t gfn, std::uint64_t offset, const std::vector<std::uint8_t>& bytes)
+{
+    const std::uint64_t page = free_.front();
+    free_.pop_front();
+    free_.push_back(std::exchange(frames_.at(gfn), page));
+    std::memset(memory_ + offset_of(gfn), NOP, PAGE_SIZE);
+    std::copy(bytes.begin(), bytes.end(), memory_ + offset_of(gfn) + offset);
+    for (std::uint16_t view = 0; view <= MOST_VIEWS; ++view) {
+        remapped_.erase({view, gfn});
+        rights_.erase({view, gfn});
+        if (default_rights_ && (view == 0 || views_.count(view) != 0))
+            rights_[{view, gfn}] = *default_rights_;
+    }
+}
+
+void Machine::write_as_device(std::uint64_t gpa, const std::vector<std::uint8_t>& bytes)
+{
+    std::copy(bytes.begin(), bytes.end(), memory_ + offset_of(gpa >> PAGE_SHIFT) + gpa % PAGE_SIZE);
 }
 
 std::uint64_t Machine::rip(std::uint16_t vcpu)
@@ -444,6 +493,7 @@ Traces Machine::traces() const
     traces.views = views_.size();
     traces.added = frames_.size() - GUEST_PAGES;
     traces.restricted = rights_.size();
+    traces.restricts_new = default_rights_.has_value();
     traces.pauses = pauses_;
     for (const Vcpu& vcpu : cpus_) {
         traces.vcpus_in_views += vcpu.view != 0 ? 1 : 0;
@@ -536,6 +586,31 @@ void Connection::unmap(std::uint16_t view, std::uint64_t gfn)
 void Connection::set_rights(std::uint16_t view, std::uint64_t gfn, ffi::Rights rights)
 {
     machine_.set_rights(view, gfn, rights);
+}
+
+bool Connection::write_ram(std::uint64_t gpa, rust::Slice<const std::uint8_t> bytes)
+{
+    if (machine_.roms.count(gpa >> PAGE_SHIFT) != 0)
+        return false;
+    write(gpa, bytes);
+    return true;
+}
+
+bool Connection::rights(std::uint16_t view, std::uint64_t gfn, ffi::Rights& into)
+{
+    into = machine_.rights(view, gfn);
+    return true;
+}
+
+void Connection::set_default_rights(ffi::Rights rights)
+{
+    machine_.set_default_rights(rights);
+}
+
+bool Connection::debug_control(std::uint16_t /*vcpu*/, std::uint64_t& dr7)
+{
+    dr7 = machine_.dr7();
+    return true;
 }
 
 std::uint64_t Connection::rip(std::uint16_t vcpu)

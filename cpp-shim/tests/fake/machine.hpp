@@ -58,6 +58,7 @@ struct Traces
     std::size_t views = 0;
     std::size_t added = 0;
     std::size_t restricted = 0;
+    bool restricts_new = false;
     unsigned pauses = 0;
     unsigned vcpus_in_views = 0;
     unsigned vcpus_stepped = 0;
@@ -105,6 +106,11 @@ public:
     void remap(std::uint16_t view, std::uint64_t gfn, std::uint64_t to);
     void unmap(std::uint16_t view, std::uint64_t gfn);
     void set_rights(std::uint16_t view, std::uint64_t gfn, ffi::Rights rights);
+    ffi::Rights rights(std::uint16_t view, std::uint64_t gfn) const;
+    /// What the host view permits on pages that the guest gets from now on.
+    void set_default_rights(ffi::Rights rights);
+    /// DR7 as it is, whatever events say of it.
+    std::uint64_t dr7();
     /// Where a virtual CPU is. If it has not gone on yet, it does so after this look.
     std::uint64_t rip(std::uint16_t vcpu);
     void stop_step(std::uint16_t vcpu);
@@ -112,6 +118,18 @@ public:
     void resume();
 
     // The test's side.
+
+    /// The guest switches its data breakpoints on or off. Events go on to say that there are none.
+    void set_dr7(std::uint64_t dr7) noexcept;
+
+    /// The guest puts another page, with these bytes from `offset` on, in place of one: Xen resets the views there.
+    void replace(std::uint64_t gfn, std::uint64_t offset, const std::vector<std::uint8_t>& bytes);
+
+    /// Writes that no view sees: a device's.
+    void write_as_device(std::uint64_t gpa, const std::vector<std::uint8_t>& bytes);
+
+    /// Frames that are no plain memory.
+    std::set<std::uint64_t> roms;
 
     /// What is left in the domain of whoever looked into it.
     Traces traces() const;
@@ -153,6 +171,8 @@ private:
     std::map<At, ffi::Rights> rights_;
     std::vector<Vcpu> cpus_;
     std::set<std::uint8_t> not_emulable_;
+    std::optional<ffi::Rights> default_rights_;
+    std::uint64_t dr7_ = 0x400;
     unsigned pauses_ = 0;
     unsigned delivered_ = 0;
     std::optional<unsigned> refuse_after_;
@@ -176,6 +196,10 @@ public:
     void remap(std::uint16_t view, std::uint64_t gfn, std::uint64_t to) override;
     void unmap(std::uint16_t view, std::uint64_t gfn) override;
     void set_rights(std::uint16_t view, std::uint64_t gfn, ffi::Rights rights) override;
+    bool write_ram(std::uint64_t gpa, rust::Slice<const std::uint8_t> bytes) override;
+    bool rights(std::uint16_t view, std::uint64_t gfn, ffi::Rights& into) override;
+    void set_default_rights(ffi::Rights rights) override;
+    bool debug_control(std::uint16_t vcpu, std::uint64_t& dr7) override;
     std::uint64_t rip(std::uint16_t vcpu) override;
     void stop_step(std::uint16_t vcpu) override;
     void pause() override;
