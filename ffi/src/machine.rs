@@ -138,6 +138,10 @@ impl Hypervisor for Machine {
         whichever!(self, it => it.add_shadow_gfn())
     }
 
+    fn restore_shadow_gfn(&mut self, gfn: Gfn) -> Result<bool, Error> {
+        whichever!(self, it => it.restore_shadow_gfn(gfn))
+    }
+
     fn drop_shadow_gfn(&mut self, gfn: Gfn) -> Result<(), Error> {
         whichever!(self, it => it.drop_shadow_gfn(gfn))
     }

@@ -146,6 +146,10 @@ impl<H: Hypervisor> Hypervisor for Recorded<H> {
         self.inner.add_shadow_gfn().inspect(|gfn| self.frames.push(*gfn))
     }
 
+    fn restore_shadow_gfn(&mut self, gfn: Gfn) -> Result<bool, H::Error> {
+        self.inner.restore_shadow_gfn(gfn)
+    }
+
     fn drop_shadow_gfn(&mut self, gfn: Gfn) -> Result<(), H::Error> {
         self.inner.drop_shadow_gfn(gfn)?;
         self.frames.retain(|other| *other != gfn);

@@ -6,7 +6,7 @@ use cxx::UniquePtr;
 use hyperbp::{Gfn, Gpa, Hypervisor, PAGE_SIZE, Rights, VcpuId, ViewId};
 use hyperbp_debug_control::DebugControl;
 use hyperbp_guest_page::{GuestPage, Pages};
-use hyperbp_xen_domain::{self as xen, Altp2m, Frames};
+use hyperbp_xen_domain::{self as xen, Altp2m, Frames, GuestMemory as _};
 use libvmi_sys as sys;
 
 use crate::bridge::ffi;
@@ -186,6 +186,24 @@ impl Hypervisor for Domain {
         // It stays mapped: that is the page which views show, whatever the guest puts there.
         self.pages.add_own(gfn).or_else(|error| self.drop_shadow_gfn(gfn).and(Err(error)))?;
         Ok(gfn)
+    }
+
+    fn restore_shadow_gfn(&mut self, gfn: Gfn) -> Result<bool, Error> {
+        let mapper = self.pages.source();
+        match &mut mapper.xen {
+            Some(xen) if !mapper.host.adds_pages() => {
+                if !xen.is_empty(gfn).map_err(Error::of("HVMOP_get_mem_type"))? {
+                    return Ok(false);
+                }
+                xen.populate(gfn)?;
+            }
+            // The host's page is the host's to look after.
+            _ => return Ok(false),
+        }
+        // The old one is still mapped, and goes with that.
+        self.pages.forget(gfn);
+        self.pages.add_own(gfn)?;
+        Ok(true)
     }
 
     fn drop_shadow_gfn(&mut self, gfn: Gfn) -> Result<(), Error> {
