@@ -176,7 +176,11 @@ pub(crate) fn run(number: u32) {
             (probe.run)();
             log::end();
         }
-        _ => log::list(PROBES.iter().map(|probe| (probe.name, probe.vcpus))),
+        _ => {
+            // The others may not have run yet: what they set up for themselves, the descriptor of a TSS for example, is there then.
+            crate::vcpu::all(|_, _| {}, 0);
+            log::list(PROBES.iter().map(|probe| (probe.name, probe.vcpus)));
+        }
     }
 }
 
