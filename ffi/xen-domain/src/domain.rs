@@ -217,8 +217,8 @@ impl Domain {
         match self.call(MEMORY_OP, ACCESS_OP, &call) {
             // A device's own memory, or another domain's.
             Ok(_) => Ok(false),
-            // Nothing is mapped.
-            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(true),
+            // Nothing is mapped; or the number is above all that the domain has had (`mem_access_memop`).
+            Err(error) if matches!(error.raw_os_error(), Some(libc::ESRCH | libc::EINVAL)) => Ok(true),
             Err(error) => Err(error),
         }
     }
