@@ -52,6 +52,8 @@ pub(super) fn device_channels(id: u32) -> Result<Vec<u32>, Error> {
 pub(crate) struct Requests {
     store: Store,
     node: CString,
+    /// All that xenstore has of the domain.
+    domain: CString,
 }
 
 impl Requests {
@@ -61,18 +63,22 @@ impl Requests {
     /// If there is no xenstore.
     pub(crate) fn of(id: u32) -> Result<Self, Error> {
         let node = CString::new(format!("/local/domain/{id}/control/shutdown")).unwrap_or_default();
+        let domain = CString::new(format!("/local/domain/{id}")).unwrap_or_default();
         let store = Store::open()?;
         store.watch(&node)?;
-        Ok(Self { store, node })
+        Ok(Self { store, node, domain })
     }
 
     /// Whether it was asked to suspend itself since the last call. It does so milliseconds later at the earliest. Costs a
     /// system call while nothing changes.
     pub(crate) fn was_asked(&self) -> bool {
         // The guest's driver answers at once, by emptying the node or by removing it. What it was asked is not known then: to
-        // shut down, perhaps, and that is no reason to stay either.
+        // shut down, perhaps, and that is no reason to stay either. When the domain is destroyed, all of its nodes go.
         self.store.has_changed()
-            && self.store.read(&self.node).is_none_or(|value| value.is_empty() || value == b"suspend")
+            && match self.store.read(&self.node) {
+                Some(value) => value.is_empty() || value == b"suspend",
+                None => self.store.read(&self.domain).is_some(),
+            }
     }
 
     /// Whether it is asked to suspend itself, and has not answered yet.
