@@ -67,6 +67,8 @@ protected:
             auto* self = static_cast<Backend*>(data);
             return !self->keeps_pages && attempt([&] { self->machine.drop_page(gfn); });
         };
+        if (!HAS_MMAP_GUEST_PA<vmi_instance_t>)
+            host_memory.map_page = map_page;
     }
 
     template<typename Work>
@@ -85,10 +87,9 @@ protected:
         auto* self = static_cast<Backend*>(data);
         ++self->mapped_by_host;
         void* page = nullptr;
-        const addr_t address = gfn * fake::PAGE_SIZE;
-        const bool mapped = !self->out_of_memory
-                            && vmi_mmap_guest_pa(&self->vmi, address, 1, PROT_READ | PROT_WRITE, &page) == VMI_SUCCESS;
-        return mapped ? page : nullptr;
+        if (!self->out_of_memory)
+            attempt([&] { page = self->vmi.map(gfn, 1, PROT_READ | PROT_WRITE); });
+        return page;
     }
 
     static bool create_view(void* data, std::uint16_t* view)

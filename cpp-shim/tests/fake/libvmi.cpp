@@ -169,6 +169,17 @@ void vmi_instance::run(std::uint16_t vcpu)
     machine.answer(*event, reply_of(last, *registered, x86, machine.vcpu(vcpu).stepping));
 }
 
+void* vmi_instance::map(std::uint64_t gfn, std::size_t pages, int prot)
+{
+    machine.page(gfn);
+    const auto offset = static_cast<off_t>(machine.offset_of(gfn));
+    void* page = mmap(nullptr, pages * fake::PAGE_SIZE, prot, MAP_SHARED, machine.file(), offset);
+    if (page == MAP_FAILED)
+        throw std::runtime_error("mmap");
+    ++mapped;
+    return page;
+}
+
 extern "C" {
 
 unsigned int vmi_get_num_vcpus(vmi_instance_t vmi) noexcept
@@ -188,15 +199,7 @@ int vmi_are_events_pending(vmi_instance_t vmi) noexcept
 
 status_t vmi_mmap_guest_pa(vmi_instance_t vmi, addr_t paddr, size_t num_pages, int prot, void** access_ptrs) noexcept
 {
-    return attempt([&] {
-        vmi->machine.page(paddr >> fake::PAGE_SHIFT);
-        const auto offset = static_cast<off_t>(vmi->machine.offset_of(paddr >> fake::PAGE_SHIFT));
-        void* page = mmap(nullptr, num_pages * fake::PAGE_SIZE, prot, MAP_SHARED, vmi->machine.file(), offset);
-        if (page == MAP_FAILED)
-            throw std::runtime_error("mmap");
-        ++vmi->mapped;
-        *access_ptrs = page;
-    });
+    return attempt([&] { *access_ptrs = vmi->map(paddr >> fake::PAGE_SHIFT, num_pages, prot); });
 }
 
 status_t vmi_pause_vm(vmi_instance_t vmi) noexcept

@@ -5,6 +5,8 @@
 
 #include <atomic>
 #include <map>
+#include <type_traits>
+#include <utility>
 
 #include <libvmi/libvmi.h>
 
@@ -21,6 +23,11 @@ struct vmi_instance
     /// the response says.
     void run(std::uint16_t vcpu);
 
+    /// Maps pages of the guest, until the caller unmaps them.
+    ///
+    /// @throws std::runtime_error if there are none.
+    void* map(std::uint64_t gfn, std::size_t pages, int prot);
+
     fake::Machine& machine;
     vmi_event_t* interrupt = nullptr;
     vmi_event_t* memory = nullptr;
@@ -36,5 +43,13 @@ struct vmi_instance
 private:
     vmi_event_t* registered_for(const fake::ffi::Event& event);
 };
+
+/// Whether this LibVMI has `vmi_mmap_guest_pa`: it got it late. With one that lacks it, the host must map pages.
+template<typename Vmi, typename = void>
+constexpr bool HAS_MMAP_GUEST_PA = false;
+
+template<typename Vmi>
+constexpr bool HAS_MMAP_GUEST_PA<Vmi, std::void_t<decltype(vmi_mmap_guest_pa(std::declval<Vmi>(), 0, 1, 0, nullptr))>> =
+    true;
 
 #endif
