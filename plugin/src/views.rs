@@ -162,9 +162,9 @@ impl Views {
         self.show(hv, shadow, at)
     }
 
-    /// Lets all views show again what they are to show at our own frames, apart from those of shadows in use.
+    /// Lets all views show again what they are to show at our own frames, which are [all there](Self::regain), apart from those
+    /// of shadows in use.
     pub(crate) fn restore<H: Hypervisor>(&self, hv: &mut H) -> Result<(), H::Error> {
-        self.regain(hv)?;
         hv.write(self.sink.at(0), &[0xff; PAGE_SIZE])?;
         hv.remap(self.exec, self.spill, Some(self.sink))?;
         hv.remap(self.own, self.spill, Some(self.sink))?;

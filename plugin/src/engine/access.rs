@@ -1,7 +1,7 @@
 //! An access was denied: somebody watches the page, or it has breakpoints.
 
 use super::{Engine, Observed};
-use crate::breakpoint::Page;
+use crate::breakpoint::{Located, Page};
 use crate::dr7::Dr7;
 use crate::insn::paging;
 use crate::step::Over;
@@ -34,9 +34,7 @@ impl Engine {
         let gfn = access.gpa.gfn();
         let exec = self.views.as_ref().map(|views| views.exec);
         if let Some(at) = self.walked_in_place(hv, index, event, access) {
-            self.counters.hits += 1;
-            self.hit_at = hv.now();
-            self.registry.located_mut(at.found).figures.hits += 1;
+            self.count_hit(hv, at.found);
             // Its own INT3, if it is one, is that hit.
             self.vcpus[index].over = Some(at);
             return Ok(Observed::Hit(at.at));
@@ -48,12 +46,9 @@ impl Engine {
         let stepped = self.registry.is_watched(gfn) || self.registry.page(gfn).is_some();
         let breakpoint = if stepped { self.fetched(hv, event, access) } else { None };
         // It may have been told of before: then it is still the same hit.
-        let vcpu = &self.vcpus[index];
-        let breakpoint = breakpoint.filter(|at| !vcpu.is_over(*at) && vcpu.interrupted.is_none());
-        if let Some(at) = breakpoint.and_then(|at| self.registry.locate(at)) {
-            self.counters.hits += 1;
-            self.hit_at = hv.now();
-            self.registry.located_mut(at).figures.hits += 1;
+        let breakpoint = breakpoint.filter(|at| !self.vcpus[index].has_hit(*at));
+        if let Some(found) = breakpoint.and_then(|at| self.registry.locate(at)) {
+            self.count_hit(hv, found);
         }
         match (watched, breakpoint) {
             (true, breakpoint) => Ok(Observed::Access { access: *access, breakpoint }),
@@ -64,6 +59,13 @@ impl Engine {
             }
             (false, None) => reply.answered(self.on_guarded(hv, index, event, access)),
         }
+    }
+
+    /// Counts the hit of a breakpoint whose INT3 is not executed.
+    fn count_hit<H: Hypervisor>(&mut self, hv: &H, found: Located) {
+        self.counters.hits += 1;
+        self.hit_at = hv.now();
+        self.registry.located_mut(found).figures.hits += 1;
     }
 
     /// An instruction was to be fetched from a page that does not permit it.
@@ -135,8 +137,7 @@ impl Engine {
         if lifts || !(access.execute || access.page_walk) {
             return None;
         }
-        let registers = &event.registers;
-        let at = paging::translate(hv, registers, registers.cs_base.wrapping_add(registers.rip))?;
+        let at = paging::translate_rip(hv, &event.registers)?;
         self.registry.at(at).filter(|(page, _)| page.shadow.is_some()).map(|_| at)
     }
 
@@ -154,11 +155,10 @@ impl Engine {
             return None;
         }
         let page = self.registry.page(access.gpa.gfn()).filter(|page| page.shadow.is_none() && page.lifted == 0)?;
-        let (gfn, registers) = (page.gfn, &event.registers);
-        let at = paging::translate(hv, registers, registers.cs_base.wrapping_add(registers.rip))?;
+        let gfn = page.gfn;
+        let at = paging::translate_rip(hv, &event.registers)?;
         let found = self.registry.locate(at).filter(|_| at.gfn() == gfn)?;
-        let vcpu = &self.vcpus[index];
-        (!vcpu.is_over(at) && vcpu.interrupted.is_none()).then_some(Over { at, found })
+        (!self.vcpus[index].has_hit(at)).then_some(Over { at, found })
     }
 
     /// Lets an access that was reported, or whose instruction was the `hit` of a breakpoint, be made: by the guest itself, for

@@ -262,7 +262,7 @@ impl Engine {
     fn conclude<H: Hypervisor>(&mut self, hv: &mut H, index: usize, rip: u64, reply: &mut Reply) {
         let vcpu = &mut self.vcpus[index];
         let away = vcpu.home && !vcpu.stepping;
-        if vcpu.unmappings != self.unmappings_noted {
+        if vcpu.is_late(self.unmappings_noted) {
             vcpu.unmappings = self.unmappings_noted;
             if !matches!(reply.action, Action::Resume | Action::SetRegisters(_)) {
                 // It tries again, and then it is not too late any more.

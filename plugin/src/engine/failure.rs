@@ -33,7 +33,7 @@ impl Engine {
                 }
                 let mut reply = Reply::default();
                 if let Some(found) = self.registry.locate(gpa) {
-                    self.step_over(hv, index, found, event, None, &mut reply)?;
+                    self.step_over::<_, true>(hv, index, found, event, None, &mut reply)?;
                 }
                 Ok(reply)
             }

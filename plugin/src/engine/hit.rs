@@ -152,7 +152,7 @@ impl Engine {
         }
         let moved = changed.is_some_and(|registers| registers.rip != event.registers.rip);
         let done = match found {
-            Some(found) if !moved => self.step_over(hv, index, found, event, changed, reply),
+            Some(found) if !moved => self.step_over::<_, true>(hv, index, found, event, changed, reply),
             _ => Ok(()),
         };
         self.handling.record(hv.now().saturating_sub(self.hit_at));
@@ -185,38 +185,9 @@ impl Engine {
         self.end_told(hv, index, event, Ok(()), None, reply);
     }
 
-    /// Lets the instruction under a breakpoint run.
-    #[inline(always)]
-    pub(super) fn step_over<H: Hypervisor>(
-        &mut self,
-        hv: &mut H,
-        index: usize,
-        found: Located,
-        event: &Event,
-        changed: Option<&Registers>,
-        reply: &mut Reply,
-    ) -> Result<(), H::Error> {
-        self.step_over_displaced::<_, true>(hv, index, found, event, changed, reply)
-    }
-
-    /// The same, after something that is no event has written another instruction there.
-    #[cold]
-    fn step_over_another<H: Hypervisor>(
-        &mut self,
-        hv: &mut H,
-        index: usize,
-        found: Located,
-        event: &Event,
-        changed: Option<&Registers>,
-        reply: &mut Reply,
-    ) -> Result<(), H::Error> {
-        self.resync_found(hv, found)?;
-        self.step_over_displaced::<_, false>(hv, index, found, event, changed, reply)
-    }
-
     /// Lets the instruction under a breakpoint run, which is compared with memory if `COMPARE`.
     #[inline(always)]
-    fn step_over_displaced<H: Hypervisor, const COMPARE: bool>(
+    pub(super) fn step_over<H: Hypervisor, const COMPARE: bool>(
         &mut self,
         hv: &mut H,
         index: usize,
@@ -242,7 +213,7 @@ impl Engine {
         // now: after an answer that it is not late with.
         let crowded = self.chores >= VACANT && changed.is_none();
         let steps = breakpoint.step_over.steps() || crowded;
-        if !steps && vcpu.unmappings == self.unmappings_noted {
+        if !steps && !vcpu.is_late(self.unmappings_noted) {
             let ask = placement == Placement::InPlace || breakpoint.step_over != StepOver::Auto;
             let dr7 = Dr7 { vcpu: event.vcpu, trust_event: self.trust_event_dr7, ask };
             let served = step::at_once(hv, views, vcpu, claims, (placement, breakpoint), (registers, dr7), reply);
@@ -265,6 +236,21 @@ impl Engine {
             self.set_resume_flag(index, registers, reply);
         }
         Ok(())
+    }
+
+    /// The same, after something that is no event has written another instruction there.
+    #[cold]
+    fn step_over_another<H: Hypervisor>(
+        &mut self,
+        hv: &mut H,
+        index: usize,
+        found: Located,
+        event: &Event,
+        changed: Option<&Registers>,
+        reply: &mut Reply,
+    ) -> Result<(), H::Error> {
+        self.resync_found(hv, found)?;
+        self.step_over::<_, false>(hv, index, found, event, changed, reply)
     }
 
     /// The byte of a breakpoint that was hit is not there now, and nobody may execute the page: this vCPU joins the one that

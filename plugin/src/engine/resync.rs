@@ -91,7 +91,7 @@ impl Engine {
     }
 
     fn resync_paused<H: Hypervisor>(&mut self, hv: &mut H) -> Result<(), H::Error> {
-        let mut result = self.views.as_ref().map_or(Ok(()), |views| views.restore(hv));
+        let mut result = self.views.as_ref().map_or(Ok(()), |views| views.regain(hv).and_then(|_| views.restore(hv)));
         for number in 0..self.registry.page_count() {
             if let Some(page) = self.registry.nth_page_mut(number) {
                 let restored = placement::restore(hv, self.views.as_mut(), page);

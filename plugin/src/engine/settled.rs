@@ -39,7 +39,7 @@ impl Engine {
     /// [late](crate::views::Views::unmappings) with its next answer.
     #[inline(always)]
     pub(super) fn is_late(&self, index: usize) -> bool {
-        self.vcpus[index].unmappings != self.unmappings_noted
+        self.vcpus[index].is_late(self.unmappings_noted)
     }
 
     /// A virtual CPU has raised an event that the engine is not asked about: it has gone on with what it was answered.

@@ -40,7 +40,7 @@ pub(crate) fn operand_read<H: Hypervisor>(
     if !flat || traps || !is_unchecked(registers) {
         return None;
     }
-    let at = paging::translate(hv, registers, registers.cs_base.wrapping_add(registers.rip))?;
+    let at = paging::translate_rip(hv, registers)?;
     let instruction = decode_at(hv, registers, at)?;
     if !only_moves_data(&instruction) || is_done_wrong(&instruction) {
         return None;

@@ -39,6 +39,11 @@ pub(crate) fn translate<H: Hypervisor>(hv: &mut H, registers: &Registers, linear
     }
 }
 
+/// The same of the instruction at RIP.
+pub(crate) fn translate_rip<H: Hypervisor>(hv: &mut H, registers: &Registers) -> Option<Gpa> {
+    translate(hv, registers, registers.cs_base.wrapping_add(registers.rip))
+}
+
 /// What a virtual CPU wants of memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Intent {

@@ -104,10 +104,6 @@ impl Repeating {
     /// Xen lets no interrupt in while a vCPU is single-stepped. This many iterations take some ten milliseconds.
     const STEPS: u16 = 1000;
 
-    fn new(at: Gpa, registers: &Registers) -> Self {
-        Self { at, rip: registers.rip, state: Self::state(registers), left: Self::STEPS }
-    }
-
     fn state(registers: &Registers) -> [u64; 4] {
         [registers.gpr[1], registers.gpr[6], registers.gpr[7], registers.cr3]
     }
@@ -163,6 +159,17 @@ impl Vcpu {
         self.over.is_some_and(|over| over.at == at)
     }
 
+    /// Whether its hit of the breakpoint at this address may have been told already: then it is still the same one.
+    pub(crate) fn has_hit(&self, at: Gpa) -> bool {
+        self.is_over(at) || self.interrupted.is_some()
+    }
+
+    /// Whether a view has let go of a page since it was last answered, `noted` being how often any has.
+    #[inline(always)]
+    pub(crate) const fn is_late(&self, noted: u64) -> bool {
+        self.unmappings != noted
+    }
+
     /// Turns single-stepping on, if it is off.
     pub(crate) fn step(&mut self) -> Step {
         match std::mem::replace(&mut self.stepping, true) {
@@ -195,20 +202,21 @@ impl Vcpu {
 
     /// Whether it has met a breakpoint again in the middle of a repeated instruction.
     pub(crate) fn is_repeating(&mut self, at: Gpa, registers: &Registers) -> bool {
-        let same = self.repeating.is_some_and(|repeating| repeating.is_at(registers));
+        let Some(repeating) = self.repeating.filter(|repeating| repeating.at == at) else { return false };
+        let same = repeating.is_at(registers);
         if !same {
-            self.repeating = self.repeating.filter(|repeating| repeating.at != at);
+            self.repeating = None;
         }
-        same && self.repeating.is_some_and(|repeating| repeating.at == at)
+        same
     }
 
     /// It is to be stepped through a repeated instruction under a breakpoint.
     #[cold]
     pub(crate) fn repeat(&mut self, at: Gpa, registers: &Registers) {
-        let begun = self.repeating.filter(|repeating| repeating.at == at && repeating.rip == registers.rip);
-        let left = begun.map_or(0, |repeating| repeating.left);
-        let new = Repeating::new(at, registers);
-        self.repeating = Some(Repeating { left: if left > 0 { left } else { new.left }, ..new });
+        let goes_on =
+            |repeating: &Repeating| repeating.at == at && repeating.rip == registers.rip && repeating.left > 0;
+        let left = self.repeating.filter(goes_on).map_or(Repeating::STEPS, |repeating| repeating.left);
+        self.repeating = Some(Repeating { at, rip: registers.rip, state: Repeating::state(registers), left });
     }
 
     /// Whether a page is to be settled.
