@@ -34,56 +34,42 @@ impl Outcome {
 
     /// What of it has come since `begin`, an earlier outcome of the same breakpoints.
     pub(crate) fn since(mut self, begin: &Self) -> Self {
-        for (end, begin) in self.figures.iter_mut().zip(&begin.figures) {
-            end.hits -= begin.hits;
-            end.fallbacks -= begin.fallbacks;
-            end.rewritten -= begin.rewritten;
-            let (end, begin) = (&mut end.served, begin.served);
-            end.repair -= begin.repair;
-            end.view_step -= begin.view_step;
-            end.view_fast_step -= begin.view_fast_step;
-            end.emulate -= begin.emulate;
-            end.interpret -= begin.interpret;
-        }
-        self.counters.hits -= begin.counters.hits;
-        self.counters.reads -= begin.counters.reads;
-        self.counters.writes -= begin.counters.writes;
-        self.counters.held -= begin.counters.held;
-        self.counters.discarded -= begin.counters.discarded;
-        self.counters.rearmed -= begin.counters.rearmed;
-        self.counters.resynced -= begin.counters.resynced;
-        self.counters.reinjected -= begin.counters.reinjected;
-        self.counters.unexplained -= begin.counters.unexplained;
-        self.counters.failures -= begin.counters.failures;
+        self.each_count(begin, |end, begin| *end -= begin);
         self.handling = self.handling.since(&begin.handling);
         self
     }
 
     /// What has come of the same breakpoints, with what had come of them `before` they were set again.
     pub(crate) fn after(mut self, before: &Self) -> Self {
-        for (now, before) in self.figures.iter_mut().zip(&before.figures) {
-            now.hits += before.hits;
-            now.fallbacks += before.fallbacks;
-            now.rewritten += before.rewritten;
-            let (now, before) = (&mut now.served, before.served);
-            now.repair += before.repair;
-            now.view_step += before.view_step;
-            now.view_fast_step += before.view_fast_step;
-            now.emulate += before.emulate;
-            now.interpret += before.interpret;
-        }
-        self.counters.hits += before.counters.hits;
-        self.counters.reads += before.counters.reads;
-        self.counters.writes += before.counters.writes;
-        self.counters.held += before.counters.held;
-        self.counters.discarded += before.counters.discarded;
-        self.counters.rearmed += before.counters.rearmed;
-        self.counters.resynced += before.counters.resynced;
-        self.counters.reinjected += before.counters.reinjected;
-        self.counters.unexplained += before.counters.unexplained;
-        self.counters.failures += before.counters.failures;
+        self.each_count(before, |now, before| *now += before);
         self.handling = self.handling.plus(&before.handling);
         self
+    }
+
+    /// Does something with each count, and that of another outcome of the same breakpoints.
+    fn each_count(&mut self, other: &Self, change: impl Fn(&mut u64, u64)) {
+        for (one, other) in self.figures.iter_mut().zip(&other.figures) {
+            change(&mut one.hits, other.hits);
+            change(&mut one.fallbacks, other.fallbacks);
+            change(&mut one.rewritten, other.rewritten);
+            let (one, other) = (&mut one.served, other.served);
+            change(&mut one.repair, other.repair);
+            change(&mut one.view_step, other.view_step);
+            change(&mut one.view_fast_step, other.view_fast_step);
+            change(&mut one.emulate, other.emulate);
+            change(&mut one.interpret, other.interpret);
+        }
+        let (one, other) = (&mut self.counters, other.counters);
+        change(&mut one.hits, other.hits);
+        change(&mut one.reads, other.reads);
+        change(&mut one.writes, other.writes);
+        change(&mut one.held, other.held);
+        change(&mut one.discarded, other.discarded);
+        change(&mut one.rearmed, other.rearmed);
+        change(&mut one.resynced, other.resynced);
+        change(&mut one.reinjected, other.reinjected);
+        change(&mut one.unexplained, other.unexplained);
+        change(&mut one.failures, other.failures);
     }
 
     /// Hits of all breakpoints.

@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::io::Read;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -82,16 +82,8 @@ impl Tracer {
 
     /// Waits until it has ended with this exit code and counts. Returns what it has said.
     fn end(mut self, code: i32, hits: u32) -> Result<String> {
-        let begun = Instant::now();
-        let status = loop {
-            if let Some(status) = self.child.try_wait()? {
-                break status;
-            }
-            if begun.elapsed() >= SOON {
-                self.child.kill()?;
-                bail!("the trace has not ended after {SOON:?}: {}", one_line(&said()?));
-            }
-            thread::sleep(LOOK);
+        let Some(status) = end_of(&mut self.child, SOON)? else {
+            bail!("the trace has not ended after {SOON:?}: {}", one_line(&said()?));
         };
         let said = one_line(&said()?);
         ensure!(status.code() == Some(code), "the trace has ended with {status}: {said}");
@@ -100,6 +92,19 @@ impl Tracer {
         ensure!(counted == u64::from(hits), "the trace has counted {counted}, not {hits}: {said}");
         Ok(said)
     }
+}
+
+/// How a process ends, if it does within this time; else it is killed.
+fn end_of(child: &mut Child, within: Duration) -> Result<Option<ExitStatus>> {
+    let begun = Instant::now();
+    while begun.elapsed() < within {
+        if let Some(status) = child.try_wait()? {
+            return Ok(Some(status));
+        }
+        thread::sleep(LOOK);
+    }
+    child.kill()?;
+    Ok(None)
 }
 
 /// What the trace has said on standard error.
@@ -186,16 +191,8 @@ pub(crate) fn save(domain: &Domain, mechanism: &str, image: &Path, resumed: bool
     requests.acknowledge()?;
     thread::sleep(DRIVERS);
     domain.shut_down(Shutdown::Suspend)?;
-    let status = loop {
-        if let Some(status) = xl.try_wait()? {
-            break status;
-        }
-        if begun.elapsed() >= SAVED {
-            xl.kill()?;
-            bail!("xl save does not end");
-        }
-        thread::sleep(LOOK);
-    };
+    let left = SAVED.saturating_sub(begun.elapsed());
+    let status = end_of(&mut xl, left)?.context("xl save does not end")?;
     let mut errors = String::new();
     xl.stderr.take().map(|mut stderr| stderr.read_to_string(&mut errors)).transpose()?;
     ensure!(status.success(), "xl save has failed ({status}): {}", one_line(&errors));
