@@ -61,7 +61,7 @@ fn format() -> Result<()> {
     let repo = crate::repo();
     let mut files = Vec::new();
     for dir in ["cpp-shim", "bench/smartvmi", "bench/guest/program"] {
-        sources(&repo.join(dir), &mut files)?;
+        crate::files::below(&repo.join(dir), &is_source, &mut files)?;
     }
     files.sort();
     eprintln!("== format of the C++: clang-format, {} files", files.len());
@@ -69,18 +69,9 @@ fn format() -> Result<()> {
     run_program(Command::new("clang-format").args(["--dry-run", "--Werror", &style]).args(files).current_dir(repo))
 }
 
-/// All C and C++ below a directory.
-fn sources(dir: &Path, into: &mut Vec<PathBuf>) -> Result<()> {
-    for entry in fs::read_dir(dir).with_context(|| format!("cannot read {}", dir.display()))? {
-        let path = entry?.path();
-        let is_source = path.extension().is_some_and(|e| ["c", "cpp", "h", "hpp"].iter().any(|known| e == *known));
-        if path.is_dir() {
-            sources(&path, into)?;
-        } else if is_source {
-            into.push(path);
-        }
-    }
-    Ok(())
+/// Whether a file is one of C or C++.
+fn is_source(path: &Path) -> Result<bool> {
+    Ok(path.extension().is_some_and(|e| ["c", "cpp", "h", "hpp"].iter().any(|known| e == *known)))
 }
 
 fn has_libvmi() -> bool {

@@ -1,7 +1,7 @@
 //! `cargo xtask docs`: the tables of figures in the documentation.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
@@ -44,14 +44,9 @@ impl Docs {
 
 /// README.md, and the pages in docs/.
 fn files() -> Result<Vec<PathBuf>> {
-    let docs = crate::repo().join("docs");
     let mut files = vec![crate::repo().join("README.md")];
-    for entry in fs::read_dir(&docs).with_context(|| format!("cannot read {}", docs.display()))? {
-        let path = entry?.path();
-        if path.extension().is_some_and(|extension| extension == "md") {
-            files.push(path);
-        }
-    }
+    let is_page = |path: &Path| Ok(path.extension().is_some_and(|extension| extension == "md"));
+    crate::files::below(&crate::repo().join("docs"), &is_page, &mut files)?;
     files.sort();
     Ok(files)
 }

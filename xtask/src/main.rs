@@ -20,6 +20,7 @@ mod domains;
 mod drakvuf;
 mod elsewhere;
 mod events;
+mod files;
 mod fuzz;
 mod guest;
 mod hostile;

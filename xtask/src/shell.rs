@@ -1,7 +1,7 @@
 //! Shell scripts are as shellcheck wants them.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
@@ -14,7 +14,7 @@ const DIRECTORIES: [&str; 7] =
 pub(crate) fn check() -> Result<()> {
     let mut files = Vec::new();
     for directory in DIRECTORIES {
-        scripts(&crate::repo().join(directory), &mut files)?;
+        crate::files::below(&crate::repo().join(directory), &is_script, &mut files)?;
     }
     files.sort();
     eprintln!("== shellcheck, {} scripts", files.len());
@@ -24,20 +24,11 @@ pub(crate) fn check() -> Result<()> {
     Ok(())
 }
 
-/// The scripts below a directory: what ends in .sh, or begins with the line of a shell.
-fn scripts(directory: &Path, into: &mut Vec<PathBuf>) -> Result<()> {
-    for entry in fs::read_dir(directory).with_context(|| format!("cannot read {}", directory.display()))? {
-        let path = entry?.path();
-        if path.is_dir() {
-            scripts(&path, into)?;
-        } else if path.extension().is_some_and(|extension| extension == "sh") || has_shell(&path)? {
-            into.push(path);
-        }
+/// Whether a file ends in .sh, or begins with the line of a shell.
+fn is_script(path: &Path) -> Result<bool> {
+    if path.extension().is_some_and(|extension| extension == "sh") {
+        return Ok(true);
     }
-    Ok(())
-}
-
-fn has_shell(path: &Path) -> Result<bool> {
     let bytes = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
     let first = bytes.split(|byte| *byte == b'\n').next().unwrap_or_default();
     Ok(first.starts_with(b"#!") && first.ends_with(b"sh"))
@@ -50,7 +41,8 @@ mod tests {
     #[test]
     fn scripts_without_an_extension_are_found() {
         let mut files = Vec::new();
-        DIRECTORIES.iter().try_for_each(|directory| scripts(&crate::repo().join(directory), &mut files)).unwrap();
+        let mut add = |directory| crate::files::below(&crate::repo().join(directory), &is_script, &mut files);
+        DIRECTORIES.into_iter().try_for_each(&mut add).unwrap();
         for script in [".ci/run", ".cargo/cc", "bench/lab/dom0/init", "drakvuf-patches/apply.sh"] {
             assert!(files.contains(&crate::repo().join(script)), "{script}");
         }
